@@ -1,0 +1,92 @@
+"""A pool of actors that fit generators, draw samples and evaluate stacks of networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+
+from pdiff_ray.artifacts import Artifact
+from pdiff_ray.config import Experiment
+from pdiff_ray.data import default_cache
+from pdiff_ray.distributed.session import num_gpus, report_progress
+from pdiff_ray.errors import PdiffError
+from pdiff_ray.stages import Context, generate
+from pdiff_ray.stages.evaluate import Evaluator, Stack
+
+BUILDERS = {"generator": generate.build_generator, "samples": generate.build_samples}
+
+
+class _Worker:
+    """What an actor does; it reads and writes storage itself, so that only names travel."""
+
+    def __init__(self, experiment: Experiment, artifacts: Mapping[str, Artifact], events: Any) -> None:
+        torch.set_num_threads(experiment.resources.cpus_per_actor)
+        device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self.experiment, self.artifacts = experiment, artifacts
+        self.context = Context(device, default_cache(), progress=report_progress(events))
+        self.evaluator: Evaluator | None = None
+
+    def build(self, stage: str) -> None:
+        BUILDERS[stage](self.experiment, self.artifacts, self.context)
+
+    def evaluate(self, stack: Stack) -> Stack:
+        if self.evaluator is None:
+            self.evaluator = Evaluator(self.experiment, self.artifacts, self.context)
+        return self.evaluator.evaluate(stack)
+
+
+class Pool:
+    """Actors of one experiment. Work of an actor that dies is given to the others while it is restarted."""
+
+    def __init__(self, experiment: Experiment, artifacts: Mapping[str, Artifact], events: Any) -> None:
+        resources = experiment.resources
+        gpus = resources.gpus_per_actor
+        if gpus == "auto":
+            gpus = min(1.0, num_gpus() / resources.actors)
+        self.max_failures = resources.max_failures
+        actor = ray.remote(_Worker).options(
+            num_cpus=resources.cpus_per_actor, num_gpus=gpus, max_restarts=resources.max_failures
+        )
+        self.actors = [actor.remote(experiment, artifacts, events) for _ in range(resources.actors)]
+
+    def build(self, stage: str) -> None:
+        """Builds a stage ("generator" or "samples") on one actor."""
+        for _ in self._run("build", [stage]):
+            pass
+
+    def map_stacks(self, stacks: Sequence[Stack]) -> Iterator[Stack]:
+        """Evaluated stacks, in the order in which they are done."""
+        return self._run("evaluate", stacks)
+
+    def close(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def _run(self, method: str, items: Sequence[Any]) -> Iterator[Any]:
+        waiting = [(item, 0) for item in reversed(items)]
+        idle, running = list(self.actors), {}
+        while waiting or running:
+            while waiting and idle:
+                actor, (item, failures) = idle.pop(0), waiting.pop()
+                running[getattr(actor, method).remote(item)] = (actor, item, failures)
+            (done, *_), _ = ray.wait(list(running))
+            actor, item, failures = running.pop(done)
+            # To the end of the line: an actor that is being restarted is asked last.
+            idle.append(actor)
+            try:
+                yield ray.get(done)
+            except (RayActorError, ActorUnavailableError) as error:
+                if failures == self.max_failures:
+                    raise PdiffError(
+                        f"evaluation: an actor died {failures + 1} times at the same work ({str(error).splitlines()[0]}); "
+                        "lower evaluation.stack, evaluation.batch_size or resources.actors if memory ran out"
+                    ) from None
+                waiting.append((item, failures + 1))
+            except RayTaskError as error:
+                if isinstance(error.cause, PdiffError):
+                    raise error.cause from None
+                raise

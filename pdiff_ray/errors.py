@@ -1,0 +1,29 @@
+"""Errors that a user can cause. The command line prints their message alone; anything else is a bug and keeps its
+traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PdiffError(ValueError):
+    """Something the user can mend; the message names the field or file, the value and the remedy."""
+
+    exit_code = 1
+
+
+class ConfigError(PdiffError):
+    """The configuration or the command line is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class StorageError(PdiffError):
+    """Storage cannot be read or written, or what it holds is damaged."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x' or 'y'?"` for the names of `known` nearest to `name`, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -1,0 +1,120 @@
+"""The paper's generator: an autoencoder of the flattened parameters and a diffusion model of its latents.
+
+Shapes: K vectors of D values, Z latent dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pdiff_ray import config
+from pdiff_ray.config import Optimizer
+from pdiff_ray.generators import Fitting, State
+from pdiff_ray.generators.autoencoder import Autoencoder
+from pdiff_ray.generators.diffusion import Diffusion
+from pdiff_ray.generators.normalizer import Normalizer
+from pdiff_ray.generators.training import fit_model
+from pdiff_ray.seeds import derive_seed
+from pdiff_ray.subset import Subset
+
+GATE_MEMBERS = 10
+
+
+class LatentDiffusion:
+    """See `pdiff_ray.generators.Generator`."""
+
+    def __init__(self, settings: config.Generator, subset: Subset) -> None:
+        self.settings, self.subset = settings, subset
+        latent_dim = settings.autoencoder.latent_dim
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(settings.seed or 0, "generator"))
+            self.autoencoder = Autoencoder(settings.autoencoder, subset.size)
+            self.diffusion = Diffusion(settings.diffusion, latent_dim)
+        self.normalizer = Normalizer(torch.zeros(subset.size), torch.ones(subset.size))
+        self.latents = Normalizer(torch.zeros(latent_dim), torch.ones(latent_dim))
+
+    def fit(self, vectors: Tensor, fitting: Fitting) -> None:
+        self.normalizer = Normalizer.fit(vectors, self.settings.normalize, self.subset)
+        normalized = self.normalizer.normalize(vectors)
+        ae, diffusion = self.settings.autoencoder, self.settings.diffusion
+        fit_model(
+            "autoencoder",
+            self.autoencoder.to(fitting.device),
+            normalized,
+            self.autoencoder.loss,
+            Optimizer(lr=ae.lr, weight_decay=ae.weight_decay, schedule="cosine"),
+            ae.steps,
+            ae.batch_size,
+            fitting,
+        )
+        with torch.inference_mode():
+            latents = self.autoencoder.encode(normalized)
+            decoded = self.autoencoder.decode(latents)
+        fitting.notes["unexplained_variance"] = float(
+            (decoded - normalized).square().mean() / (normalized - normalized.mean(0)).square().mean().clamp(min=1e-12)
+        )
+        self._gate(vectors, self.normalizer.unnormalize(decoded), fitting)
+        latents = latents.clone()  # out of inference mode: the diffusion model is trained on them
+        if diffusion.standardize_latents:
+            std = latents.std(0, correction=0)
+            self.latents = Normalizer(latents.mean(0), std.clamp(min=1e-6))
+        else:
+            self.latents = Normalizer(torch.zeros_like(latents[0]), torch.ones_like(latents[0]))
+        fit_model(
+            "diffusion",
+            self.diffusion.to(fitting.device),
+            self.latents.normalize(latents),
+            self.diffusion.loss,
+            Optimizer(lr=diffusion.lr, weight_decay=diffusion.weight_decay, schedule="cosine"),
+            diffusion.steps,
+            diffusion.batch_size,
+            fitting,
+            ema_decay=diffusion.ema_decay,
+        )
+
+    def _gate(self, vectors: Tensor, decoded: Tensor, fitting: Fitting) -> None:
+        """Notes whether decoded members keep their validation accuracy: diffusion cannot be better than the decoder."""
+        if fitting.judge is None:
+            return
+        count = min(GATE_MEMBERS, len(vectors))
+        chosen = torch.linspace(0, len(vectors) - 1, count).round().long().to(vectors.device)
+        before, after = (float(fitting.judge(v[chosen]).mean()) for v in (vectors, decoded))
+        fitting.notes["gate"] = {
+            "members": count,
+            "validation_accuracy": before,
+            "decoded_validation_accuracy": after,
+            "passed": 100 * (before - after) <= self.settings.gate_points,
+        }
+
+    def sample(self, count: int, sampling: config.Sampling, device: torch.device) -> Tensor:
+        self._to(device)
+        latents = self.diffusion.sample(count, sampling, device)
+        with torch.inference_mode():
+            return self.normalizer.unnormalize(self.autoencoder.decode(self.latents.unnormalize(latents)))
+
+    @torch.inference_mode()
+    def encode(self, vectors: Tensor) -> Tensor:
+        self._to(vectors.device)
+        return self.latents.normalize(self.autoencoder.encode(self.normalizer.normalize(vectors)))
+
+    def state(self) -> State:
+        return {
+            "autoencoder": self.autoencoder.state_dict(),
+            "diffusion": self.diffusion.state_dict(),
+            "normalizer": vars(self.normalizer),
+            "latents": vars(self.latents),
+        }
+
+    def load_state(self, state: State) -> None:
+        self.autoencoder.load_state_dict(state["autoencoder"])
+        self.diffusion.load_state_dict(state["diffusion"])
+        self.normalizer, self.latents = Normalizer(**state["normalizer"]), Normalizer(**state["latents"])
+        self.autoencoder.eval()
+        self.diffusion.eval()
+
+    def _to(self, device: torch.device) -> None:
+        self.autoencoder.to(device)
+        self.diffusion.to(device)
+        for part in (self.normalizer, self.latents):
+            part.mean, part.std = part.mean.to(device), part.std.to(device)

@@ -1,0 +1,51 @@
+"""Normalization of flattened parameters, whose scales differ by orders of magnitude from tensor to tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pdiff_ray.subset import Subset
+
+MIN_RELATIVE_STD = 1e-6  # of the mean over all values
+
+
+class Normalizer:
+    """Shifts and scales vectors (n, D).
+
+    Args:
+        mean: (D,).
+        std: (D,), above zero.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        self.mean, self.std = mean, std
+
+    @staticmethod
+    def fit(vectors: Tensor, mode: str, subset: Subset) -> Normalizer:
+        """Statistics of vectors (K, D).
+
+        Args:
+            mode: "dimension": mean and standard deviation of each value over the zoo; "tensor": of each tensor, over its
+                values and averaged over the zoo; "centered_tensor": mean of each value, and one scale per tensor, the
+                root mean square of the centred values.
+        """
+        mean, std = vectors.mean(0), vectors.std(0, correction=0)
+        if len(vectors) == 1:  # one member has no spread over the zoo; its tensors' own is the only scale there is
+            mode = "tensor"
+        if mode != "dimension":
+            for entry in subset.entries:
+                piece = slice(entry.offset, entry.offset + entry.size)
+                if mode == "tensor":
+                    mean[piece] = vectors[:, piece].mean()
+                    std[piece] = vectors[:, piece].std(1, correction=0).mean()
+                else:
+                    std[piece] = (vectors[:, piece] - mean[piece]).square().mean().sqrt()
+        # What does not move in the zoo is decoded with an error; a small scale keeps it where it was.
+        return Normalizer(mean, std.clamp(min=max(MIN_RELATIVE_STD * float(std.mean()), 1e-12)))
+
+    def normalize(self, vectors: Tensor) -> Tensor:
+        return (vectors - self.mean) / self.std
+
+    def unnormalize(self, vectors: Tensor) -> Tensor:
+        return vectors * self.std + self.mean

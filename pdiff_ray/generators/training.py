@@ -1,0 +1,92 @@
+"""The training loop of the generators' models: AdamW with a cosine schedule, an average of the weights, resuming."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pdiff_ray.config import Optimizer
+from pdiff_ray.generators import Fitting
+from pdiff_ray.optimization import Trainer
+from pdiff_ray.seeds import generator
+
+
+class EMA:
+    """Exponential moving average of a model's parameters, with the usual warm-up min(decay, (1 + t) / (10 + t))."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        current = [p.detach() for p in model.parameters()]
+        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
+
+
+def fit_model(
+    name: str,
+    model: nn.Module,
+    data: Tensor,
+    loss_of: Callable[[Tensor, torch.Generator], Tensor],
+    settings: Optimizer,
+    num_steps: int,
+    batch_size: int,
+    fitting: Fitting,
+    ema_decay: float = 0.0,
+) -> None:
+    """Trains `model` in place on rows drawn from `data` (K, ...).
+
+    Args:
+        name: of the model, for progress, messages and the history of losses.
+        loss_of: the loss of a batch (B, ...), with the random numbers of the given generator.
+        ema_decay: above 0, the model ends with the average of its weights.
+    """
+    trainer = Trainer(list(model.parameters()), settings, num_steps, f"training of the {name}")
+    random = generator(fitting.device, fitting.seed, name)
+    ema = EMA(model, ema_decay) if ema_decay else None
+    losses = torch.zeros(num_steps, device=fitting.device)
+    first = 0
+    if (saved := fitting.load(name)) is not None:
+        first = saved["step"]
+        model.load_state_dict(saved["model"])
+        trainer.load_state(saved.get("optimizer", {}))
+        random.set_state(saved["random"])
+        losses[:first] = saved["losses"].to(fitting.device)
+        if ema:
+            ema.average = {key: value.to(fitting.device) for key, value in saved["ema"].items()}
+
+    def save(step: int) -> None:
+        state = {"step": step, "model": model.state_dict(), "optimizer": trainer.state(), "random": random.get_state()}
+        fitting.save(name, {**state, "losses": losses[:step], **({"ema": ema.average} if ema else {})})
+
+    last_saved = time.monotonic()
+    model.train()
+    for step in range(first, num_steps):
+        if batch_size >= len(data):
+            batch = data
+        else:
+            batch = data[torch.randint(len(data), (batch_size,), generator=random, device=fitting.device)]
+        loss = loss_of(batch, random)
+        trainer.step(loss, step)
+        losses[step] = loss.detach()
+        if ema:
+            ema.update(model, step)
+        if (step + 1) % 50 == 0 or step + 1 == num_steps:
+            value = losses[step].item()
+            trainer.check(value, step, f"generator.{name}.lr")
+            fitting.progress(name, step + 1, num_steps, f"loss {value:.4f}")
+            if time.monotonic() - last_saved >= fitting.checkpoint_s:
+                save(step + 1)
+                last_saved = time.monotonic()
+    # A model that is done is kept too: the next one's training may be interrupted.
+    if first < num_steps:
+        save(num_steps)
+    if ema:
+        model.load_state_dict(ema.average, strict=False)
+    model.eval()
+    fitting.history[name] = losses.tolist()

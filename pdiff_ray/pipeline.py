@@ -1,0 +1,200 @@
+"""Plans an experiment's stages and runs the missing ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pdiff_ray.artifacts import STAGES, Artifact, Storage
+from pdiff_ray.config import Experiment
+from pdiff_ray.console import Display, console, display
+from pdiff_ray.errors import ConfigError, PdiffError
+from pdiff_ray.stages import Context, artifacts_of
+
+TRAINED, POOLED = ("base", "zoo"), ("generator", "samples")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment needs, and what of it is there."""
+
+    experiment: Experiment
+    storage: Storage
+    artifacts: dict[str, Artifact]
+    missing: tuple[str, ...]  # stages to build, in order
+
+    @property
+    def needs_ray(self) -> bool:
+        return any(stage != "report" for stage in self.missing)
+
+
+def make_plan(experiment: Experiment, target: str = "report") -> Plan:
+    """The plan to have the artifact of stage `target`.
+
+    Raises:
+        ConfigError: something the configuration names does not exist or does not fit together.
+    """
+    storage = Storage(experiment.storage_uri)
+    artifacts = artifacts_of(experiment, storage)
+    missing: list[str] = []
+    wanted = {target}
+    for stage in reversed(STAGES[: STAGES.index(target) + 1]):
+        if stage in wanted and not artifacts[stage].exists():
+            missing.insert(0, stage)
+            # Evaluation and report look back at everything before them.
+            wanted.update(STAGES[: STAGES.index(stage)])
+    return Plan(experiment, storage, artifacts, tuple(missing))
+
+
+def check(plan: Plan) -> None:
+    """Everything that can be found wrong before work starts: network, subset, data, storage.
+
+    Raises:
+        PdiffError
+    """
+    from pdiff_ray import data
+    from pdiff_ray.generators.autoencoder import Autoencoder
+    from pdiff_ray.stages.zoo import zoo_subset
+
+    subset = zoo_subset(plan.experiment)
+    if plan.experiment.generator.name == "latent_diffusion":
+        import torch
+
+        with torch.device("meta"):
+            Autoencoder(plan.experiment.generator.autoencoder, subset.size)
+    if "zoo" in plan.missing and plan.experiment.zoo.imported:
+        raise ConfigError(
+            f"zoo.imported: no zoo {plan.experiment.zoo.imported!r} in {plan.storage.location('zoo')}; bring it in with "
+            "`pdiff import FOLDER FILE`"
+        )
+    if plan.needs_ray:
+        data.check(plan.experiment.data)
+    plan.storage.check_writable()
+
+
+def run(plan: Plan, *, in_process: bool = False) -> None:
+    """Builds what is missing, on Ray or, for debugging, in this process. Interrupted, it goes on where it was."""
+    if not plan.missing:
+        return
+    check(plan)
+    with display() as progress:
+        if plan.needs_ray:
+            started = time.monotonic()
+            (_run_here if in_process else _run_on_ray)(plan, progress)
+            console.print(f"  built in {time.monotonic() - started:.0f} s")
+        if "report" in plan.missing:
+            from pdiff_ray import report
+
+            report.build(plan.experiment, plan.artifacts)
+
+
+def _run_here(plan: Plan, progress: Display) -> None:
+    import torch
+
+    from pdiff_ray.data import default_cache
+    from pdiff_ray.stages import base, evaluate, generate, zoo
+
+    builders = {
+        "base": base.build,
+        "zoo": zoo.build,
+        "generator": generate.build_generator,
+        "samples": generate.build_samples,
+        "evaluation": evaluate.build,
+    }
+    torch.set_num_threads(plan.experiment.resources.cpus_per_worker)
+    context = Context(torch.device("cuda" if torch.cuda.is_available() else "cpu"), default_cache(), progress=progress)
+    for stage in plan.missing:
+        if stage in builders:
+            builders[stage](plan.experiment, plan.artifacts, context)
+            _announce(plan, stage)
+
+
+def _run_on_ray(plan: Plan, progress: Display) -> None:
+    progress("Ray", 0, 1, "starting")
+    from pdiff_ray.distributed import session
+
+    with session.connect(plan.experiment.resources, progress) as events:
+        progress("Ray", 1, 1, "running")
+        trained = [stage for stage in plan.missing if stage in TRAINED]
+        if trained:
+            from pdiff_ray.distributed.train import train
+
+            train(plan.experiment, plan.artifacts, trained, events)
+            _announce(plan, *trained)
+        if any(stage in (*POOLED, "evaluation") for stage in plan.missing):
+            _run_on_pool(plan, progress, events)
+
+
+def _run_on_pool(plan: Plan, progress: Display, events: Any) -> None:
+    import torch
+
+    from pdiff_ray.data import default_cache
+    from pdiff_ray.distributed.pool import Pool
+    from pdiff_ray.stages import evaluate
+
+    pool = Pool(plan.experiment, plan.artifacts, events)
+    try:
+        for stage in POOLED:
+            if stage in plan.missing:
+                pool.build(stage)
+                _announce(plan, stage)
+        if "evaluation" in plan.missing:
+            context = Context(torch.device("cpu"), default_cache(), progress=progress)
+            evaluate.build(plan.experiment, plan.artifacts, context, pool.map_stacks)
+            _announce(plan, "evaluation")
+    finally:
+        pool.close()
+
+
+def _announce(plan: Plan, *stages: str) -> None:
+    for stage in stages:
+        manifest = plan.artifacts[stage].manifest()
+        console.print(f"  {stage}: done in {manifest['seconds']:.1f} s, {plan.artifacts[stage].location}")
+        gate = manifest["info"].get("gate") if stage == "generator" else None
+        if gate and not gate["passed"]:
+            console.print(
+                f"  [bold red]WARNING[/]: the autoencoder loses accuracy: members {gate['validation_accuracy']:.1%}, "
+                f"decoded {gate['decoded_validation_accuracy']:.1%} on validation images. The samples cannot be better; "
+                "raise generator.autoencoder.steps or latent_dim."
+            )
+
+
+def describe(plan: Plan) -> list[tuple[str, str, str, str]]:
+    """The plan as rows: stage, key, state, what it is."""
+    from pdiff_ray.stages.zoo import zoo_subset
+
+    e = plan.experiment
+    subset = zoo_subset(e)
+    what = {
+        "base": f"{e.network.name} on {e.data.name}, {e.training.epochs} epochs",
+        "zoo": f"{e.zoo.members} members, {e.zoo.regime}, {e.zoo.subset}: {subset.size:,} values",
+        "generator": f"{e.generator.name} of {e.num_members} members",
+        "samples": f"{e.sampling.samples} vectors, {e.sampling.sampler}",
+        "evaluation": f"{_num_networks(e)} networks on {e.resources.actors} actors",
+        "report": "tables and figures",
+    }
+    return [
+        (stage, plan.artifacts[stage].key, "to build" if stage in plan.missing else "there", what[stage])
+        for stage in STAGES
+    ]
+
+
+def _num_networks(e: Experiment) -> int:
+    config = e.evaluation
+    noise = len(config.noise_sigmas) * config.noise_networks
+    return e.num_members + 1 + noise + min(config.fine_tuned_networks, e.num_members) + e.sampling.samples
+
+
+def notes(plan: Plan) -> Sequence[str]:
+    """What would stop the plan from running as things are; for a dry run, which may be for another machine."""
+    from pdiff_ray import data
+
+    found = []
+    if plan.needs_ray:
+        try:
+            data.check(plan.experiment.data)
+        except PdiffError as error:
+            found.append(str(error))
+    return found

@@ -1,0 +1,40 @@
+"""How alike networks are: in what they get wrong, and in weight space.
+
+Shapes: n and m networks, T test images, D values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def unpack_wrong(packed: Sequence[bytes], num_images: int) -> np.ndarray:
+    """Wrong predictions (n, T), bool, from what `np.packbits` made of each network's."""
+    rows = [np.unpackbits(np.frombuffer(bits, np.uint8), count=num_images) for bits in packed]
+    return np.array(rows, dtype=bool).reshape(len(packed), num_images)
+
+
+def iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Similarity |W1 & W2| / |W1 | W2| (n, m) of wrong predictions (n, T) and (m, T): section 3.1 of the paper.
+
+    Two networks that get everything right are the same: 1.
+    """
+    a, b = first.astype(np.float32), second.astype(np.float32)
+    both = a @ b.T
+    either = a.sum(1)[:, None] + b.sum(1)[None] - both
+    return np.where(either > 0, both / np.maximum(either, 1), 1.0)
+
+
+def mean_within(wrong: np.ndarray) -> float | None:
+    """Mean similarity of the pairs of different networks among wrong predictions (n, T); None for fewer than two."""
+    if len(wrong) < 2:
+        return None
+    pairs = iou(wrong, wrong)[np.triu_indices(len(wrong), 1)]
+    return float(pairs.mean())
+
+
+def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """L2 distances (n, m) of vectors (n, D) and (m, D), in float64: close vectors would lose digits otherwise."""
+    return np.stack([np.sqrt(np.square(second - row, dtype=np.float64).sum(1)) for row in first])

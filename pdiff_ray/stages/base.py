@@ -1,0 +1,152 @@
+"""Stage `base`: trains the network whose subset will be generated; data-parallel over the workers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from pdiff_ray.artifacts import Artifact, load_tree, save_tree
+from pdiff_ray.config import Experiment
+from pdiff_ray.data import Dataset, describe, load, steps_per_epoch
+from pdiff_ray.judge import Judge
+from pdiff_ray.networks import build_network
+from pdiff_ray.optimization import Trainer, autocast
+from pdiff_ray.stages import Context
+from pdiff_ray.subset import Subset
+
+NETWORK_FILE = "network.safetensors"
+HISTORY_FILE = "history.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
+
+
+def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
+    """Trains and stores the base network; resumes at the last saved epoch."""
+    artifact, config = artifacts["base"], experiment.training
+    dataset = open_dataset(experiment, context)
+    started = time.monotonic()
+    network, history = train_network(
+        experiment, dataset, context, seed=("base", config.seed or 0), task="base", checkpoints=artifact
+    )
+    if context.rank == 0:
+        files = {
+            NETWORK_FILE: save_tree(dict(network.state_dict())),
+            HISTORY_FILE: save_tree({name: torch.tensor(values) for name, values in history.items()}),
+        }
+        info = describe_base(experiment, network, dataset, context)
+        artifact.commit(files, info, time.monotonic() - started)
+    if context.world > 1:
+        dist.barrier()
+
+
+def describe_base(experiment: Experiment, network: nn.Module, dataset: Dataset, context: Context) -> dict[str, Any]:
+    """What the manifest says of a base network: its accuracies, and what later stages need to know of the data."""
+    judge = Judge(network, Subset(()), dataset, context.device, batch_size=experiment.evaluation.batch_size)
+    judgement = judge.judge(torch.empty(1, 0))[0]
+    return {
+        "train_accuracy": judgement.train_accuracy,
+        "validation_accuracy": judgement.validation_accuracy,
+        "test_accuracy": judgement.test_accuracy,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "test_images": len(dataset.test),
+        "num_classes": dataset.info.num_classes,
+    }
+
+
+def open_dataset(experiment: Experiment, context: Context) -> Dataset:
+    """The experiment's data, on the context's device where it fits."""
+    dataset = load(experiment.data, context.cache, lambda done, total: context.progress("images", done, total, ""))
+    for split in (dataset.train, dataset.test):
+        split.source.to(context.device)
+    return dataset
+
+
+def load_network(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> nn.Module:
+    """The trained base network, on the CPU, in eval mode."""
+    network = build_network(experiment.network.model_copy(update={"pretrained": False}), describe(experiment.data))
+    tree = load_tree(artifacts["base"].read(NETWORK_FILE), artifacts["base"].location)
+    network.load_state_dict(tree)
+    return network.eval()
+
+
+def train_network(
+    experiment: Experiment,
+    dataset: Dataset,
+    context: Context,
+    seed: tuple[int | str, ...],
+    task: str,
+    checkpoints: Artifact | None = None,
+) -> tuple[nn.Module, dict[str, list[float]]]:
+    """Trains all parameters of a new network by the recipe of `experiment.training`.
+
+    Args:
+        seed: of the initialisation, the order of the images and their augmentation.
+        task: names the training in progress reports and messages.
+        checkpoints: where to resume from and save to; by rank 0.
+
+    Returns:
+        The network, and per epoch its mean training loss, validation accuracy and learning rate.
+    """
+    config, device, main = experiment.training, context.device, context.rank == 0
+    network = build_network(experiment.network, dataset.info, *seed).to(device)
+    per_epoch = steps_per_epoch(len(dataset.train), config.batch_size)
+    trainer = Trainer(list(network.parameters()), config.optimizer, config.epochs * per_epoch, f"training of the {task}")
+    history: dict[str, list[float]] = {"loss": [], "validation_accuracy": []}
+    first = 0
+    saved = checkpoints.load_work(CHECKPOINT) if checkpoints else None
+    if saved is not None:
+        first, history = _restore(load_tree(saved, f"{task} checkpoint"), network, trainer)
+    model: nn.Module = network
+    if context.world > 1:
+        model = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+    judge = Judge(network, Subset(()), dataset, device, batch_size=experiment.evaluation.batch_size)
+    last_saved = time.monotonic()
+    for epoch in range(first, config.epochs):
+        model.train()
+        total = torch.zeros((), device=device)
+        start = epoch * per_epoch
+        batches = dataset.training_batches(
+            config.batch_size, start, start + per_epoch, device, *seed, rank=context.rank, world=context.world
+        )
+        for step, (images, labels) in enumerate(batches, start):
+            with autocast(device, config.precision):
+                logits = model(images)
+            loss = functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+            trainer.step(loss, step)
+            total += loss.detach()
+            if main and step % 10 == 0:
+                context.progress(task, step, config.epochs * per_epoch, f"epoch {epoch + 1}/{config.epochs}")
+        mean = _mean_over_workers(total / per_epoch, context)
+        trainer.check(mean, start + per_epoch, "training.optimizer.lr")
+        if not main:
+            continue
+        accuracy = judge.judge(torch.empty(1, 0), ["validation"])[0].validation_accuracy
+        history["loss"].append(mean)
+        history["validation_accuracy"].append(float(accuracy or 0))
+        context.progress(
+            task, start + per_epoch, config.epochs * per_epoch, f"loss {mean:.3f}, validation {accuracy:.1%}"
+        )
+        if checkpoints and epoch + 1 < config.epochs and time.monotonic() - last_saved >= context.checkpoint_s:
+            state = {"epoch": epoch + 1, "history": history, "network": network.state_dict(), "optimizer": trainer.state()}
+            checkpoints.save_work(CHECKPOINT, save_tree(state))
+            last_saved = time.monotonic()
+    return network.eval(), history
+
+
+def _restore(state: dict[str, Any], network: nn.Module, trainer: Trainer) -> tuple[int, dict[str, list[float]]]:
+    network.load_state_dict(state["network"])
+    trainer.load_state(state["optimizer"])
+    return state["epoch"], {name: state["history"][name] for name in ("loss", "validation_accuracy")}
+
+
+def _mean_over_workers(value: Tensor, context: Context) -> float:
+    if context.world > 1:
+        dist.all_reduce(value)
+        value = value / context.world
+    return value.item()

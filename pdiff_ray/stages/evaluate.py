@@ -1,0 +1,185 @@
+"""Stage `evaluation`: judges the generated networks beside the originals and the baselines any claim must beat.
+
+- original: the zoo's members, judged when they were made (an imported zoo's are judged here);
+- ensemble: the average of the members' parameters;
+- noise_added: members with Gaussian noise, in standard deviations of each tensor's values;
+- fine_tuned: members trained a little further;
+- generated: the samples.
+
+Work is cut into stacks of networks; each is evaluated by `Evaluator`, in this process or by an actor of a pool.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from pdiff_ray.artifacts import Artifact
+from pdiff_ray.config import Experiment
+from pdiff_ray.judge import judged
+from pdiff_ray.seeds import derive_seed
+from pdiff_ray.similarity import distances
+from pdiff_ray.stages import Context
+from pdiff_ray.stages.base import load_network, open_dataset
+from pdiff_ray.stages.zoo import SubsetTraining, make_judge
+from pdiff_ray.store import ParameterStore, Record, stamp
+from pdiff_ray.summary import summarize
+
+Stack = list[Record]
+MapStacks = Callable[[Sequence[Stack]], Iterable[Stack]]
+
+SUMMARY_FILE = "summary.json"
+
+
+def build(
+    experiment: Experiment,
+    artifacts: Mapping[str, Artifact],
+    context: Context,
+    map_stacks: MapStacks | None = None,
+) -> None:
+    """Judges what is not judged yet, in any order, and commits all rows with their summary.
+
+    Args:
+        map_stacks: evaluates stacks elsewhere (a pool of actors); default: here, one after another.
+    """
+    artifact = artifacts["evaluation"]
+    started = time.monotonic()
+    zoo, store = ParameterStore(artifacts["zoo"]), ParameterStore(artifact)
+    subset, present = zoo.subset(), set(store.ids)
+    wanted = networks_to_judge(experiment, zoo)
+    stacks = make_stacks([r for r in wanted if r.id not in present], experiment.evaluation.stack)
+    if stacks:
+        evaluated = map_stacks(stacks) if map_stacks else _here(experiment, artifacts, context, stacks)
+        done = len(present)
+        for records in evaluated:
+            store.append(records, subset)
+            done += len(records)
+            context.progress("evaluation", done, len(wanted), "networks")
+    records = store.records([r.id for r in wanted])
+    members = zoo.vectors(range(experiment.num_members))
+    samples = ParameterStore(artifacts["samples"]).vectors()
+    about = artifacts["base"].manifest()["info"]
+    summary = summarize(records, about["test_images"], about["num_classes"], _spread(members), _spread(samples))
+    artifact.commit(
+        {SUMMARY_FILE: json.dumps(summary, indent=1).encode()},
+        {"networks": len(records), "test_images": about["test_images"]},
+        time.monotonic() - started,
+        store.manifest_entries(r.id for r in wanted),
+    )
+
+
+def networks_to_judge(experiment: Experiment, zoo: ParameterStore) -> list[Record]:
+    """All networks of the evaluation, without vectors: originals first, numbered on from there."""
+    config, count = experiment.evaluation, experiment.num_members
+    wanted = [replace(record, vector=None) for record in zoo.records(range(count))]
+
+    def add(group: str, parent: int | None = None, sigma: float | None = None) -> None:
+        seed = derive_seed(experiment.sampling.seed or 0, group, str(sigma), len(wanted))
+        wanted.append(Record(len(wanted), group, parent=parent, sigma=sigma, seed=seed))
+
+    add("ensemble")
+    for sigma in config.noise_sigmas:
+        for parent in _spread_over(count, config.noise_networks):
+            add("noise_added", parent, sigma)
+    for parent in _spread_over(count, min(config.fine_tuned_networks, count)):
+        add("fine_tuned", parent)
+    for sample in range(experiment.sampling.samples):
+        add("generated", parent=sample)
+    return wanted
+
+
+def _spread_over(count: int, picks: int) -> list[int]:
+    return [index * count // picks for index in range(picks)]
+
+
+def make_stacks(records: Sequence[Record], size: int) -> list[Stack]:
+    """Stacks of networks of one group; those that must be trained first, which takes longest, one each and first."""
+    slow = [[r] for r in records if r.group == "fine_tuned"]
+    stacks: list[Stack] = []
+    for group in ("generated", "noise_added", "ensemble", "original"):
+        same = [r for r in records if r.group == group]
+        stacks += [same[start : start + size] for start in range(0, len(same), size)]
+    return slow + stacks
+
+
+def _here(
+    experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context, stacks: Sequence[Stack]
+) -> Iterator[Stack]:
+    evaluator = Evaluator(experiment, artifacts, context)
+    for stack in stacks:
+        yield evaluator.evaluate(stack)
+
+
+class Evaluator:
+    """Makes and judges the networks of stacks; holds what they share on its device."""
+
+    def __init__(self, experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
+        self.experiment, self.artifacts, self.context = experiment, artifacts, context
+        zoo = ParameterStore(artifacts["zoo"])
+        self.subset = zoo.subset()
+        self.members = zoo.vectors(range(experiment.num_members))
+        self.samples = ParameterStore(artifacts["samples"])
+        self.dataset = open_dataset(experiment, context)
+        self.judge = make_judge(experiment, load_network(experiment, artifacts), self.subset, self.dataset, context)
+        self.member_distance = _spread(self.members)
+
+    def evaluate(self, stack: Stack) -> Stack:
+        """The records with judgement and distance to the nearest member; without vectors."""
+        vectors = np.stack([self._vector(record) for record in stack])
+        pending = [index for index, record in enumerate(stack) if not record.judged]
+        if pending:
+            for index, judgement in zip(pending, self.judge.judge(torch.from_numpy(vectors[pending])), strict=True):
+                stack[index] = judged(stack[index], judgement)
+        nearest = distances(vectors, self.members)
+        for row, record in zip(nearest, stack, strict=True):
+            if record.group == "original":
+                row[record.id] = np.inf  # itself
+        scale = self.member_distance or 1.0
+        return [
+            # A lone member has no other: its distance stays unknown.
+            replace(r, nearest_distance=float(d) / scale if np.isfinite(d) else None, **stamp())
+            for r, d in zip(stack, nearest.min(1), strict=True)
+        ]
+
+    def _vector(self, record: Record) -> np.ndarray:
+        """The record's parameters (D,)."""
+        if record.group == "original":
+            return self.members[record.id]
+        if record.group == "ensemble":
+            return self.members.mean(0)
+        assert record.parent is not None
+        if record.group == "generated":
+            return self.samples.vectors([record.parent])[0]
+        parent = self.members[record.parent]
+        assert record.seed is not None
+        if record.group == "fine_tuned":
+            return self._fine_tuned(parent, record.seed)
+        return parent + self._noise(parent, record.sigma or 0.0, record.seed)
+
+    def _noise(self, vector: np.ndarray, sigma: float, seed: int) -> np.ndarray:
+        noise = np.random.default_rng(seed).standard_normal(len(vector), dtype=np.float32)
+        for entry in self.subset.entries:
+            piece = slice(entry.offset, entry.offset + entry.size)
+            noise[piece] *= sigma * vector[piece].std()
+        return noise
+
+    def _fine_tuned(self, vector: np.ndarray, seed: int) -> np.ndarray:
+        steps = self.experiment.evaluation.fine_tuned_steps
+        network = load_network(self.experiment, self.artifacts).to(self.context.device)
+        training = SubsetTraining(self.experiment, network, self.subset, steps, self.context.device)
+        training.load(torch.from_numpy(vector))
+        training.run(self.dataset, 0, steps, seed)
+        return training.vector().cpu().numpy()
+
+
+def _spread(vectors: np.ndarray) -> float:
+    """Mean L2 distance among vectors (n, D); 0 for one."""
+    if len(vectors) < 2:
+        return 0.0
+    return float(distances(vectors, vectors).sum() / (len(vectors) * (len(vectors) - 1)))
+

@@ -1,0 +1,213 @@
+"""Stage `zoo`: trains the K networks whose subsets the generator learns from.
+
+The zoo is made by runs, each of which keeps members one after another: one run (trajectory), several from the base
+(branches), or one per member from fresh initialisations (independent). Workers share the runs; every run saves its state
+with each part of members it writes, so that only members in flight are ever made again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pdiff_ray.artifacts import Artifact, load_tree, save_tree
+from pdiff_ray.config import Experiment, Zoo
+from pdiff_ray.data import Dataset, describe, steps_per_epoch
+from pdiff_ray.judge import Judge, judged
+from pdiff_ray.networks import build_network
+from pdiff_ray.optimization import Trainer, autocast
+from pdiff_ray.seeds import derive_seed
+from pdiff_ray.stages import Context
+from pdiff_ray.stages.base import load_network, open_dataset, train_network
+from pdiff_ray.store import ParameterStore, Record, stamp
+from pdiff_ray.subset import Subset, resolve
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run and the members it keeps, in order. Interleaved, so that the first K of a zoo come from all runs."""
+
+    index: int
+    member_ids: range
+
+
+def runs_of(config: Zoo) -> list[Run]:
+    count = {"trajectory": 1, "branches": config.branches, "independent": config.members}[config.regime]
+    return [Run(index, range(index, config.members, count)) for index in range(count)]
+
+
+def zoo_subset(experiment: Experiment) -> Subset:
+    """The generated subset of the experiment's network.
+
+    Raises:
+        ConfigError: the network cannot be built or the rule does not fit it.
+    """
+    plain = experiment.network.model_copy(update={"pretrained": False})
+    network = build_network(plain, describe(experiment.data))
+    return resolve(experiment.zoo.subset, network, experiment.zoo.batchnorm)
+
+
+def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
+    """Trains the missing members and stores each with its judgement."""
+    artifact, config = artifacts["zoo"], experiment.zoo
+    started = time.monotonic()
+    dataset = open_dataset(experiment, context)
+    subset = zoo_subset(experiment)
+    store = ParameterStore(artifact)
+    present = set(store.ids)
+    missing = [run for run in runs_of(config) if not present.issuperset(run.member_ids)]
+    for run in missing[context.rank :: context.world]:
+        members = (
+            _independent(experiment, dataset, subset, run, context)
+            if config.regime == "independent"
+            else _from_base(experiment, artifacts, dataset, subset, run, present, context)
+        )
+        for records, state in members:
+            store.append(records, subset)
+            if state is not None:
+                artifact.save_work(f"run-{run.index}.safetensors", save_tree(state))
+    if context.world > 1:
+        dist.barrier()
+    if context.rank == 0:
+        finish(artifact, subset, config.members, time.monotonic() - started)
+    if context.world > 1:
+        dist.barrier()
+
+
+def finish(artifact: Artifact, subset: Subset, members: int, seconds: float) -> None:
+    """Commits the zoo from its part files."""
+    store, ids = ParameterStore(artifact), range(members)
+    records = store.records(ids)
+    accuracies = np.array([r.test_accuracy for r in records if r.judged])
+    info: dict[str, Any] = {"members": members, "parameters": subset.size, "tensors": subset.names}
+    if len(accuracies):
+        info |= {"mean_test_accuracy": float(accuracies.mean()), "std_test_accuracy": float(accuracies.std())}
+    artifact.commit({"subset.json": subset.to_json().encode()}, info, seconds, store.manifest_entries(ids))
+
+
+def _independent(
+    experiment: Experiment, dataset: Dataset, subset: Subset, run: Run, context: Context
+) -> Iterator[tuple[list[Record], None]]:
+    """One member, trained from its own initialisation by the recipe of the base."""
+    (id_,) = run.member_ids
+    seed = derive_seed(experiment.zoo.seed or 0, "independent", id_)
+    alone = Context(context.device, context.cache)  # a worker's networks are its own: no data-parallel training
+    network, _ = train_network(experiment, dataset, alone, ("member", seed), f"member {id_}")
+    vector = subset.flatten(network.state_dict())
+    judgement = make_judge(experiment, network, subset, dataset, context).judge(vector[None])[0]
+    record = Record(id_, "original", vector=vector.cpu().numpy(), seed=seed, **stamp())
+    context.progress("zoo", id_ + 1, experiment.zoo.members, f"test {judgement.test_accuracy:.1%}")
+    yield [judged(record, judgement)], None
+
+
+def _from_base(
+    experiment: Experiment,
+    artifacts: Mapping[str, Artifact],
+    dataset: Dataset,
+    subset: Subset,
+    run: Run,
+    present: set[int],
+    context: Context,
+) -> Iterator[tuple[list[Record], dict[str, Any]]]:
+    """Members of a run that trains the subset on from the base; in stacks, each with the state after its last member."""
+    config = experiment.zoo
+    network = load_network(experiment, artifacts).to(context.device)
+    every = config.steps_per_member
+    if every == "epoch":
+        every = steps_per_epoch(len(dataset.train), config.batch_size)
+    num_steps = config.warmup_steps + every * len(run.member_ids)
+    seed = derive_seed(config.seed or 0, "zoo", run.index)
+    training = SubsetTraining(experiment, network, subset, num_steps, context.device)
+    judge = make_judge(experiment, load_network(experiment, artifacts), subset, dataset, context)
+    saved = artifacts["zoo"].load_work(f"run-{run.index}.safetensors")
+    kept = training.restore(load_tree(saved, f"zoo run {run.index}")) if saved is not None else 0
+    pending: list[Record] = []
+    for position in range(kept, len(run.member_ids)):
+        id_ = run.member_ids[position]
+        first = config.warmup_steps + every * position if position else 0
+        stop = config.warmup_steps + every * (position + 1)
+        training.run(dataset, first, stop, seed)
+        record = Record(id_, "original", vector=training.vector().cpu().numpy(), seed=seed, step=stop, **stamp())
+        if id_ not in present:
+            pending.append(record)
+        if len(pending) == experiment.evaluation.stack or id_ == run.member_ids[-1]:
+            judgements = judge.judge(torch.from_numpy(np.stack([r.vector for r in pending]))) if pending else []
+            yield [judged(r, j) for r, j in zip(pending, judgements, strict=True)], training.state(position + 1)
+            pending = []
+        context.progress("zoo", (position + 1) * len(runs_of(config)), config.members, f"run {run.index}, step {stop}")
+
+
+def make_judge(
+    experiment: Experiment, network: nn.Module, subset: Subset, dataset: Dataset, context: Context
+) -> Judge:
+    """The judge of networks that differ from `network` in `subset`, by the experiment's policies."""
+    policy, batch_size = experiment.zoo.batchnorm, experiment.evaluation.batch_size
+    return Judge(network, subset, dataset, context.device, policy, batch_size)
+
+
+class SubsetTraining:
+    """Training of a subset with everything else frozen.
+
+    BatchNorm layers whose statistics stay the base's are in eval mode, so that what is trained is what will be evaluated.
+    Those whose statistics belong to the vector, or all if they will be measured anew, are in train mode.
+    """
+
+    def __init__(
+        self, experiment: Experiment, network: nn.Module, subset: Subset, num_steps: int, device: torch.device
+    ) -> None:
+        config = experiment.zoo
+        self.config, self.network, self.subset, self.device = config, network, subset, device
+        network.train(config.batchnorm == "recalibrated")
+        for entry in subset.entries:
+            if entry.kind == "buffer":
+                network.get_submodule(entry.name.rpartition(".")[0]).train()
+        chosen = {entry.name for entry in subset.entries if entry.kind == "parameter"}
+        parameters = []
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in chosen)
+            if name in chosen:
+                parameters.append(parameter)
+        optimizer = config.optimizer
+        if config.regime == "independent":  # whole networks are trained, and trained further, by the base's recipe
+            base = experiment.training.optimizer
+            optimizer = base.model_copy(update={"lr": base.lr / 10, "schedule": "constant"})
+        self.trainer = Trainer(parameters, optimizer, num_steps, "training of the zoo")
+
+    def run(self, dataset: Dataset, start: int, stop: int, seed: int) -> None:
+        """Steps `start` to `stop` - 1, of the batches that `seed` gives."""
+        loss = torch.zeros(())
+        batches = dataset.training_batches(self.config.batch_size, start, stop, self.device, seed)
+        for step, (images, labels) in enumerate(batches, start):
+            with autocast(self.device, self.config.precision):
+                logits = self.network(images)
+            loss = functional.cross_entropy(logits.float(), labels)
+            self.trainer.step(loss, step)
+        self.trainer.check(loss.item(), stop, "zoo.optimizer.lr")
+
+    def vector(self) -> Tensor:
+        """The subset as it is now (D,)."""
+        return self.subset.flatten(self.network.state_dict())
+
+    def load(self, vector: Tensor) -> None:
+        """Puts a vector (D,) into the network."""
+        self.network.load_state_dict(self.subset.unflatten(vector), strict=False)
+
+    def state(self, kept: int) -> dict[str, Any]:
+        """What `restore` needs to go on after `kept` members."""
+        # Statistics outside of the subset move as well where BatchNorm is in train mode.
+        moving = {} if self.config.batchnorm == "frozen" else dict(self.network.named_buffers())
+        trained = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
+        return {"kept": kept, "tensors": {**trained, **moving}, "optimizer": self.trainer.state()}
+
+    def restore(self, state: dict[str, Any]) -> int:
+        self.network.load_state_dict(state["tensors"], strict=False)
+        self.trainer.load_state(state["optimizer"])
+        return state["kept"]

@@ -1,0 +1,211 @@
+"""MLflow: one experiment per configuration name, a run per zoo and one per trial, written from finished artifacts.
+
+Storage is the source: what MLflow holds can be written again from it, so a server that is down costs nothing but a
+warning. A run carries the key of the artifact it describes and is never written twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pdiff_ray.artifacts import STAGES, Artifact, Storage, load_tree
+from pdiff_ray.config import Experiment
+from pdiff_ray.errors import PdiffError
+
+# A dead server must not hold up the work: MLflow's defaults retry for minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+MAX_BATCH = 1000  # metrics per call, MLflow's limit
+MAX_POINTS = 500  # of a curve
+
+# Fields of a group's summary, and their names as metrics after `<group>/`.
+METRICS = {
+    "best": "best_test_accuracy",
+    "mean": "mean_test_accuracy",
+    "median": "median_test_accuracy",
+    "std": "std_test_accuracy",
+    "train_mean": "mean_train_accuracy",
+    "validation_mean": "mean_validation_accuracy",
+    "failed": "failed",
+    "similarity": "similarity",
+    "similarity_to_originals": "similarity_to_originals",
+    "max_similarity": "max_similarity",
+    "nearest_distance": "nearest_distance",
+}
+
+
+class TrackingError(PdiffError):
+    """MLflow cannot be reached or refuses; results are in storage nevertheless."""
+
+
+def tracking_uri(experiment: Experiment, storage: Storage) -> str:
+    """The configured MLflow, or a SQLite file in the storage folder (beside it, in the current folder, if remote)."""
+    uri = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return uri or f"sqlite:///{_folder(storage) / 'mlflow.db'}"
+
+
+def _folder(storage: Storage) -> Path:
+    return storage.local or Path("pdiff-storage").resolve()
+
+
+def record(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> bool:
+    """Writes the runs of a finished experiment that are not there yet.
+
+    Returns:
+        False if everything had been written before.
+
+    Raises:
+        TrackingError
+    """
+    storage = artifacts["report"].storage
+    uri, name = tracking_uri(experiment, storage), experiment.tracking.experiment or experiment.name
+    mark = hashlib.sha256(f"{uri}|{name}|{artifacts['report'].key}".encode()).hexdigest()[:16]
+    if storage.exists(f"tracking/{mark}.json"):
+        return False
+    try:
+        # MLflow imports half a second of packages, so only where there is something to write.
+        client, experiment_id = _open(uri, name, storage)
+        _record_zoo(client, experiment_id, experiment, artifacts)
+        _record_trial(client, experiment_id, experiment, artifacts)
+    except PdiffError:
+        raise
+    except Exception as error:  # MLflow raises its own, sqlalchemy's and requests' errors
+        reason = str(error).splitlines()[0]
+        raise TrackingError(f"MLflow at {_without_secret(uri)}: {reason}") from None
+    content = {"uri": _without_secret(uri), "experiment": name, "report": artifacts["report"].key}
+    storage.write(f"tracking/{mark}.json", json.dumps(content).encode())
+    return True
+
+
+def _without_secret(uri: str) -> str:
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def _open(uri: str, name: str, storage: Storage) -> tuple[Any, str]:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+    # Left behind by a surrounding MLflow job, it would make every run here a child of that one.
+    os.environ.pop("MLFLOW_RUN_ID", None)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return client, found.experiment_id
+    location = (_folder(storage) / "mlflow-artifacts").as_uri() if uri.startswith("sqlite:") else None
+    try:
+        return client, client.create_experiment(name, artifact_location=location)
+    except MlflowException:  # another process made it in between
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return client, found.experiment_id
+
+
+def _record_zoo(client: Any, experiment_id: str, experiment: Experiment, artifacts: Mapping[str, Artifact]) -> None:
+    zoo, base = artifacts["zoo"], artifacts["base"]
+    info, trained = zoo.manifest()["info"], base.manifest()["info"]
+    metrics = {k: v for k, v in info.items() if k.endswith("_test_accuracy")}
+    metrics |= {f"base/{k}": v for k, v in trained.items() if k.endswith("_accuracy")}
+    curves: dict[str, Sequence[float]] = {}
+    if "history.safetensors" in base.manifest()["files"]:
+        history = load_tree(base.read("history.safetensors"), base.location)
+        curves = {f"base/{name}": values.tolist() for name, values in history.items()}
+    sections = ("data", "network", "training", "zoo")
+    _write_run(client, experiment_id, "zoo", f"zoo-{zoo.key[:6]}", zoo, experiment, sections, metrics, curves, {})
+
+
+def _record_trial(client: Any, experiment_id: str, experiment: Experiment, artifacts: Mapping[str, Artifact]) -> None:
+    report, generator = artifacts["report"], artifacts["generator"]
+    summary = json.loads(artifacts["evaluation"].read("summary.json"))
+    metrics: dict[str, float] = {}
+    for group in summary["groups"]:
+        name = group["group"].replace(" ", "_")
+        metrics |= {f"{name}/{metric}": group[key] for key, metric in METRICS.items() if group[key] is not None}
+    metrics |= {f"seconds/{stage}": artifacts[stage].manifest()["seconds"] for stage in STAGES}
+    curves = {
+        f"{name}/loss": losses.tolist()
+        for name, losses in load_tree(generator.read("history.safetensors"), generator.location).items()
+    }
+    files = {name: report.read(name) for name in report.manifest()["files"]}
+    for entry in artifacts["evaluation"].manifest()["files"].values():
+        if entry["path"].endswith(".parquet"):
+            name = f"networks/{Path(entry['path']).name}"
+            files[name] = artifacts["evaluation"].storage.read(f"{artifacts['evaluation'].folder}/{entry['path']}")
+    sections = tuple(section for section in type(experiment).model_fields if section not in ("resources", "tracking"))
+    _write_run(
+        client, experiment_id, "trial", f"{experiment.name}-{report.key[:6]}", report, experiment, sections, metrics,
+        curves, files,
+    )  # fmt: skip
+
+
+def _write_run(
+    client: Any,
+    experiment_id: str,
+    kind: str,
+    name: str,
+    artifact: Artifact,
+    experiment: Experiment,
+    sections: Sequence[str],
+    metrics: Mapping[str, float],
+    curves: Mapping[str, Sequence[float]],
+    files: Mapping[str, bytes],
+) -> None:
+    """A finished run for an artifact, unless there is one; what an interrupted attempt left is deleted."""
+    from mlflow.entities import Metric, Param
+
+    found = client.search_runs([experiment_id], f"tags.`pdiff.key` = '{artifact.key}' and tags.kind = '{kind}'")
+    for run in found:
+        if run.info.status == "FINISHED":
+            return
+        client.delete_run(run.info.run_id)
+    manifest = artifact.manifest()
+    made = int(datetime.fromisoformat(manifest["created_at"]).timestamp() * 1000)
+    tags = {
+        "kind": kind,
+        "pdiff.key": artifact.key,
+        "pdiff.location": artifact.location,
+        "pdiff.version": manifest["versions"]["pdiff_ray"],
+        "seed": str(experiment.seed),
+    }
+    run = client.create_run(experiment_id, run_name=name, tags=tags, start_time=made - int(1000 * manifest["seconds"]))
+    run_id = run.info.run_id
+    params = [Param(key, value) for key, value in _flat(experiment.model_dump(mode="json", include=set(sections)))]
+    for start in range(0, len(params), 100):
+        client.log_batch(run_id, params=params[start : start + 100])
+    points = [Metric(key, float(value), made, 0) for key, value in metrics.items()]
+    for key, values in curves.items():
+        every = max(1, len(values) // MAX_POINTS)
+        points += [Metric(key, float(values[step]), made, step) for step in range(0, len(values), every)]
+    for start in range(0, len(points), MAX_BATCH):
+        client.log_batch(run_id, metrics=points[start : start + MAX_BATCH])
+    with tempfile.TemporaryDirectory() as folder:
+        for path, content in files.items():
+            target = Path(folder) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        if files:
+            client.log_artifacts(run_id, folder)
+    client.set_terminated(run_id, "FINISHED", end_time=made)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted paths and short values of a configuration."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", str(value)[:500]
