@@ -183,3 +183,172 @@ def _print_result(plan: Plan) -> None:
     console.print(f"networks   {artifacts['samples'].location}  (pdiff export {artifacts['samples'].key} FOLDER)")
     storage = f" --storage {plan.experiment.storage}" if plan.experiment.storage else ""
     console.print(f"MLflow     pdiff ui{storage}")
+
+
+storage_option = click.option(
+    "--storage", "storage_uri", envvar="PDIFF_STORAGE", default="pdiff-storage", show_default=True, help="Folder or URI."
+)
+
+
+@cli.group()
+def artifacts() -> None:
+    """What storage holds: list, show, verify."""
+
+
+@artifacts.command("list")
+@storage_option
+def list_artifacts(storage_uri: str) -> None:
+    """List finished artifacts, oldest first."""
+    from rich import box
+    from rich.table import Table
+
+    from pdiff_ray.artifacts import Storage, finished, read_manifest
+    from pdiff_ray.console import console
+
+    storage = Storage(storage_uri)
+    manifests = [read_manifest(storage, folder) for folder in finished(storage)]
+    if not manifests:
+        console.print(f"nothing finished in {storage.uri.split('?')[0]}")
+        return
+    table = Table("stage", "key", "made", "seconds", "about", box=box.SIMPLE_HEAD, pad_edge=False)
+    for m in sorted(manifests, key=lambda m: m["created_at"]):
+        table.add_row(m["stage"], m["key"], m["created_at"], f"{m['seconds']:.1f}", _about(m["info"]))
+    console.print(table)
+
+
+def _about(info: dict[str, Any]) -> str:
+    shown = {k: v for k, v in info.items() if isinstance(v, int | float | str) and not isinstance(v, bool)}
+    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(shown.items())[:4])
+
+
+@artifacts.command("show")
+@click.argument("key")
+@storage_option
+def show_artifact(key: str, storage_uri: str) -> None:
+    """Show the manifest of the artifact whose key starts with KEY, and what it was made from."""
+    import json
+
+    from pdiff_ray.artifacts import Storage, find
+    from pdiff_ray.exchange import lineage
+
+    storage = Storage(storage_uri)
+    folder, manifest = find(storage, key)
+    manifest["files"] = {name: entry["sha256"][:12] for name, entry in manifest["files"].items()}
+    click.echo(json.dumps(manifest, indent=2))
+    click.echo("made from: " + " <- ".join(f"{f}{'' if m else ' (gone)'}" for f, m in lineage(storage, folder)))
+
+
+@artifacts.command("verify")
+@click.argument("keys", nargs=-1)
+@storage_option
+def verify_artifacts(keys: tuple[str, ...], storage_uri: str) -> None:
+    """Compare every file of the artifacts KEYS (default: all) with its digest."""
+    from pdiff_ray.artifacts import Storage, find, finished, verify
+    from pdiff_ray.errors import StorageError
+
+    storage = Storage(storage_uri)
+    folders = [find(storage, key)[0] for key in keys] or finished(storage)
+    problems = []
+    for folder in folders:
+        found = verify(storage, folder)
+        problems += found
+        click.echo(f"{folder}: {'whole' if not found else f'{len(found)} damaged'}")
+    if problems:
+        raise StorageError("\n".join(problems))
+
+
+@cli.command("import")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@experiment_options
+@click.option("--base", type=click.Path(exists=True, dir_okay=False), help="Whole network, if FOLDER holds subsets alone.")
+def import_command(
+    folder: str,
+    file: str,
+    overrides: tuple[str, ...],
+    storage: str | None,
+    tracking_uri: str | None,
+    address: str | None,
+    base: str | None,
+) -> None:
+    """Make the zoo of FILE (which names it in zoo.imported) from the checkpoints in FOLDER: .pth, .pt or .safetensors.
+
+    Weights only: files that would run code when loaded are refused.
+    """
+    from pathlib import Path
+
+    from pdiff_ray import pipeline
+    from pdiff_ray.console import display
+    from pdiff_ray.exchange import import_zoo
+
+    plan = pipeline.make_plan(load_experiment(file, overrides, storage, tracking_uri, address), target="zoo")
+    if not plan.missing:
+        click.echo(f"zoo: there already, {plan.artifacts['zoo'].location}")
+        return
+    plan.storage.check_writable()
+    with display() as progress:
+        import_zoo(Path(folder), plan.experiment, plan.artifacts, Path(base) if base else None, progress)
+    click.echo(f"zoo: {plan.artifacts['zoo'].location}")
+
+
+@cli.command("export")
+@click.argument("key")
+@click.argument("folder", type=click.Path(file_okay=False))
+@click.option("--ids", help="Comma-separated ids; default: all.")
+@click.option("--subset-only", is_flag=True, help="The generated tensors alone, for load_state_dict(strict=False).")
+@storage_option
+def export_command(key: str, folder: str, ids: str | None, subset_only: bool, storage_uri: str) -> None:
+    """Write the networks of a zoo or of samples (KEY) into FOLDER as safetensors state dicts."""
+    from pathlib import Path
+
+    from pdiff_ray.artifacts import Storage
+    from pdiff_ray.exchange import export
+
+    try:
+        chosen = None if ids is None else [int(part) for part in ids.split(",")]
+    except ValueError:
+        raise ConfigError(f"--ids: {ids!r} is not a comma-separated list of numbers") from None
+    count = sum(1 for _ in export(Storage(storage_uri), key, Path(folder), chosen, subset_only))
+    click.echo(f"{count} networks in {folder}")
+
+
+@cli.command()
+@click.option("--storage", "storage_uri", envvar="PDIFF_STORAGE", help="Folder whose SQLite file is shown.")
+@click.option("--tracking-uri", help="MLflow database, if it is elsewhere.")
+@click.option("--port", default=5000, show_default=True, help="On the loopback interface.")
+def ui(storage_uri: str | None, tracking_uri: str | None, port: int) -> None:
+    """Open MLflow's pages on the recorded runs; prints links to them."""
+    from pathlib import Path
+
+    from pdiff_ray import tracking
+    from pdiff_ray.artifacts import Storage
+    from pdiff_ray.config import Experiment, Tracking
+
+    experiment = Experiment(name="ui", storage=storage_uri, tracking=Tracking(uri=tracking_uri))
+    uri = tracking.tracking_uri(experiment, Storage(experiment.storage_uri))
+    remote = uri.startswith(("http://", "https://"))
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise ConfigError(f"{uri.removeprefix('sqlite:///')}: nothing is recorded yet; run `pdiff sweep FILE`, or name --storage")
+    tracking.reachable(uri)
+    for name, link in tracking.pages(uri, uri.rstrip("/") if remote else f"http://127.0.0.1:{port}"):
+        click.echo(f"{name}: {link}")
+    if not remote:
+        click.echo("serving until Ctrl-C")
+        tracking.serve(uri, port)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(), required=False)
+@click.option("--storage", "storage_uri", help="Folder or URI of results.")
+def doctor(file: str | None, storage_uri: str | None) -> None:
+    """Check what an experiment (FILE, or the defaults) needs: versions, devices, storage, data, Ray, MLflow."""
+    from pdiff_ray import config
+    from pdiff_ray.doctor import examine
+
+    overrides = [f"storage={storage_uri}"] if storage_uri else []
+    experiment = config.load(file, overrides) if file else config.Experiment(name="doctor", storage=storage_uri)
+    failed = 0
+    for finding in examine(experiment):
+        failed += not finding.ok
+        click.echo(f"{'ok     ' if finding.ok else 'MISSING'} {finding.what}: {finding.text}")
+    if failed:
+        raise PdiffError(f"{failed} of these need attention")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pdiff_ray.artifacts import STAGES, Artifact, Storage
 from pdiff_ray.config import Experiment
@@ -113,6 +112,9 @@ def _run_here(plan: Plan, progress: Display) -> None:
 
 def _run_on_ray(plan: Plan, progress: Display) -> None:
     progress("Ray", 0, 1, "starting")
+    from pdiff_ray import distributed
+
+    distributed.prepare(plan.experiment.resources)
     from pdiff_ray.distributed import session
 
     with session.connect(plan.experiment.resources, progress) as events:
@@ -127,7 +129,7 @@ def _run_on_ray(plan: Plan, progress: Display) -> None:
             _run_on_pool(plan, progress, events)
 
 
-def _run_on_pool(plan: Plan, progress: Display, events: Any) -> None:
+def _run_on_pool(plan: Plan, progress: Display, events: str) -> None:
     import torch
 
     from pdiff_ray.data import default_cache

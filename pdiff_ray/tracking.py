@@ -10,6 +10,8 @@ import hashlib
 import json
 import logging
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -79,13 +81,55 @@ def record(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> bool:
         raise
     except Exception as error:  # MLflow raises its own, sqlalchemy's and requests' errors
         reason = str(error).splitlines()[0]
-        raise TrackingError(f"MLflow at {_without_secret(uri)}: {reason}") from None
-    content = {"uri": _without_secret(uri), "experiment": name, "report": artifacts["report"].key}
+        raise TrackingError(f"MLflow at {without_secret(uri)}: {reason}") from None
+    content = {"uri": without_secret(uri), "experiment": name, "report": artifacts["report"].key}
     storage.write(f"tracking/{mark}.json", json.dumps(content).encode())
     return True
 
 
-def _without_secret(uri: str) -> str:
+def reachable(uri: str) -> str:
+    """A few words on the MLflow at `uri`.
+
+    Raises:
+        TrackingError
+    """
+    if uri.startswith("sqlite:///"):
+        return "there" if Path(uri.removeprefix("sqlite:///")).exists() else "created by the first run"
+    import mlflow
+
+    try:
+        mlflow.MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except Exception as error:
+        raise TrackingError(
+            f"MLflow at {without_secret(uri)}: {str(error).splitlines()[0]}; start the server or correct tracking.uri"
+        ) from None
+    return "answers"
+
+
+def serve(uri: str, port: int) -> None:
+    """Runs MLflow's own server on `uri` until interrupted, on the loopback interface."""
+    # One worker without a job queue takes a quarter of the memory of MLflow's defaults.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port",
+               str(port), "--workers", "1"]  # fmt: skip
+    subprocess.run(command, env=environment, check=False)
+
+
+def pages(uri: str, server: str) -> list[tuple[str, str]]:
+    """Names of experiments and links to their runs, with the columns that matter, on a server at `server`."""
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    order = "orderByKey=metrics.%60generated%2Fbest_test_accuracy%60&orderByAsc=false"
+    return [
+        (e.name, f"{server}/#/experiments/{e.experiment_id}/runs?workflowType=machine_learning&{order}")
+        for e in client.search_experiments()
+        if e.name != "Default"
+    ]
+
+
+def without_secret(uri: str) -> str:
+    """The URI without user name and password."""
     scheme, separator, rest = uri.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 

@@ -1,1 +1,21 @@
 """The Ray layer: runs the plain functions of `pdiff_ray.stages` on a cluster. Nothing else imports Ray."""
+
+from __future__ import annotations
+
+import os
+
+from pdiff_ray.config import Resources
+
+
+def ray_address(resources: Resources) -> str | None:
+    """The cluster to connect to; None for a local Ray."""
+    return resources.address or os.environ.get("RAY_ADDRESS")
+
+
+def prepare(resources: Resources) -> None:
+    """Sets what Ray reads from the environment while it is imported."""
+    if not ray_address(resources):
+        # A local Ray then listens on the loopback interface alone, as it does by default on macOS and Windows.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # The default of Ray's next version, set to be spared the notice.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

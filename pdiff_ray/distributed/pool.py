@@ -23,7 +23,7 @@ BUILDERS = {"generator": generate.build_generator, "samples": generate.build_sam
 class _Worker:
     """What an actor does; it reads and writes storage itself, so that only names travel."""
 
-    def __init__(self, experiment: Experiment, artifacts: Mapping[str, Artifact], events: Any) -> None:
+    def __init__(self, experiment: Experiment, artifacts: Mapping[str, Artifact], events: str) -> None:
         torch.set_num_threads(experiment.resources.cpus_per_actor)
         device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self.experiment, self.artifacts = experiment, artifacts
@@ -42,7 +42,7 @@ class _Worker:
 class Pool:
     """Actors of one experiment. Work of an actor that dies is given to the others while it is restarted."""
 
-    def __init__(self, experiment: Experiment, artifacts: Mapping[str, Artifact], events: Any) -> None:
+    def __init__(self, experiment: Experiment, artifacts: Mapping[str, Artifact], events: str) -> None:
         resources = experiment.resources
         gpus = resources.gpus_per_actor
         if gpus == "auto":

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
+import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import ray
 
 from pdiff_ray.config import Resources
+from pdiff_ray.distributed import ray_address
 from pdiff_ray.errors import ConfigError, PdiffError
 from pdiff_ray.stages import Progress
 
@@ -43,15 +45,16 @@ class _Events:
 
 
 @contextlib.contextmanager
-def connect(resources: Resources, progress: Progress) -> Iterator[Any]:
-    """Connects to Ray, and yields the actor through which workers report; `progress` hears of it here.
+def connect(resources: Resources, progress: Progress) -> Iterator[str]:
+    """Connects to Ray, and yields the name of the actor through which workers report; `progress` hears of it here.
 
     A Ray that was there before, a cluster or this process's, is left running.
     """
     ours = not ray.is_initialized()
     if ours:
         _init(resources)
-    events = ray.remote(_Events).options(num_cpus=0).remote()
+    name = f"pdiff-events-{uuid.uuid4().hex[:8]}"
+    events = ray.remote(_Events).options(num_cpus=0, name=name).remote()
     stop = threading.Event()
 
     def relay() -> None:
@@ -62,7 +65,7 @@ def connect(resources: Resources, progress: Progress) -> Iterator[Any]:
     thread = threading.Thread(target=relay, daemon=True)
     thread.start()
     try:
-        yield events
+        yield name
         stop.set()
         thread.join()
         for update in ray.get(events.take.remote()):
@@ -76,15 +79,13 @@ def connect(resources: Resources, progress: Progress) -> Iterator[Any]:
 
 
 def _init(resources: Resources) -> None:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the default of the next version, without its notice
     logging.getLogger("ray").setLevel(logging.ERROR)  # of its many notices none is about the experiment
-    address = resources.address or os.environ.get("RAY_ADDRESS")
+    address = ray_address(resources)
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             return
-        # Loopback: nobody else on the network can reach a laptop's Ray.
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise PdiffError(
             f"resources.address: no Ray cluster at {address!r} ({str(error).splitlines()[0]}); start it with `ray up` or "
@@ -103,21 +104,34 @@ def _init(resources: Resources) -> None:
             )
 
 
+def cluster_resources() -> dict[str, float]:
+    """What the connected cluster has, by Ray's names."""
+    return ray.cluster_resources()
+
+
 def num_gpus() -> float:
     """GPUs of the connected cluster."""
     return ray.cluster_resources().get("GPU", 0)
 
 
-def report_progress(events: Any) -> Progress:
+def report_progress(events: str) -> Progress:
     """A progress function for workers; at most a few messages a second reach the driver."""
-    import time
-
-    last: dict[str, float] = {}
+    actor, last = ray.get_actor(events), {}
 
     def progress(task: str, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
         if done >= total or now - last.get(task, 0) >= POLL_S:
             last[task] = now
-            events.update.remote(task, done, total, note)
+            actor.update.remote(task, done, total, note)
 
     return progress
+
+
+def report_failure(events: str, message: str) -> None:
+    """Tells the driver what a user can mend."""
+    ray.get(ray.get_actor(events).fail.remote(message))
+
+
+def failure(events: str) -> str | None:
+    """The first message of `report_failure`."""
+    return ray.get(ray.get_actor(events).failed.remote())

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -16,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from pdiff_ray.artifacts import Artifact
 from pdiff_ray.config import Experiment
 from pdiff_ray.data import default_cache
-from pdiff_ray.distributed.session import num_gpus, report_progress
+from pdiff_ray.distributed.session import failure, num_gpus, report_failure, report_progress
 from pdiff_ray.errors import PdiffError
 from pdiff_ray.stages import Context, base, zoo
 
@@ -25,7 +24,7 @@ BUILDERS = {"base": base.build, "zoo": zoo.build}
 COLLECTIVE_TIMEOUT_S = 7 * 24 * 3600
 
 
-def train(experiment: Experiment, artifacts: Mapping[str, Artifact], stages: Sequence[str], events: Any) -> None:
+def train(experiment: Experiment, artifacts: Mapping[str, Artifact], stages: Sequence[str], events: str) -> None:
     """Builds `stages` (of "base" and "zoo") with `experiment.resources.workers` workers.
 
     A lost worker or node restarts the group, which goes on from what is in storage.
@@ -55,9 +54,8 @@ def train(experiment: Experiment, artifacts: Mapping[str, Artifact], stages: Seq
     finally:
         with contextlib.suppress(OSError):  # Ray's marker files; the results are artifacts
             storage.fs.delete_dir(storage.path(f"tmp/{name}"))
-    failure = ray.get(events.failed.remote())
-    if failure:
-        raise PdiffError(failure)
+    if message := failure(events):
+        raise PdiffError(message)
 
 
 def useful_workers(experiment: Experiment, stages: Sequence[str]) -> int:
@@ -68,7 +66,7 @@ def useful_workers(experiment: Experiment, stages: Sequence[str]) -> int:
 
 def _work(config: dict[str, Any]) -> None:
     experiment, artifacts, events = config["experiment"], config["artifacts"], config["events"]
-    if ray.get(events.failed.remote()):  # a restart cannot help
+    if failure(events):  # a restart cannot help
         return
     torch.set_num_threads(experiment.resources.cpus_per_worker)
     worker = ray.train.get_context()
@@ -79,6 +77,6 @@ def _work(config: dict[str, Any]) -> None:
         for stage in config["stages"]:
             BUILDERS[stage](experiment, artifacts, context)
     except PdiffError as error:
-        ray.get(events.fail.remote(str(error)))
+        report_failure(events, str(error))
         if context.world > 1:  # the others may wait for this worker: only a restart ends them
             raise
