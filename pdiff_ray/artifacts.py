@@ -1,9 +1,9 @@
 """Storage and the content-addressed artifacts in it.
 
-An artifact lives under `<stage>/<key>/`; the key is a hash of everything that determines it. Every file carries a digest
-of its content in its name and is written whole or not at all; `manifest.json`, written last and once, says which files
-belong. So whoever builds the same artifact at the same time can only ever produce one of two whole ones, and what a
-crash leaves behind is never mistaken for a result.
+An artifact lives under `<stage>/<key>/`; the key is a hash of everything that determines it. Every file carries a
+digest of its content in its name and is written whole or not at all; `manifest.json`, written last and once, says which
+files belong. So whoever builds the same artifact at the same time can only ever produce one of two whole ones, and what
+a crash leaves behind is never mistaken for a result.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -52,19 +53,25 @@ class Storage:
                 self.fs, self.root = pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
                 self.uri = self.root
         except (pa.ArrowInvalid, OSError) as error:
-            raise StorageError(f"storage: {uri!r} is not a folder or a URI that pyarrow.fs knows: {error}") from None
+            reason = _without_secrets(f"{uri!r} is not a folder or a URI that pyarrow.fs knows: {error}")
+            raise StorageError(f"storage: {reason}") from None
 
     @property
     def local(self) -> Path | None:
         """The folder, if storage is one of this machine."""
         return Path(self.root) if isinstance(self.fs, pafs.LocalFileSystem) else None
 
+    @property
+    def place(self) -> str:
+        """The URI as it may be shown."""
+        return _without_secrets(self.uri.split("?")[0]) if self.local is None else self.root
+
     def path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"
 
     def location(self, name: str) -> str:
         """Where a user finds `name`."""
-        return f"{self.uri.split('?')[0]}/{name}"
+        return f"{self.place}/{name}"
 
     def check_writable(self) -> None:
         """Raises StorageError unless a file can be written, read and deleted here."""
@@ -138,10 +145,10 @@ class Storage:
             yield
         except FileNotFoundError:
             raise StorageError(f"{self.location(name)}: no such file in storage") from None
-        except OSError as error:
+        except (OSError, pa.ArrowInvalid) as error:
             raise StorageError(
-                f"storage {self.location(name)}: {error.strerror or error}; free space or choose another folder "
-                "with storage: (or --storage)"
+                f"storage {self.location(name)}: {getattr(error, 'strerror', None) or error}; free space or choose "
+                "another folder with storage: (or --storage)"
             ) from None
 
     def _remove_stale_temporaries(self) -> None:
@@ -150,6 +157,11 @@ class Storage:
                 with contextlib.suppress(OSError):
                     if time.time() - file.stat().st_mtime > STALE_TEMPORARY_S:
                         file.unlink()
+
+
+def _without_secrets(text: str) -> str:
+    """The text without the user and password of the URI in it."""
+    return re.sub("://[^/]*@", "://", text)
 
 
 def artifact_key(stage: str, config: dict[str, Any], inputs: dict[str, str]) -> str:
@@ -247,19 +259,22 @@ class Artifact:
 
 def read_manifest(storage: Storage, folder: str) -> dict[str, Any]:
     name = f"{folder}/manifest.json"
+    content = storage.read(name)
     try:
-        return json.loads(storage.read(name))
-    except json.JSONDecodeError as error:
-        raise StorageError(f"{storage.location(name)}: damaged ({error}); delete its folder to build it again") from None
+        return json.loads(content)
+    except ValueError as error:  # not JSON, or not even text
+        where = storage.location(name)
+        raise StorageError(f"{where}: damaged ({error}); delete its folder to build it again") from None
 
 
 def find(storage: Storage, prefix: str) -> tuple[str, dict[str, Any]]:
     """The folder and manifest of the one finished artifact whose key (or stage/key) starts with `prefix`."""
     stage, slash, key = prefix.rpartition("/")
-    found = [f for f in finished(storage) if f.split("/")[1].startswith(key) and (not slash or f.split("/")[0] == stage)]
+    split = [folder.split("/") for folder in finished(storage)]
+    found = ["/".join(f) for f in split if f[1].startswith(key) and (not slash or f[0] == stage)]
     if len(found) != 1:
         what = "no finished artifact" if not found else f"{len(found)} artifacts ({', '.join(found)})"
-        raise StorageError(f"{prefix}: {what} in {storage.uri.split('?')[0]}; `pdiff artifacts list` shows the keys")
+        raise StorageError(f"{prefix}: {what} in {storage.place}; `pdiff artifacts list` shows the keys")
     return found[0], read_manifest(storage, found[0])
 
 
@@ -285,7 +300,7 @@ def verify(storage: Storage, folder: str) -> list[str]:
 
 
 def _damaged(storage: Storage, name: str) -> str:
-    folder = name.rsplit("/", 1)[0]
+    folder = "/".join(name.split("/")[:2])  # the artifact's, whatever the file's
     return (
         f"{storage.location(name)}: damaged, its content differs from the digest in the manifest; delete "
         f"{storage.location(folder)} and run again to build it anew"
@@ -308,7 +323,8 @@ def versions() -> dict[str, str]:
 def save_tree(tree: dict[str, Any]) -> bytes:
     """A nested dict of tensors and JSON values as safetensors: data without code.
 
-    Keys must not contain `|`. Lists and scalars travel as JSON in the file's metadata.
+    Keys must not contain `|`. Lists, scalars and empty dicts travel as JSON in the file's metadata. The order of keys
+    is not kept.
     """
     import torch
     from safetensors.torch import save
@@ -322,7 +338,7 @@ def save_tree(tree: dict[str, Any]) -> bytes:
             if isinstance(value, torch.Tensor):
                 # Copies: safetensors refuses tensors that share memory.
                 tensors[path] = value.detach().cpu().contiguous().clone()
-            elif isinstance(value, dict):
+            elif isinstance(value, dict) and value:
                 visit(value, f"{path}|")
             else:
                 scalars[path] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,10 +20,14 @@ STAGE_NAMES = ("base", "zoo", "generator", "samples", "evaluation", "report")
 INTERRUPTED = 130
 
 
-def guarded(command: click.Command) -> None:
-    """Runs a command; what a user can mend is printed as one message, without a traceback."""
+def guarded(command: click.Command, arguments: Sequence[str] | None = None) -> None:
+    """Runs a command and exits; what a user can mend is printed as one message, without a traceback.
+
+    Args:
+        arguments: default: those of the process.
+    """
     try:
-        sys.exit(command(standalone_mode=False))
+        sys.exit(command(arguments, standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -155,7 +160,9 @@ def _track(plan: Plan) -> None:
     try:
         tracking.record(plan.experiment, plan.artifacts)
     except tracking.TrackingError as error:
-        console.print(f"[bold yellow]warning:[/] {error}\n  results are safe in storage; the same command logs them later")
+        console.print(
+            f"[bold yellow]warning:[/] {error}\n  results are safe in storage; the same command logs them later"
+        )
 
 
 def _print_result(plan: Plan) -> None:
@@ -168,7 +175,9 @@ def _print_result(plan: Plan) -> None:
     artifacts = plan.artifacts
     summary = report.load_summary(artifacts)
     head, *rows = report.table_rows(summary)
-    console.print(f"\n[bold]{plan.experiment.name}[/]: original / ensemble / p-diff [bold]{report.paper_row(summary)}[/]")
+    console.print(
+        f"\n[bold]{plan.experiment.name}[/]: original / ensemble / p-diff [bold]{report.paper_row(summary)}[/]"
+    )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in head:
         table.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
@@ -186,7 +195,12 @@ def _print_result(plan: Plan) -> None:
 
 
 storage_option = click.option(
-    "--storage", "storage_uri", envvar="PDIFF_STORAGE", default="pdiff-storage", show_default=True, help="Folder or URI."
+    "--storage",
+    "storage_uri",
+    envvar="PDIFF_STORAGE",
+    default="pdiff-storage",
+    show_default=True,
+    help="Folder or URI.",
 )
 
 
@@ -260,7 +274,9 @@ def verify_artifacts(keys: tuple[str, ...], storage_uri: str) -> None:
 @cli.command("import")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
 @experiment_options
-@click.option("--base", type=click.Path(exists=True, dir_okay=False), help="Whole network, if FOLDER holds subsets alone.")
+@click.option(
+    "--base", type=click.Path(exists=True, dir_okay=False), help="Whole network, if FOLDER holds subsets alone."
+)
 def import_command(
     folder: str,
     file: str,
@@ -327,7 +343,9 @@ def ui(storage_uri: str | None, tracking_uri: str | None, port: int) -> None:
     uri = tracking.tracking_uri(experiment, Storage(experiment.storage_uri))
     remote = uri.startswith(("http://", "https://"))
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise ConfigError(f"{uri.removeprefix('sqlite:///')}: nothing is recorded yet; run `pdiff sweep FILE`, or name --storage")
+        raise ConfigError(
+            f"{uri.removeprefix('sqlite:///')}: nothing is recorded yet; run `pdiff sweep FILE`, or name --storage"
+        )
     tracking.reachable(uri)
     for name, link in tracking.pages(uri, uri.rstrip("/") if remote else f"http://127.0.0.1:{port}"):
         click.echo(f"{name}: {link}")

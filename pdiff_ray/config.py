@@ -17,9 +17,30 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pdiff_ray.errors import ConfigError, did_you_mean
 
 
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, mapping by mapping."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        # A subset is one rule, not a mapping of settings: the later one replaces the earlier.
+        both = isinstance(old, dict) and isinstance(value, dict) and key != "subset"
+        merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     unkeyed: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        """Lays mappings over the defaults that their fields have here: a new learning rate changes no schedule."""
+        if not isinstance(value, dict):
+            return value
+        defaults = {name: field.default for name, field in cls.model_fields.items() if name in value}
+        sections = {name: d.model_dump(exclude_unset=True) for name, d in defaults.items() if isinstance(d, Section)}
+        return merge(sections, value)
 
     def keyed(self) -> dict[str, Any]:
         """The fields that determine a result, as JSON values with defaults filled in."""
@@ -149,7 +170,7 @@ class Zoo(Section):
                     "'included' or 'recalibrated'"
                 )
         if self.regime == "branches" and self.branches > self.members:
-            raise ValueError(f"branches is {self.branches}, more than members ({self.members})")
+            raise ValueError(f"branches is {self.branches}, more than members ({self.members}); lower it")
         return self
 
 
@@ -278,7 +299,7 @@ class Experiment(Section):
     """One experiment: from data to judged generated networks."""
 
     name: str = Field(min_length=1, pattern=r"^[\w.-]+$", description="names the MLflow experiment and the report")
-    seed: int = Field(0, ge=0, description="seed of every stage that states none")
+    seed: int = Field(0, ge=0, strict=True, description="seed of every stage that states none")
     data: Data = Data()
     network: Network = Network()
     training: Training = Training()
@@ -311,7 +332,10 @@ class Experiment(Section):
             )
         steps, timesteps = self.sampling.steps, self.generator.diffusion.num_timesteps
         if steps and steps > timesteps:
-            raise ValueError(f"sampling.steps is {steps}, but generator.diffusion.num_timesteps is {timesteps}")
+            raise ValueError(
+                f"sampling.steps is {steps}, but generator.diffusion.num_timesteps is {timesteps}; lower the first or "
+                "raise the second"
+            )
         return self
 
     @property
@@ -322,17 +346,6 @@ class Experiment(Section):
     @property
     def storage_uri(self) -> str:
         return self.storage or os.environ.get("PDIFF_STORAGE") or "pdiff-storage"
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` laid over it, mapping by mapping."""
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        # A subset is one rule, not a mapping of settings: the later one replaces the earlier.
-        both = isinstance(old, dict) and isinstance(value, dict) and key != "subset"
-        merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
-    return merged
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -355,7 +368,10 @@ def parse(raw: dict[str, Any], where: str) -> Experiment:
     try:
         return Experiment.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        by_path: dict[str, list[Any]] = {}
+        for problem in error.errors():
+            by_path.setdefault(_path(problem["loc"]), []).append(problem)
+        lines = [_explain(path, problems) for path, problems in by_path.items()]
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
@@ -399,21 +415,30 @@ def _parse_override(text: str) -> dict[str, Any]:
     return tree
 
 
-def _explain(problem: Any) -> str:
-    """One line for one of pydantic's problems: path, value, remedy."""
-    location = [str(part) for part in problem["loc"]]
-    path = ".".join(location)
-    value = problem.get("input")
+def _path(location: Sequence[int | str]) -> str:
+    """The dotted path of a problem's location, without the alternative that pydantic tried, where there are some."""
+    kept: list[str] = []
+    for part in location:
+        if kept and isinstance(part, str) and not _fields_at(kept):
+            break
+        kept.append(str(part))
+    return ".".join(kept)
+
+
+def _explain(path: str, problems: Sequence[Any]) -> str:
+    """One line for pydantic's problems with one field: path, value, remedy. Several are of alternatives."""
+    problem = problems[0]
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
-        near = did_you_mean(location[-1], known) or f"; known here: {', '.join(known)}"
+        parent, _, key = path.rpartition(".")
+        known = _fields_at(parent.split(".") if parent else [])
+        near = did_you_mean(key, known) or f"; known here: {', '.join(known)}"
         return f"{path}: unknown key{near}"
     if problem["type"] == "missing":
         return f"{path}: required but not given"
-    message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
+        message = problem["msg"].removeprefix("Value error, ")
         return f"{path}: {message}" if path else message
-    return f"{path}: {value!r} is not accepted: {message}"
+    return f"{path}: {problem['input']!r} is not accepted: {'; or: '.join(p['msg'] for p in problems)}"
 
 
 def _fields_at(location: Sequence[str]) -> list[str]:

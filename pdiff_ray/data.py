@@ -6,9 +6,11 @@ standardized float32 where fixed noise was added.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import uuid
@@ -16,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +27,9 @@ from torch import Tensor
 from pdiff_ray.config import Data
 from pdiff_ray.errors import ConfigError, PdiffError, did_you_mean
 from pdiff_ray.seeds import derive_seed, generator
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SPLITS = ("train", "test")
 ON_DEVICE_BYTES = 4 * 2**30  # sets up to this size are kept in an accelerator's memory whole
@@ -46,7 +51,7 @@ class DataInfo:
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _TRAIN_TEST = ({"split": "train"}, {"split": "test"})
 DATASETS = {
-    "digits": DataInfo(1, 8, 10, (0.3053,), (0.3761,)),
+    "digits": DataInfo(1, 8, 10, (0.3076,), (0.3771,)),
     "mnist": DataInfo(1, 28, 10, (0.1307,), (0.3081,), "MNIST"),
     "fashion_mnist": DataInfo(1, 28, 10, (0.2860,), (0.3530,), "FashionMNIST"),
     "cifar10": DataInfo(3, 32, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR10"),
@@ -83,7 +88,7 @@ def describe(config: Data) -> DataInfo:
         if config.source not in ("parquet", "folder"):
             raise ConfigError(f"data.source: {config.source!r} cannot be read as custom data; choose parquet or folder")
         samples = open_samples(config, "train")
-        image, _ = samples[0]
+        image, _ = next(iter(samples))
         channels = config.channels or (1 if image.mode == "L" else 3)
         size = config.image_size or min(image.size)
         # Pixels in -1..1, the usual choice where nothing is known about a data set.
@@ -113,9 +118,15 @@ def keyed(config: Data) -> dict[str, Any]:
 
 
 def check(config: Data) -> None:
-    """Raises ConfigError unless both splits can be opened."""
+    """Raises ConfigError unless both splits can be opened and their labels are those of the data set."""
+    info = describe(config)
     for split in SPLITS:
-        open_samples(config, split)
+        labels = np.asarray(getattr(open_samples(config, split), "targets", (0,)))
+        if labels.min() < 0 or labels.max() >= info.num_classes:
+            raise ConfigError(
+                f"data.name: {config.name} has the labels 0 to {info.num_classes - 1}, but the {split} data under "
+                f"{config.root!r} has {labels.min()} to {labels.max()}; correct data.name or data.root"
+            )
 
 
 def open_samples(config: Data, split: str) -> Samples:
@@ -129,7 +140,7 @@ def open_samples(config: Data, split: str) -> Samples:
         try:
             return ImageFolder(str(folder))
         except FileNotFoundError as error:
-            raise ConfigError(f"data.root: {folder} is not a folder of one folder of images per class: {error}") from None
+            raise ConfigError(f"data.root: {folder} has to hold a folder of images per class: {error}") from None
     if config.name == "digits":
         return _Digits(split)
     from torchvision import datasets
@@ -141,7 +152,7 @@ def open_samples(config: Data, split: str) -> Samples:
     try:
         return getattr(datasets, str(info.torchvision))(root=config.root, **kwargs)
     except (RuntimeError, FileNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"data.root: {config.name} is not under {config.root!r} ({reason}); put it there, set data.download: true "
             "to let torchvision fetch it, or name another data.source"
@@ -168,37 +179,84 @@ class _Digits:
 
 
 class ParquetImages:
-    """Images in the Hugging Face schema: `img` or `image` struct with `bytes`, and `label` (or `fine_label`)."""
+    """Images in the Hugging Face schema: `img` or `image` struct with `bytes`, and `label` (or `fine_label`).
+
+    Parquet has no quick way to single rows: they come from a memory-mapped Arrow file of the encoded images, which
+    `write_arrow` makes. Mapped, it takes no memory of a process, and travels to others as a path.
+    """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        import pyarrow as pa
-        import pyarrow.dataset as ds
-
-        self.files = list(map(str, files))
-        try:
-            dataset = ds.dataset(self.files, format="parquet")
-            names = dataset.schema.names
-            image = next((n for n in ("img", "image") if n in names), None)
-            label = next((n for n in ("label", "fine_label") if n in names), None)
-            if image is None or label is None:
-                raise ConfigError(
-                    f"data.root: {self.files[0]} has columns {', '.join(names)}; wanted are img or image (struct with "
-                    "bytes) and label"
-                )
-            table = dataset.to_table(columns={"bytes": ds.field(image, "bytes"), "label": ds.field(label)})
-        except (pa.ArrowException, OSError) as error:
-            raise ConfigError(f"data.root: {self.files[0]} cannot be read as Parquet images: {error}") from None
-        # The encoded images stay in Arrow's memory, a small part of what decoded ones take.
-        self.bytes = table["bytes"]
-        self.targets = table["label"].to_numpy().astype(np.int64)
+        self.files = files
+        self.arrow: Path | None = None
+        batches = [batch["label"].to_numpy(zero_copy_only=False) for batch in self._batches("label")]
+        self.targets = np.concatenate([*batches, []]).astype(np.int64)
+        if not len(self.targets):
+            raise ConfigError(f"data.root: {self.files[0]} holds no images")
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> Sample:
-        from PIL import Image
+        return _open_image(self._encoded[index]), int(self.targets[index])
 
-        return Image.open(io.BytesIO(self.bytes[index].as_py())), int(self.targets[index])
+    def __iter__(self) -> Iterator[Sample]:
+        """All in order, few of them in memory."""
+        for batch in self._batches("bytes", "label"):
+            for encoded, label in zip(batch["bytes"], batch["label"], strict=True):
+                yield _open_image(encoded), label.as_py()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_encoded"}
+
+    @functools.cached_property
+    def _encoded(self) -> pa.ChunkedArray:
+        import pyarrow as pa
+
+        assert self.arrow is not None
+        return pa.ipc.open_file(pa.memory_map(str(self.arrow))).read_all()["bytes"]
+
+    def write_arrow(self, path: Path, progress: Progress | None = None) -> None:
+        """Copies the encoded images to a new Arrow file and reads them from there."""
+        import pyarrow as pa
+
+        self.arrow = path
+        done, schema = 0, pa.schema({"bytes": pa.binary()})
+        with pa.ipc.new_file(str(path), schema) as writer:
+            for batch in self._batches("bytes"):
+                writer.write_batch(batch.cast(schema))
+                done += len(batch)
+                if progress:
+                    progress(done, len(self))
+
+    def _batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
+        """The files' rows, with "bytes", "label" or both."""
+        import pyarrow as pa
+        import pyarrow.dataset as ds
+
+        for file in self.files:
+            try:
+                dataset = ds.dataset(str(file), format="parquet")
+                names = dataset.schema.names
+                image = next((n for n in ("img", "image") if n in names), None)
+                label = next((n for n in ("label", "fine_label") if n in names), None)
+                if image is None or label is None:
+                    raise ConfigError(
+                        f"data.root: {file} has columns {', '.join(names)}; wanted are img or image (struct with "
+                        "bytes) and label"
+                    )
+                fields = {"bytes": ds.field(image, "bytes"), "label": ds.field(label).cast(pa.int64())}
+                # Small batches and little read ahead: a set may be larger than memory.
+                yield from dataset.to_batches(
+                    columns={name: fields[name] for name in columns}, batch_size=256, batch_readahead=2
+                )
+            except (pa.ArrowException, OSError) as error:
+                raise ConfigError(f"data.root: {file} cannot be read as Parquet images: {error}") from None
+
+
+def _open_image(encoded: pa.Scalar) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(encoded.as_py()))
 
 
 def _num_classes(samples: Samples) -> int:
@@ -212,7 +270,7 @@ def _parquet_files(config: Data, split: str) -> list[Path]:
     for name in names:
         if files := sorted(root.glob(f"**/{name}*.parquet")):
             return files
-    raise ConfigError(f"data.root: no {names[0]}*.parquet under {config.root!r}; put the files there or correct the path")
+    raise ConfigError(f"data.root: no {names[0]}*.parquet under {config.root!r}; put files there or correct the path")
 
 
 def _first_folder(config: Data, split: str) -> Path:
@@ -224,7 +282,7 @@ def _first_folder(config: Data, split: str) -> Path:
 
 
 def _fingerprint(config: Data) -> str:
-    """A cheap hash of custom files: names and sizes, and of Parquet files the end, whose footer changes with the data."""
+    """A cheap hash of custom files: names, sizes, and of Parquet files the end, whose footer changes with the data."""
     sha = hashlib.sha256()
     for split in SPLITS:
         if config.source == "parquet":
@@ -272,19 +330,21 @@ class _Streamed(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.samples[index]
-        return torch.from_numpy(_decode(image, self.info)), label
+        image, label = _decoded(self.samples, index, self.info)
+        return torch.from_numpy(image), label
 
     def to(self, device: torch.device) -> None:
         pass
 
     def batches(self, index_batches: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        # A forked child of a Ray worker inherits its threads' locks, one of a server that has imported torch does not.
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(["torch", "pdiff_ray.data"])
         loader = torch.utils.data.DataLoader(
             self,
             batch_sampler=(batch.tolist() for batch in index_batches),  # type: ignore[arg-type]
             num_workers=self.num_workers,
-            # A forked child of a Ray worker inherits its threads' locks.
-            multiprocessing_context="forkserver" if self.num_workers else None,
+            multiprocessing_context=processes if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
         yield from loader
@@ -339,7 +399,14 @@ class Dataset:
         return images.contiguous(memory_format=torch.channels_last)
 
     def training_batches(
-        self, batch_size: int, start: int, stop: int, device: torch.device, *seed: int | str, rank: int = 0, world: int = 1
+        self,
+        batch_size: int,
+        start: int,
+        stop: int,
+        device: torch.device,
+        *seed: int | str,
+        rank: int = 0,
+        world: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented training batches of the steps `start` to `stop` - 1.
 
@@ -411,7 +478,7 @@ def load(config: Data, cache: Path, progress: Progress | None = None) -> Dataset
     )
 
 
-# --- the cache ----------------------------------------------------------------------------------------------------------
+# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 def default_cache() -> Path:
@@ -420,15 +487,19 @@ def default_cache() -> Path:
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pdiff_ray"
 
 
-def _open_source(config: Data, info: DataInfo, split: str, cache: Path, progress: Progress | None) -> _Cached | _Streamed:
+def _open_source(
+    config: Data, info: DataInfo, split: str, cache: Path, progress: Progress | None
+) -> _Cached | _Streamed:
+    files = _parquet_files(config, split) if config.source == "parquet" else []
+    states = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    determining = ("name", "source", "fingerprint", "pixel_noise", "seed")
     what = {
-        "data": {k: v for k, v in keyed(config).items() if k in ("name", "source", "fingerprint", "pixel_noise", "seed")},
+        "data": {name: value for name, value in keyed(config).items() if name in determining},
         "info": [info.channels, info.image_size, info.mean, info.std],
-        "root": str(Path(config.root).resolve()) if config.name != "digits" else "",
+        "root": states or str(Path(config.root).resolve()),
         "split": split,
     }
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache / f"{config.name}-{split}-{key}"
+    folder = cache / f"{config.name}-{split}-{_hash(what)}"
     if not folder.exists():
         samples = open_samples(config, split)
         width = 4 if config.pixel_noise else 1
@@ -439,27 +510,34 @@ def _open_source(config: Data, info: DataInfo, split: str, cache: Path, progress
                     f"data.pixel_noise needs decoded images in the cache, {gib:.1f} GiB; data.max_cache_gib is "
                     f"{config.max_cache_gib:g}"
                 )
+            if isinstance(samples, ParquetImages):
+                encoded, write = cache / f"{config.name}-{split}-encoded-{_hash(states)}", samples.write_arrow
+                _build_once(encoded, lambda temporary: write(temporary / "images.arrow", progress))
+                samples.arrow = encoded / "images.arrow"
             return _Streamed(samples, info, config.loader_workers)
-        _build_cache(config, info, split, samples, folder, progress)
+        _build_once(folder, lambda temporary: _decode_all(config, info, split, samples, temporary, progress))
     # Copy-on-write mapping: torch refuses read-only arrays, and nobody writes.
     images = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
     return _Cached(images, np.load(folder / "labels.npy", allow_pickle=False))
 
 
-def _build_cache(
-    config: Data, info: DataInfo, split: str, samples: Samples, folder: Path, progress: Progress | None
-) -> None:
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _build_once(folder: Path, build: Callable[[Path], None]) -> None:
+    """Lets `build` fill a folder of the cache, unless another worker of this node has done so or does it now."""
     from filelock import FileLock
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if folder.exists():  # another worker of this node was faster
+            if folder.exists():
                 return
             temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
             temporary.mkdir()
             try:
-                _decode_all(config, info, split, samples, temporary, progress)
+                build(temporary)
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -478,15 +556,14 @@ def _decode_all(
     labels = np.empty(count, dtype=np.int64)
     noise = np.random.default_rng(derive_seed(config.seed, "pixel_noise", split))
     mean, std = (np.array(v, dtype=np.float32).reshape(-1, 1, 1) for v in (info.mean, info.std))
-
-    def decoded(index: int) -> tuple[np.ndarray, int]:
-        image, label = samples[index]
-        return _decode(image, info), label
-
+    encoded = folder / "encoded.arrow"
+    if isinstance(samples, ParquetImages):
+        samples.write_arrow(encoded)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes without holding the interpreter
         for start in range(0, count, 256):  # so that few decoded images wait at a time
             chunk = range(start, min(start + 256, count))
-            for index, (image, label) in zip(chunk, pool.map(decoded, chunk), strict=True):
+            decoded = pool.map(lambda index: _decoded(samples, index, info), chunk)
+            for index, (image, label) in zip(chunk, decoded, strict=True):
                 labels[index] = label
                 if config.pixel_noise:
                     image = (image.astype(np.float32) / 255 - mean) / std
@@ -494,8 +571,19 @@ def _decode_all(
                 images[index] = image
             if progress:
                 progress(chunk.stop, count)
+    encoded.unlink(missing_ok=True)
     images.flush()
     np.save(folder / "labels.npy", labels, allow_pickle=False)
+
+
+def _decoded(samples: Samples, index: int, info: DataInfo) -> tuple[np.ndarray, int]:
+    try:
+        image, label = samples[index]
+        return _decode(image, info), label
+    except (OSError, SyntaxError) as error:  # PIL's errors
+        known = getattr(samples, "samples", None)  # files and labels of an image folder
+        name = known[index][0] if known else f"image {index}, counted from 0,"
+        raise PdiffError(f"data.root: {name} cannot be decoded: {error}; replace or remove it") from None
 
 
 def _decode(image: Any, info: DataInfo) -> np.ndarray:

@@ -74,7 +74,9 @@ def import_zoo(
     files = sorted((p for p in folder.glob("*") if p.suffix in SUFFIXES), key=_natural)
     count = experiment.zoo.members
     if len(files) < count:
-        raise ConfigError(f"{folder}: holds {len(files)} checkpoints ({', '.join(SUFFIXES)}), but zoo.members is {count}")
+        raise ConfigError(
+            f"{folder}: holds {len(files)} checkpoints ({', '.join(SUFFIXES)}), but zoo.members is {count}"
+        )
     started = time.monotonic()
     subset, files = zoo_subset(experiment), files[:count]
     plain = experiment.network.model_copy(update={"pretrained": False})
@@ -182,5 +184,3 @@ def lineage(storage: Storage, folder: str) -> list[tuple[str, dict[str, Any] | N
             return chain
         ((stage, key),) = manifest["inputs"].items()
         folder = f"{stage}/{key}"
-
-

@@ -55,7 +55,11 @@ def similarity_bars(summary: Mapping[str, Any]) -> bytes:
     for index, (key, text) in enumerate(kinds.items()):
         heights = [group[key] or 0 for group in groups]
         bars = axes.bar(
-            np.arange(len(groups)) + 0.27 * (index - 1), heights, 0.25, label=text, color=("#0072B2", "#56B4E9", "#D55E00")[index]
+            np.arange(len(groups)) + 0.27 * (index - 1),
+            heights,
+            0.25,
+            label=text,
+            color=("#0072B2", "#56B4E9", "#D55E00")[index],
         )
         labels = [f"{h:.2f}" if group[key] is not None else "" for h, group in zip(heights, groups, strict=True)]
         axes.bar_label(bars, labels, fontsize=6)

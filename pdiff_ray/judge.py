@@ -6,6 +6,7 @@ Shapes: n networks, D values in the subset, B images of a batch, T test images, 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from pdiff_ray.store import Record
 from pdiff_ray.subset import Subset
 
 JUDGED_SPLITS = ("selection", "validation", "test")
-CALIBRATION_IMAGES = 2048
+CALIBRATION_IMAGES, CALIBRATION_BATCH = 2048, 128
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class Judge:
 
         Every image chunk is read once and passed through all n networks.
         """
+        self.network.eval()
         tensors = [self._tensors(vector) for vector in vectors.to(self.device)]
         results: list[dict[str, float | bytes]] = [{} for _ in tensors]
-        self.network.eval()
         for name in splits:
             split = getattr(self.dataset, name)
             losses = torch.zeros(len(tensors), dtype=torch.float64, device=self.device)
@@ -107,8 +108,9 @@ class Judge:
                 restored.callback(layer.train, layer.training)
                 layer.momentum = None  # cumulative average
                 layer.train()
+            # Batches of a fixed size, so that `batch_size` changes no result, and equal ones, as each counts the same.
             stop = min(CALIBRATION_IMAGES, len(self.dataset.train))
-            batches = [np.arange(i, min(i + self.batch_size, stop)) for i in range(0, stop, self.batch_size)]
+            batches = np.array_split(np.arange(stop), math.ceil(stop / CALIBRATION_BATCH))
             for images, _ in self.dataset.train.batches(batches):
                 # functional_call writes the updated statistics into the tensors that it is given.
                 functional_call(self.network, {**tensors, **fresh}, (self.dataset.prepare(images, self.device),))

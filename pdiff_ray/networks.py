@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class MLP(nn.Sequential):
     def __init__(self, info: DataInfo, hidden: Sequence[int]) -> None:
         widths = [info.channels * info.image_size**2, *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
-        for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+        for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.ReLU()]
         super().__init__(*layers, nn.Linear(widths[-1], info.num_classes))
 
@@ -55,8 +56,9 @@ class ConvNet(nn.Module):
         return self.fc(images.mean((2, 3)))
 
 
-# The paper calls S-1 to S-3 and ConvNet-3 networks of 25 k to 155 k parameters and leaves their sizes open. With MNIST's
-# 784 inputs these have 25,450, 55,050 and 152,970; the ConvNet-3 has 94,762 with three input channels and 10 classes.
+# The paper calls S-1 to S-3 and ConvNet-3 networks of 25 k to 155 k parameters and leaves their sizes open. With
+# MNIST's 784 inputs these have 25,450, 55,050 and 152,970; the ConvNet-3 has 94,762 with three input channels and 10
+# classes.
 PAPER_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "s1": lambda info: MLP(info, [32]),
     "s2": lambda info: MLP(info, [64, 64]),
@@ -82,9 +84,10 @@ def build_network(config: Network, info: DataInfo, *seed: int | str) -> nn.Modul
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise ConfigError(f"network: {config.name} ({source}) cannot be built: {error}") from None
         except OSError as error:  # what hubs raise without a network
+            reason = str(error).partition("\n")[0]
             raise ConfigError(
-                f"network.pretrained: the weights of {config.name} could not be fetched ({str(error).splitlines()[0]}); "
-                "fill the hub's cache on a machine with internet access, or set it to false"
+                f"network.pretrained: the weights of {config.name} could not be fetched ({reason}); fill the hub's "
+                "cache on a machine with internet access, or set it to false"
             ) from None
         if config.cifar_stem:
             _cifar_stem(network, config.name)
@@ -151,14 +154,12 @@ def _torchvision(config: Network, info: DataInfo) -> nn.Module:
 
 
 def _custom(config: Network, info: DataInfo) -> nn.Module:
-    module_name, colon, function = config.name.partition(":")
+    module_name, _, function = config.name.partition(":")
     try:
         build: Any = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"network.name: {config.name!r} (module:function) cannot be imported: {error}") from None
-    network = build(
-        in_channels=info.channels, image_size=info.image_size, num_classes=info.num_classes, **config.args
-    )
+    network = build(in_channels=info.channels, image_size=info.image_size, num_classes=info.num_classes, **config.args)
     if not isinstance(network, nn.Module):
         raise ConfigError(f"network.name: {config.name} returned {type(network).__name__}, not a torch.nn.Module")
     return network

@@ -137,18 +137,22 @@ def _page(
 
     template = resources.files("pdiff_ray").joinpath("report.html.jinja").read_text(encoding="utf-8")
     manifests = {stage: artifacts[stage].manifest() for stage in STAGES if stage != "report"}
-    return jinja2.Environment(autoescape=True).from_string(template).render(
-        name=experiment.name,
-        rows=rows,
-        legend=LEGEND,
-        verdict=summary["verdict"]["text"],
-        paper=paper_row(summary),
-        gate=manifests["generator"]["info"].get("gate"),
-        spread=manifests["samples"]["info"]["relative_latent_std"],
-        figures=[(FIGURES[name], base64.b64encode(png).decode()) for name, png in pngs.items()],
-        stages=[
-            (stage, m["key"], f"{m['seconds']:.1f}", m["seed"], m["created_at"]) for stage, m in manifests.items()
-        ],
-        versions=manifests["evaluation"]["versions"],
-        configuration=yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False),
+    return (
+        jinja2.Environment(autoescape=True)
+        .from_string(template)
+        .render(
+            name=experiment.name,
+            rows=rows,
+            legend=LEGEND,
+            verdict=summary["verdict"]["text"],
+            paper=paper_row(summary),
+            gate=manifests["generator"]["info"].get("gate"),
+            spread=manifests["samples"]["info"]["relative_latent_std"],
+            figures=[(FIGURES[name], base64.b64encode(png).decode()) for name, png in pngs.items()],
+            stages=[
+                (stage, m["key"], f"{m['seconds']:.1f}", m["seed"], m["created_at"]) for stage, m in manifests.items()
+            ],
+            versions=manifests["evaluation"]["versions"],
+            configuration=yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False),
+        )
     )

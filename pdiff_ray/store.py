@@ -1,8 +1,8 @@
 """The parameter store: networks as rows of Parquet part files, their flattened parameters beside what is known of them.
 
-One format serves zoos, generated samples and evaluations (which leave the vectors out). A row has a row group of its own,
-so that one network, or one column, is read without the rest; pages carry checksums. Part files are written whole, under a
-name that holds their digest, by any number of workers at once.
+One format serves zoos, generated samples and evaluations (which leave the vectors out). A row has a row group of its
+own, so that one network, or one column, is read without the rest; pages carry checksums. Part files are written whole,
+under a name that holds their digest, by any number of workers at once.
 """
 
 from __future__ import annotations
@@ -99,9 +99,7 @@ def encode(records: Sequence[Record], subset: Subset, about: dict[str, Any]) -> 
     table = pa.table(columns).replace_schema_metadata(metadata)
     sink = io.BytesIO()
     # Random floats neither repeat nor compress: a dictionary makes them larger, a codec only slower.
-    pq.write_table(
-        table, sink, row_group_size=1, use_dictionary=False, compression="none", write_page_checksum=True
-    )
+    pq.write_table(table, sink, row_group_size=1, use_dictionary=False, compression="none", write_page_checksum=True)
     return sink.getvalue()
 
 
@@ -225,5 +223,3 @@ def _span(ids: list[int]) -> str:
 def without_vector(record: Record) -> dict[str, Any]:
     """The record's columns as a dict, the vector left out."""
     return {f.name: getattr(record, f.name) for f in fields(record) if f.name != "vector"}
-
-

@@ -107,7 +107,8 @@ def resolve(rule: SubsetRule, network: nn.Module, batchnorm: str = "frozen") -> 
     """The subset of `network` that `rule` describes.
 
     Args:
-        batchnorm: with "included", the running statistics of the subset's BatchNorm layers belong to it.
+        batchnorm: with "included", the running statistics of the subset's BatchNorm layers belong to it; with the rule
+            "all", those of every layer.
 
     Raises:
         ConfigError: the rule matches nothing or goes beyond the network's layers.
@@ -131,7 +132,7 @@ def resolve(rule: SubsetRule, network: nn.Module, batchnorm: str = "frozen") -> 
         layers = {name.rpartition(".")[0] for name in chosen}
         for name, buffer in network.named_buffers():
             layer, _, leaf = name.rpartition(".")
-            if layer in layers and leaf in ("running_mean", "running_var"):
+            if (rule.all or layer in layers) and leaf in ("running_mean", "running_var"):
                 tensors[name] = (buffer, "buffer")
     entries, offset = [], 0
     for name, (tensor, kind) in tensors.items():

@@ -91,8 +91,8 @@ def _verdict(groups: dict[str, dict[str, Any]], member_spread: float, sample_spr
         word, reason = "new", "the samples are as far from the members, and from each other, as members are"
     text = (
         f"{word}: {reason}. In weight space the nearest member is at {near:.2f} of the mean distance among members "
-        f"(members' own nearest: {own:.2f}), and samples are {spread:.2f} times as far from each other as members. Their "
-        f"wrong predictions differ {disagreement:.2f} times as much as members', and overlap with the most similar "
-        f"original by {generated['max_similarity']:.2f} (originals: {original['max_similarity']:.2f})."
+        f"(members' own nearest: {own:.2f}), and samples are {spread:.2f} times as far from each other as members. "
+        f"Their wrong predictions differ {disagreement:.2f} times as much as members', and overlap with the most "
+        f"similar original by {generated['max_similarity']:.2f} (originals: {original['max_similarity']:.2f})."
     )
     return {"word": word, "text": text, "relative_spread": spread, "relative_disagreement": disagreement}

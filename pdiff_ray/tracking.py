@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -80,8 +81,7 @@ def record(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> bool:
     except PdiffError:
         raise
     except Exception as error:  # MLflow raises its own, sqlalchemy's and requests' errors
-        reason = str(error).splitlines()[0]
-        raise TrackingError(f"MLflow at {without_secret(uri)}: {reason}") from None
+        raise TrackingError(without_secret(f"MLflow at {uri}: {str(error).splitlines()[0]}")) from None
     content = {"uri": without_secret(uri), "experiment": name, "report": artifacts["report"].key}
     storage.write(f"tracking/{mark}.json", json.dumps(content).encode())
     return True
@@ -100,9 +100,8 @@ def reachable(uri: str) -> str:
     try:
         mlflow.MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except Exception as error:
-        raise TrackingError(
-            f"MLflow at {without_secret(uri)}: {str(error).splitlines()[0]}; start the server or correct tracking.uri"
-        ) from None
+        reason = f"MLflow at {uri}: {str(error).splitlines()[0]}; start the server or correct tracking.uri"
+        raise TrackingError(without_secret(reason)) from None
     return "answers"
 
 
@@ -128,10 +127,9 @@ def pages(uri: str, server: str) -> list[tuple[str, str]]:
     ]
 
 
-def without_secret(uri: str) -> str:
-    """The URI without user name and password."""
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+def without_secret(text: str) -> str:
+    """The text, its URIs without user names and passwords."""
+    return re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def _open(uri: str, name: str, storage: Storage) -> tuple[Any, str]:

@@ -51,7 +51,7 @@ class Pool:
         actor = ray.remote(_Worker).options(
             num_cpus=resources.cpus_per_actor, num_gpus=gpus, max_restarts=resources.max_failures
         )
-        self.actors = [actor.remote(experiment, artifacts, events) for _ in range(resources.actors)]
+        self.actors: list[Any] = [actor.remote(experiment, artifacts, events) for _ in range(resources.actors)]
 
     def build(self, stage: str) -> None:
         """Builds a stage ("generator" or "samples") on one actor."""
@@ -68,7 +68,8 @@ class Pool:
 
     def _run(self, method: str, items: Sequence[Any]) -> Iterator[Any]:
         waiting = [(item, 0) for item in reversed(items)]
-        idle, running = list(self.actors), {}
+        idle = list(self.actors)
+        running: dict[Any, tuple[Any, Any, int]] = {}
         while waiting or running:
             while waiting and idle:
                 actor, (item, failures) = idle.pop(0), waiting.pop()

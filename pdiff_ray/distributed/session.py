@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ from pdiff_ray.errors import ConfigError, PdiffError
 from pdiff_ray.stages import Progress
 
 POLL_S = 0.3
+CONNECT_TIMEOUT_S = 5.0
 
 
 class _Events:
@@ -54,7 +56,7 @@ def connect(resources: Resources, progress: Progress) -> Iterator[str]:
     if ours:
         _init(resources)
     name = f"pdiff-events-{uuid.uuid4().hex[:8]}"
-    events = ray.remote(_Events).options(num_cpus=0, name=name).remote()
+    events: Any = ray.remote(_Events).options(num_cpus=0, name=name).remote()
     stop = threading.Event()
 
     def relay() -> None:
@@ -81,27 +83,43 @@ def connect(resources: Resources, progress: Progress) -> Iterator[str]:
 def _init(resources: Resources) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)  # of its many notices none is about the experiment
     address = ray_address(resources)
+    if address:
+        _reach(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            return
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise PdiffError(
-            f"resources.address: no Ray cluster at {address!r} ({str(error).splitlines()[0]}); start it with `ray up` or "
-            "`ray start --head`, or leave the address (and RAY_ADDRESS) empty for a local Ray"
-        ) from None
-    available = ray.cluster_resources()
+        check_resources(resources, ray.cluster_resources())
+    except ConfigError:
+        ray.shutdown()
+        raise
+
+
+def check_resources(resources: Resources, available: Mapping[str, float]) -> None:
+    """Raises ConfigError if a machine that will not grow has too few cores: Ray would wait for more for ever."""
     for what, count, each in (
         ("worker", resources.workers, resources.cpus_per_worker),
         ("actor", resources.actors, resources.cpus_per_actor),
     ):
         if count * each > available.get("CPU", 0):
-            ray.shutdown()
             raise ConfigError(
-                f"resources: {count} {what}s with {each} cores each, but this machine has {available.get('CPU', 0):g}; "
-                f"lower resources.{what}s or resources.cpus_per_{what}"
+                f"resources.{what}s: {count} {what}s with {each} cores each, but this machine has "
+                f"{available.get('CPU', 0):g}; lower resources.{what}s or resources.cpus_per_{what}"
             )
+
+
+def _reach(address: str) -> None:
+    """Raises PdiffError unless something listens at `address`; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():  # "auto", or a name that Ray resolves
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise PdiffError(
+            f"resources.address: no Ray cluster at {address!r} ({error.strerror or error}); start it with `ray up` or "
+            "`ray start --head`, or leave the address (and RAY_ADDRESS) empty for a local Ray"
+        ) from None
 
 
 def cluster_resources() -> dict[str, float]:
@@ -116,7 +134,8 @@ def num_gpus() -> float:
 
 def report_progress(events: str) -> Progress:
     """A progress function for workers; at most a few messages a second reach the driver."""
-    actor, last = ray.get_actor(events), {}
+    actor = ray.get_actor(events)
+    last: dict[str, float] = {}
 
     def progress(task: str, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
@@ -134,4 +153,5 @@ def report_failure(events: str, message: str) -> None:
 
 def failure(events: str) -> str | None:
     """The first message of `report_failure`."""
-    return ray.get(ray.get_actor(events).failed.remote())
+    message: Any = ray.get(ray.get_actor(events).failed.remote())
+    return message

@@ -65,7 +65,8 @@ class Autoencoder(nn.Module):
         """Mean squared error of the clean vectors (B, D), reconstructed from noised ones through noised latents."""
         noised = vectors + self.settings.parameter_noise * _normal_like(vectors, random)
         latents = self.encode(noised)
-        return functional.mse_loss(self.decode(latents + self.settings.latent_noise * _normal_like(latents, random)), vectors)
+        decoded = self.decode(latents + self.settings.latent_noise * _normal_like(latents, random))
+        return functional.mse_loss(decoded, vectors)
 
 
 def _normal_like(tensor: Tensor, random: torch.Generator) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pdiff_ray.subset import Subset
@@ -26,11 +25,13 @@ class Normalizer:
         """Statistics of vectors (K, D).
 
         Args:
-            mode: "dimension": mean and standard deviation of each value over the zoo; "tensor": of each tensor, over its
-                values and averaged over the zoo; "centered_tensor": mean of each value, and one scale per tensor, the
-                root mean square of the centred values.
+            mode: "dimension": mean and standard deviation of each value over the zoo; "tensor": of each tensor, over
+                its values and averaged over the zoo; "centered_tensor": mean of each value, and one scale per tensor,
+                the root mean square of the centred values.
         """
-        mean, std = vectors.mean(0), vectors.std(0, correction=0)
+        # From the first member on: the rounding errors of large values would pass for a spread.
+        moved = vectors - vectors[0]
+        mean, std = vectors[0] + moved.mean(0), moved.std(0, correction=0)
         if len(vectors) == 1:  # one member has no spread over the zoo; its tensors' own is the only scale there is
             mode = "tensor"
         if mode != "dimension":

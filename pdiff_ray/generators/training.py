@@ -57,8 +57,8 @@ def fit_model(
         trainer.load_state(saved.get("optimizer", {}))
         random.set_state(saved["random"])
         losses[:first] = saved["losses"].to(fitting.device)
-        if ema:
-            ema.average = {key: value.to(fitting.device) for key, value in saved["ema"].items()}
+        if ema:  # in the model's order, which a stored dict does not keep
+            ema.average = {key: saved["ema"][key].to(fitting.device) for key in ema.average}
 
     def save(step: int) -> None:
         state = {"step": step, "model": model.state_dict(), "optimizer": trainer.state(), "random": random.get_state()}

@@ -55,7 +55,10 @@ def artifacts_of(experiment: Experiment, storage: Storage) -> dict[str, Artifact
     zoo = experiment.zoo.keyed()
     images, network, training = data.keyed(experiment.data), experiment.network.keyed(), experiment.training.keyed()
     if experiment.zoo.imported:  # base and zoo came together, from files
-        training, zoo = {"imported": experiment.zoo.imported}, {k: zoo[k] for k in ("members", "subset", "batchnorm", "imported")}
+        training, zoo = (
+            {"imported": experiment.zoo.imported},
+            {k: zoo[k] for k in ("members", "subset", "batchnorm", "imported")},
+        )
     add("base", {"data": images, "network": network, "training": training, "seed": experiment.training.seed})
     add("zoo", zoo, "base")
     generator = experiment.generator.keyed()

@@ -96,7 +96,9 @@ def train_network(
     config, device, main = experiment.training, context.device, context.rank == 0
     network = build_network(experiment.network, dataset.info, *seed).to(device)
     per_epoch = steps_per_epoch(len(dataset.train), config.batch_size)
-    trainer = Trainer(list(network.parameters()), config.optimizer, config.epochs * per_epoch, f"training of the {task}")
+    trainer = Trainer(
+        list(network.parameters()), config.optimizer, config.epochs * per_epoch, f"training of the {task}"
+    )
     history: dict[str, list[float]] = {"loss": [], "validation_accuracy": []}
     first = 0
     saved = checkpoints.load_work(CHECKPOINT) if checkpoints else None
@@ -133,7 +135,12 @@ def train_network(
             task, start + per_epoch, config.epochs * per_epoch, f"loss {mean:.3f}, validation {accuracy:.1%}"
         )
         if checkpoints and epoch + 1 < config.epochs and time.monotonic() - last_saved >= context.checkpoint_s:
-            state = {"epoch": epoch + 1, "history": history, "network": network.state_dict(), "optimizer": trainer.state()}
+            state = {
+                "epoch": epoch + 1,
+                "history": history,
+                "network": network.state_dict(),
+                "optimizer": trainer.state(),
+            }
             checkpoints.save_work(CHECKPOINT, save_tree(state))
             last_saved = time.monotonic()
     return network.eval(), history

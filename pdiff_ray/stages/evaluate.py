@@ -182,4 +182,3 @@ def _spread(vectors: np.ndarray) -> float:
     if len(vectors) < 2:
         return 0.0
     return float(distances(vectors, vectors).sum() / (len(vectors) * (len(vectors) - 1)))
-

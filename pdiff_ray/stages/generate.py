@@ -94,8 +94,12 @@ def build_samples(experiment: Experiment, artifacts: Mapping[str, Artifact], con
     for start in range(0, len(records), experiment.evaluation.stack):
         store.append(records[start : start + experiment.evaluation.stack], subset)
     # Below 1, the samples vary less than the members: training long shrinks them toward the mean.
-    spread = float(latents["generated"].std(0).mean() / latents["original"].std(0).mean().clamp(min=1e-12))
+    drawn, learned = (latents[group].std(0, correction=0).mean() for group in ("generated", "original"))
+    spread = float(drawn / learned.clamp(min=1e-12))
     info = {"samples": len(records), "relative_latent_std": spread, "sampling_s": round(sampled_s, 3)}
     artifact.commit(
-        {LATENTS_FILE: save_tree(latents)}, info, time.monotonic() - started, store.manifest_entries(range(len(records)))
+        {LATENTS_FILE: save_tree(latents)},
+        info,
+        time.monotonic() - started,
+        store.manifest_entries(range(len(records))),
     )

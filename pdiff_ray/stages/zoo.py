@@ -139,15 +139,19 @@ def _from_base(
         if id_ not in present:
             pending.append(record)
         if len(pending) == experiment.evaluation.stack or id_ == run.member_ids[-1]:
-            judgements = judge.judge(torch.from_numpy(np.stack([r.vector for r in pending]))) if pending else []
-            yield [judged(r, j) for r, j in zip(pending, judgements, strict=True)], training.state(position + 1)
+            yield _judged(pending, judge), training.state(position + 1)
             pending = []
         context.progress("zoo", (position + 1) * len(runs_of(config)), config.members, f"run {run.index}, step {stop}")
 
 
-def make_judge(
-    experiment: Experiment, network: nn.Module, subset: Subset, dataset: Dataset, context: Context
-) -> Judge:
+def _judged(records: list[Record], judge: Judge) -> list[Record]:
+    if not records:
+        return []
+    vectors = np.stack([np.asarray(record.vector) for record in records])
+    return [judged(r, j) for r, j in zip(records, judge.judge(torch.from_numpy(vectors)), strict=True)]
+
+
+def make_judge(experiment: Experiment, network: nn.Module, subset: Subset, dataset: Dataset, context: Context) -> Judge:
     """The judge of networks that differ from `network` in `subset`, by the experiment's policies."""
     policy, batch_size = experiment.zoo.batchnorm, experiment.evaluation.batch_size
     return Judge(network, subset, dataset, context.device, policy, batch_size)

@@ -1,0 +1,35 @@
+"""What several test files use."""
+
+from pathlib import Path
+
+import torch
+
+from pdiff_ray import config
+from pdiff_ray.artifacts import Storage
+from pdiff_ray.data import default_cache
+from pdiff_ray.stages import Context, artifacts_of, base, evaluate, generate, zoo
+
+TINY = Path(__file__).parent / "tiny.yaml"
+BUILDERS = {
+    "base": base.build,
+    "zoo": zoo.build,
+    "generator": generate.build_generator,
+    "samples": generate.build_samples,
+    "evaluation": evaluate.build,
+}
+
+
+def tiny(storage, *overrides):
+    """The tiny experiment with its results in a folder, and its artifacts."""
+    experiment = config.load(TINY, [f"storage={storage}", *overrides])
+    return experiment, artifacts_of(experiment, Storage(str(storage)))
+
+
+def context(**changes):
+    return Context(torch.device("cpu"), default_cache(), **changes)
+
+
+def build(experiment, artifacts, *stages):
+    for stage in stages or BUILDERS:
+        if not artifacts[stage].exists():
+            BUILDERS[stage](experiment, artifacts, context())

@@ -1,0 +1,226 @@
+"""The commands as a user types them: what they print, how they exit, and what bad input gets."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import TINY, build, tiny
+from safetensors.torch import load_file, save_file
+
+from pdiff_ray.cli import cli, guarded
+from pdiff_ray.stages.base import load_network
+from pdiff_ray.store import ParameterStore
+
+
+def pdiff(*arguments, code=0):
+    """Runs the command line; returns what it prints. A traceback would be an exception here."""
+    printed = io.StringIO()
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        guarded(cli, [str(argument) for argument in arguments])
+    assert (stopped.value.code or 0) == code, printed.getvalue()
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    """A finished tiny experiment."""
+    folder = tmp_path_factory.mktemp("storage")
+    pdiff("sweep", TINY, "--storage", folder, "--in-process")
+    return folder
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from pdiff_ray.cli import cli; cli(['--help'], standalone_mode=False); print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(result.stdout.split())
+    assert "click" in loaded
+    assert not loaded & {"torch", "ray", "mlflow", "pydantic", "pyarrow", "rich"}
+
+
+def test_every_option_has_help():
+    def commands(group):
+        for command in group.commands.values():
+            yield command
+            if hasattr(command, "commands"):
+                yield from commands(command)
+
+    for command in commands(cli):
+        assert command.help, command.name
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert parameter.help, f"{command.name} {parameter.name}"
+
+
+def test_a_second_run_uses_everything(storage, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # where no Ray can be reached
+    before = {file: file.stat().st_mtime_ns for file in storage.rglob("*") if file.is_file()}
+    text = pdiff("sweep", TINY, "--storage", storage)
+    assert "nothing, all of it is there" in text
+    assert "generated" in text
+    assert "report-" in text
+    assert {file: file.stat().st_mtime_ns for file in storage.rglob("*") if file.is_file()} == before
+
+
+def test_the_module_is_the_same_command(storage):
+    result = subprocess.run(
+        [sys.executable, "-m", "pdiff_ray.sweep", str(TINY), "--storage", str(storage)], capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    assert "original / ensemble / p-diff" in result.stdout
+
+
+def test_dry_run_builds_nothing(tmp_path):
+    text = pdiff("sweep", TINY, "--storage", tmp_path / "none", "--dry-run")
+    assert "to build" in text
+    assert "16 values" in text
+    assert not (tmp_path / "none").exists()
+
+
+def test_run_one_stage(tmp_path):
+    text = pdiff("run", "base", TINY, "--storage", tmp_path, "--in-process")
+    assert str(tmp_path / "base") in text
+    assert (tmp_path / "base").exists()
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_artifacts_list_show_verify(storage):
+    listed = pdiff("artifacts", "list", "--storage", storage)
+    assert all(stage in listed for stage in ("base", "zoo", "generator", "samples", "evaluation", "report"))
+    key = next((storage / "samples").iterdir()).name
+    shown = pdiff("artifacts", "show", key[:8], "--storage", storage)
+    assert json.loads(shown[: shown.rindex("}") + 1])["info"]["samples"] == 6
+    assert "generator/" in shown
+    assert "base/" in shown.rpartition("made from")[2]
+    assert "damaged" not in pdiff("artifacts", "verify", "--storage", storage)
+    assert "no finished artifact" in pdiff("artifacts", "show", "zzz", "--storage", storage, code=1)
+
+
+def test_verify_names_the_damaged_file(tmp_path):
+    experiment, artifacts = tiny(tmp_path)
+    build(experiment, artifacts, "base")
+    (file,) = (tmp_path / artifacts["base"].folder).glob("network-*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert str(file) in pdiff("artifacts", "verify", "--storage", tmp_path, code=1)
+
+
+def test_exported_networks_load_in_the_plain_network(storage, tmp_path):
+    key = next((storage / "samples").iterdir()).name
+    assert "2 networks" in pdiff("export", key, tmp_path, "--ids", "1,4", "--storage", storage)
+    experiment, artifacts = tiny(storage)
+    network = load_network(experiment, artifacts)
+    network.load_state_dict(load_file(tmp_path / "generated-0004.safetensors"), strict=True)
+    store = ParameterStore(artifacts["samples"])
+    assert torch.equal(store.subset().flatten(network.state_dict()), torch.from_numpy(store.vectors([4])[0].copy()))
+    pdiff("export", key, tmp_path / "subset", "--subset-only", "--storage", storage)
+    tensors = load_file(tmp_path / "subset" / "generated-0000.safetensors")
+    assert set(tensors) == set(store.subset().names)
+    assert not network.load_state_dict(tensors, strict=False).unexpected_keys
+
+
+def test_import_of_checkpoints_and_the_way_from_there(storage, tmp_path):
+    """Exported members, imported again as .pth and safetensors files, are judged as the originals were."""
+    key = next((storage / "zoo").iterdir()).name
+    pdiff("export", key, tmp_path / "files", "--storage", storage)
+    for file in sorted((tmp_path / "files").iterdir())[::2]:
+        torch.save({"state_dict": load_file(file)}, file.with_suffix(".pth"))
+        file.unlink()
+    target = tmp_path / "imported"
+    options = ("--storage", target, "--set", "zoo.imported=exported")
+    assert "zoo:" in pdiff("import", tmp_path / "files", TINY, *options)
+    assert "there already" in pdiff("import", tmp_path / "files", TINY, *options)
+    pdiff("run", "evaluation", TINY, *options, "--in-process")
+    experiment, artifacts = tiny(target, "zoo.imported=exported")
+    original, its = tiny(storage)
+    rows = ParameterStore(artifacts["evaluation"]).records(range(12))
+    assert [r.wrong for r in rows] == [r.wrong for r in ParameterStore(its["zoo"]).records()]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/pdiff-was-here",)
+
+
+def test_a_pickle_with_code_is_refused(tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for index in range(12):
+        (folder / f"{index}.pth").write_bytes(pickle.dumps({"layers.1.bn.weight": Evil()}))
+    text = pdiff("import", folder, TINY, "--storage", tmp_path / "s", "--set", "zoo.imported=evil", code=1)
+    assert "0.pth" in text
+    assert "could run code" in text
+    assert not os.path.exists("/tmp/pdiff-was-here")
+    assert not (tmp_path / "s" / "zoo").exists()
+
+
+def test_import_errors_name_the_file(storage, tmp_path):
+    pdiff("export", next((storage / "zoo").iterdir()).name, tmp_path, "--storage", storage)
+    options = (TINY, "--storage", tmp_path / "s", "--set", "zoo.imported=x")
+    assert "zoo.members" in pdiff("import", tmp_path, *options, "--set", "zoo.members=50", code=2)
+    other = tmp_path / "original-0005.safetensors"
+    tensors = load_file(other)
+    save_file({**tensors, "fc.weight": tensors["fc.weight"] + 1}, other)
+    text = pdiff("import", tmp_path, *options, code=1)
+    assert "original-0005.safetensors" in text
+    assert "fc.weight" in text
+    save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, other)
+    assert "original-0005.safetensors" in pdiff("import", tmp_path, *options, code=1)
+    other.write_bytes(b"short")
+    assert "original-0005.safetensors" in pdiff("import", tmp_path, *options, code=1)
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "expected"),
+    [
+        ("data.name=cifar11", 2, "'cifar10'"),
+        ("network.name=resnet19", 2, "'resnet18'"),
+        ("network.args={width: [1]}", 2, "width"),
+        ("zoo.subset={names: [conv9.*]}", 2, "'conv9.*'"),
+        ("zoo.subset={norm_layers: [16, 18]}", 2, "2 normalization layers"),
+        ("zoo.membrs=3", 2, "'members'"),
+        ("generator.members=13", 2, "12 (zoo.members)"),
+        ("zoo.members=many", 2, "'many'"),
+        ("data.root", 2, "path=value"),
+        ("zoo.imported=nothing", 2, "pdiff import"),
+        ("data={name: mnist, root: /nonexistent}", 2, "data.download"),
+        ("data={name: cifar10, source: parquet, root: /nonexistent}", 2, "train*.parquet"),
+        ("training.batch_size=100000", 2, "batch_size is 100000"),
+    ],
+)
+def test_bad_configuration(override, code, expected, tmp_path):
+    text = pdiff("sweep", TINY, "--storage", tmp_path / "s", "--in-process", "--set", override, code=code)
+    assert expected in text
+    assert not list((tmp_path / "s").glob("*/*/manifest.json"))
+
+
+def test_missing_file_and_bad_yaml(tmp_path):
+    assert "no such file" in pdiff("sweep", tmp_path / "none.yaml", code=2)
+    (tmp_path / "bad.yaml").write_text("name: x\ndata: [unclosed\n")
+    assert "line" in pdiff("sweep", tmp_path / "bad.yaml", code=2)
+
+
+def test_storage_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    text = pdiff("sweep", TINY, "--storage", tmp_path / "file" / "below", "--in-process", code=1)
+    assert str(tmp_path / "file" / "below") in text
+    assert "--storage" in text
+
+
+def test_no_ray_at_the_address(tmp_path):
+    text = pdiff("run", "base", TINY, "--storage", tmp_path, "--address", "127.0.0.1:1", code=1)
+    assert "no Ray cluster at '127.0.0.1:1'" in text
+
+
+def test_ui_before_the_first_run(tmp_path):
+    assert "nothing is recorded yet" in pdiff("ui", "--storage", tmp_path, code=2)

@@ -1,0 +1,252 @@
+"""What is refused, and in which words; inheritance, overrides, recipes and seeds."""
+
+from pathlib import Path
+
+import pytest
+
+from pdiff_ray import config
+from pdiff_ray.config import PAPER_RECIPE, Experiment
+from pdiff_ray.errors import ConfigError
+
+SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("**/*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a YAML file and returns its path."""
+
+    def write(text, name="experiment.yaml"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def load(write):
+    return lambda text, *overrides: config.load(write(f"name: test\n{text}"), overrides)
+
+
+# Each message names the field, the value and the remedy.
+REFUSED = {
+    "unknown key": ("zoo: {membrs: 5}", ["zoo.membrs", "unknown key", "did you mean 'members'"]),
+    "unknown key, nothing near": ("data: {zzz: 1}", ["data.zzz", "unknown key", "known here", "validation_fraction"]),
+    "unknown section": ("zo: {}", ["zo: unknown key", "'zoo'"]),
+    "unknown key deep down": (
+        "generator: {autoencoder: {latent_dims: 4}}",
+        ["generator.autoencoder.latent_dims", "'latent_dim'"],
+    ),
+    "text for a number": ("zoo: {members: many}", ["zoo.members", "'many'", "valid integer"]),
+    "text for a number or auto": (
+        "resources: {gpus_per_worker: some}",
+        ["resources.gpus_per_worker: 'some'", "valid number", "'auto'"],
+    ),
+    "none of the choices": ("sampling: {sampler: euler}", ["sampling.sampler", "'euler'", "'ddim'"]),
+    "number for a section": ("zoo: 3", ["zoo: 3", "valid dictionary"]),
+    "bad element": ("evaluation: {noise_sigmas: [0.1, big]}", ["evaluation.noise_sigmas.1", "'big'"]),
+    "too small": ("zoo: {members: 0}", ["zoo.members", "0 is not accepted", "greater than or equal to 1"]),
+    "not finite": ("zoo: {optimizer: {lr: .inf}}", ["zoo.optimizer.lr", "inf", "finite"]),
+    "seed as text": ("seed: '7'", ["seed", "'7'", "valid integer"]),
+    "K beyond the zoo": (
+        "zoo: {members: 10}\ngenerator: {members: 11}",
+        ["generator.members is 11", "zoo has 10", "lower the first or raise the second"],
+    ),
+    "two subset rules": (
+        "zoo: {subset: {last_norm_layers: 2, names: [fc.*]}}",
+        ["zoo.subset", "exactly one", "last_norm_layers, names"],
+    ),
+    "no subset rule": ("zoo: {subset: {}}", ["zoo.subset", "exactly one", "none"]),
+    "empty range of layers": ("zoo: {subset: {norm_layers: [4, 4]}}", ["zoo.subset", "[4, 4]", "[start, stop)"]),
+    "layers counted from 0": ("zoo: {subset: {norm_layers: [0, 2]}}", ["zoo.subset", "[0, 2]", "from 1"]),
+    "independent with frozen statistics": (
+        "zoo: {regime: independent, subset: all}",
+        ["zoo", "regime independent", "frozen", "'included' or 'recalibrated'"],
+    ),
+    "independent with a part": (
+        "zoo: {regime: independent, batchnorm: included}",
+        ["zoo", "regime independent", "last 2 norm layers", "must be 'all'"],
+    ),
+    "more branches than members": (
+        "zoo: {regime: branches, branches: 5, members: 4}",
+        ["zoo", "branches is 5", "members (4)", "lower it"],
+    ),
+    "no steps between members": ("zoo: {steps_per_member: 0}", ["zoo", "steps_per_member is 0", "'epoch'"]),
+    "other word for an epoch": ("zoo: {steps_per_member: epochs}", ["zoo.steps_per_member: 'epochs'", "'epoch'"]),
+    "even kernel": (
+        "generator: {autoencoder: {kernel_size: 4}}",
+        ["generator.autoencoder", "kernel_size is 4", "must be odd"],
+    ),
+    "more sampling steps than timesteps": (
+        "sampling: {steps: 50}\ngenerator: {diffusion: {num_timesteps: 20}}",
+        ["sampling.steps is 50", "num_timesteps is 20", "lower the first"],
+    ),
+    "base as a section": ("base: {epochs: 3}", ["base", "{'epochs': 3}", "'training:'"]),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), REFUSED.values(), ids=REFUSED)
+def test_refused(load, text, expected):
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    message = str(caught.value)
+    assert message.split(":")[0].endswith("experiment.yaml")
+    assert [part for part in expected if part not in message] == []
+    assert len(message.splitlines()) == 1
+    assert caught.value.exit_code == 2
+
+
+def test_all_problems_are_told_at_once(load):
+    with pytest.raises(ConfigError) as caught:
+        load("zoo: {membrs: 5}\nseed: -1\nsampling: {samples: none}")
+    assert {line.split(": ")[1] for line in str(caught.value).splitlines()} == {
+        "zoo.membrs",
+        "seed",
+        "sampling.samples",
+    }
+
+
+def test_name_is_required(write):
+    with pytest.raises(ConfigError, match="name: required but not given"):
+        config.load(write("seed: 1"))
+
+
+def test_missing_file_suggests_a_near_one(write):
+    path = write("name: test", "quickstart.yaml")
+    with pytest.raises(ConfigError, match=r"quickstrat\.yaml: no such file; did you mean 'quickstart\.yaml'"):
+        config.load(path.with_name("quickstrat.yaml"))
+
+
+def test_missing_base_names_the_file_that_asked(load):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml \(base of experiment\.yaml\): no such file"):
+        load("base: nowhere.yaml")
+
+
+def test_circular_base(write):
+    write("base: b.yaml\nname: a", "a.yaml")
+    with pytest.raises(ConfigError, match="in a circle"):
+        config.load(write("base: a.yaml\nname: b", "b.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("name: [", "line 1: not valid YAML"), ("- a", "mapping of sections, this one is list"), ("", "NoneType")],
+)
+def test_no_experiment(write, text, expected):
+    with pytest.raises(ConfigError, match=expected):
+        config.load(write(text))
+
+
+def test_unreadable_file(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.load(tmp_path)
+
+
+def test_base_is_merged_field_by_field(load, write):
+    write("name: grand\nseed: 3\nzoo: {members: 7, optimizer: {lr: 0.5, name: sgd}}", "grand.yaml")
+    write("base: grand.yaml\nname: parent\nzoo: {members: 8, warmup_steps: 0}", "parent.yaml")
+    experiment = load("base: parent.yaml\nzoo: {optimizer: {lr: 0.25}}")
+    assert experiment.name == "test"
+    assert experiment.seed == 3
+    assert (experiment.zoo.members, experiment.zoo.warmup_steps) == (8, 0)
+    assert (experiment.zoo.optimizer.lr, experiment.zoo.optimizer.name) == (0.25, "sgd")
+
+
+def test_subset_is_replaced(load, write):
+    write("name: parent\nzoo: {subset: {names: [fc.*]}}", "parent.yaml")
+    assert load("base: parent.yaml\nzoo: {subset: {norm_layers: [1, 3]}}").zoo.subset.norm_layers == (1, 3)
+    assert load("base: parent.yaml", "zoo.subset.last_norm_layers=1").zoo.subset.last_norm_layers == 1
+    assert load("base: parent.yaml", "zoo.subset=all").zoo.subset.all is True
+    assert load("base: parent.yaml").zoo.subset.names == ("fc.*",)
+
+
+def test_overrides(load):
+    experiment = load(
+        "zoo: {members: 5}",
+        "zoo.members=6",
+        "training.optimizer.lr=1e-3",
+        "evaluation.noise_sigmas=[0.1, 2]",
+        "network.args={widths: [4, 8]}",
+        "generator.members=",
+        "data.download=true",
+    )
+    assert experiment.zoo.members == 6
+    assert experiment.training.optimizer.lr == 0.001
+    assert experiment.evaluation.noise_sigmas == (0.1, 2.0)
+    assert experiment.network.args == {"widths": [4, 8]}
+    assert experiment.generator.members is None
+    assert experiment.data.download is True
+
+
+def test_a_part_of_a_section_keeps_its_other_defaults(load):
+    plain, changed = load(""), load("zoo: {optimizer: {lr: 0.5}}", "training.optimizer.lr=1e-4")
+    assert changed.training.optimizer == plain.training.optimizer.model_copy(update={"lr": 1e-4})
+    assert changed.zoo.optimizer == plain.zoo.optimizer.model_copy(update={"lr": 0.5})
+    assert plain.training.optimizer.schedule == "onecycle"
+    assert plain.zoo.optimizer.weight_decay > 0
+
+
+@pytest.mark.parametrize("override", ["zoo.members", "=3", "zoo..members=3", "zoo.members=[1"])
+def test_malformed_override(load, override):
+    with pytest.raises(ConfigError) as caught:
+        load("", override)
+    assert f"--set {override}" in str(caught.value)
+
+
+def test_override_of_an_unknown_key(load):
+    with pytest.raises(ConfigError, match=r"zoo\.member: unknown key; did you mean 'members'"):
+        load("", "zoo.member=3")
+
+
+def test_paper_recipe_is_one_switch(load):
+    plain, paper = load("").generator, load("", "generator.recipe=paper").generator
+    assert paper.diffusion.denoiser == "cnn" != plain.diffusion.denoiser
+    assert paper.autoencoder.steps == PAPER_RECIPE["autoencoder"]["steps"] != plain.autoencoder.steps
+    assert paper.autoencoder.latent_dim == plain.autoencoder.latent_dim
+
+
+def test_explicit_values_win_over_the_recipe(load):
+    generator = load("generator: {recipe: paper, autoencoder: {steps: 7}, diffusion: {prediction: v}}").generator
+    assert (generator.autoencoder.steps, generator.autoencoder.batch_size) == (7, 200)
+    assert (generator.diffusion.prediction, generator.diffusion.denoiser) == ("v", "cnn")
+
+
+def test_seeds_are_handed_down(load):
+    experiment = load("seed: 5\nzoo: {seed: 9}\ntraining:\n")
+    assert (experiment.training.seed, experiment.zoo.seed, experiment.generator.seed, experiment.sampling.seed) == (
+        5,
+        9,
+        5,
+        5,
+    )
+    assert Experiment(name="x").sampling.seed == 0
+    assert load("seed: 5").zoo.keyed() == load("", "zoo.seed=5").zoo.keyed()
+
+
+def test_keys_leave_out_what_changes_no_result(load):
+    first = load("")
+    second = load("data: {root: /elsewhere, loader_workers: 7}\nevaluation: {stack: 3}")
+    assert first.data.keyed() == second.data.keyed()
+    assert first.evaluation.keyed() == second.evaluation.keyed()
+    assert first.data.keyed() != load("data: {train_noise: 0.5}").data.keyed()
+
+
+def test_data_folder_becomes_absolute(load, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert load("data: {root: images}").data.root == str(tmp_path / "images")
+
+
+def test_storage_by_precedence(load, monkeypatch):
+    monkeypatch.setenv("PDIFF_STORAGE", "from-environment")
+    assert load("storage: from-file").storage_uri == "from-file"
+    assert load("").storage_uri == "from-environment"
+    monkeypatch.delenv("PDIFF_STORAGE")
+    assert load("").storage_uri == "pdiff-storage"
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_committed_files_load(path):
+    assert config.load(path).name == path.stem
+
+
+def test_there_are_committed_files():
+    assert {"quickstart", "mnist_s2", "cifar10_convnet3"} <= {path.stem for path in SWEEPS}

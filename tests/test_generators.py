@@ -1,0 +1,382 @@
+"""The generators' maths against simpler or independent versions, and exact resuming."""
+
+import pytest
+import torch
+
+from pdiff_ray import config
+from pdiff_ray.artifacts import load_tree, save_tree
+from pdiff_ray.config import Generator, Optimizer, Sampling
+from pdiff_ray.errors import ConfigError, PdiffError
+from pdiff_ray.generators import GENERATORS, Fitting, make_generator
+from pdiff_ray.generators.autoencoder import Autoencoder
+from pdiff_ray.generators.diffusion import Diffusion, make_scheduler
+from pdiff_ray.generators.normalizer import Normalizer
+from pdiff_ray.generators.training import EMA, fit_model
+from pdiff_ray.optimization import Trainer, lr_factor
+from pdiff_ray.subset import Entry, Subset
+
+CPU = torch.device("cpu")
+SUBSET = Subset((Entry("a.weight", (8,), 0, "parameter"), Entry("a.bias", (2, 3), 8, "parameter")))  # D = 14
+SMALL = {
+    "autoencoder": {"channels": (4, 8), "latent_dim": 4, "steps": 30, "batch_size": 16},
+    "diffusion": {"width": 16, "depth": 1, "num_timesteps": 20, "steps": 30, "batch_size": 16},
+}
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def small(**changes):
+    return Generator.model_validate(config.merge(SMALL, {"seed": 0, **changes}))
+
+
+def fitted(settings, vectors, **fitting):
+    generator = make_generator(settings, SUBSET)
+    generator.fit(vectors, fitting := Fitting(CPU, 0, **fitting))
+    return generator, fitting
+
+
+# --- normalization ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["dimension", "tensor", "centered_tensor"])
+@pytest.mark.parametrize("count", [1, 2, 50])
+def test_normalizer_round_trip(mode, count):
+    vectors = draw(count, 14) * torch.logspace(-4, 2, 14) + 3
+    normalizer = Normalizer.fit(vectors, mode, SUBSET)
+    normalized = normalizer.normalize(vectors)
+    assert normalized.isfinite().all()
+    torch.testing.assert_close(normalizer.unnormalize(normalized), vectors, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        normalizer.normalize(normalizer.unnormalize(normalized)), normalized, rtol=1e-3, atol=0.1
+    )
+
+
+def test_normalizer_statistics():
+    vectors = draw(50, 14) * torch.linspace(1, 5, 14) + torch.arange(14.0)
+    weight, bias = vectors[:, :8], vectors[:, 8:]
+    by_dimension = Normalizer.fit(vectors, "dimension", SUBSET)
+    torch.testing.assert_close(by_dimension.mean, vectors.mean(0))
+    torch.testing.assert_close(by_dimension.std, vectors.std(0, correction=0))
+    by_tensor = Normalizer.fit(vectors, "tensor", SUBSET)
+    torch.testing.assert_close(by_tensor.mean, torch.cat([weight.mean().expand(8), bias.mean().expand(6)]))
+    stds = [torch.stack([row.std(correction=0) for row in rows]).mean() for rows in (weight, bias)]
+    torch.testing.assert_close(by_tensor.std, torch.cat([stds[0].expand(8), stds[1].expand(6)]))
+    centered = Normalizer.fit(vectors, "centered_tensor", SUBSET)
+    torch.testing.assert_close(centered.mean, vectors.mean(0))
+    for piece in (slice(0, 8), slice(8, 14)):
+        assert centered.normalize(vectors)[:, piece].square().mean().item() == pytest.approx(1, rel=1e-4)
+        assert len(centered.std[piece].unique()) == 1
+
+
+@pytest.mark.parametrize("mode", ["dimension", "centered_tensor"])
+def test_what_does_not_move_is_zero_and_comes_back(mode):
+    """Rounding errors of values that are the same in all members must not be blown up to a signal."""
+    fixed = draw(8)
+    vectors = torch.cat([fixed.expand(200, -1), 1e-3 * draw(200, 6)], 1)
+    normalizer = Normalizer.fit(vectors, mode, SUBSET)
+    normalized = normalizer.normalize(vectors)
+    assert normalized[:, :8].eq(0).all()
+    torch.testing.assert_close(normalizer.unnormalize(normalized + 1)[:, :8], fixed.expand(200, -1), rtol=0, atol=1e-6)
+
+
+# --- autoencoder ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dimension", [1, 7, 64, 65])
+@pytest.mark.parametrize(("stride", "kernel_size"), [(1, 3), (2, 5), (3, 3), (4, 9)])
+def test_autoencoder_takes_any_dimension(dimension, stride, kernel_size):
+    settings = config.Autoencoder(channels=(4, 8), stride=stride, kernel_size=kernel_size, latent_dim=3)
+    autoencoder = Autoencoder(settings, dimension)
+    latents = autoencoder.encode(draw(2, dimension))
+    assert latents.shape == (2, 3)
+    assert autoencoder.decode(latents).shape == (2, dimension)
+
+
+def test_autoencoder_loss_without_noise_is_the_reconstruction_error():
+    autoencoder = Autoencoder(config.Autoencoder(channels=(4,), parameter_noise=0, latent_noise=0), 14)
+    vectors = draw(5, 14)
+    expected = (autoencoder.decode(autoencoder.encode(vectors)) - vectors).square().mean()
+    torch.testing.assert_close(autoencoder.loss(vectors, torch.Generator()), expected)
+    noisy = Autoencoder(config.Autoencoder(channels=(4,), latent_noise=5.0), 14)
+    assert noisy.loss(vectors, torch.Generator()) != noisy.loss(vectors, torch.Generator().manual_seed(1))
+
+
+def test_autoencoder_that_is_too_large():
+    with torch.device("meta"), pytest.raises(ConfigError, match=r"100,000,000 values at stride 2 .* raise generator\."):
+        Autoencoder(config.Autoencoder(), 100_000_000)
+
+
+# --- diffusion --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_forward_process_is_that_of_diffusers(prediction):
+    settings = config.Diffusion(prediction=prediction, width=8, depth=1)
+    diffusion, scheduler = Diffusion(settings, 4), make_scheduler(settings, Sampling())
+    x_start, eps, t = draw(9, 4), draw(9, 4, seed=1), torch.tensor([0, 1, 2, 10, 100, 500, 900, 998, 999])
+    torch.testing.assert_close(diffusion.q_sample(x_start, t, eps), scheduler.add_noise(x_start, eps, t))
+    target = eps if prediction == "epsilon" else scheduler.get_velocity(x_start, eps, t)
+    torch.testing.assert_close(diffusion.target(x_start, t, eps), target)
+    assert diffusion.alphas_cumprod[-1] < 1e-4  # ends as noise
+
+
+class Exact(torch.nn.Module):
+    """The best possible denoiser of N(mean, std^2 I), in closed form."""
+
+    def __init__(self, diffusion, mean, std):
+        super().__init__()
+        self.diffusion, self.mean, self.std = diffusion, mean, std
+
+    def forward(self, x, t):
+        a = self.diffusion.alphas_cumprod[t][:, None]
+        eps = (1 - a).sqrt() * (x - a.sqrt() * self.mean) / (a * self.std**2 + 1 - a)
+        x_start = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        return self.diffusion.target(x_start, t, eps)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize(
+    ("sampler", "steps"), [("ddpm", None), ("ddpm", 250), ("ddim", 100), ("dpmsolver++", 25), ("dpmsolver++", None)]
+)
+def test_samplers_with_the_exact_denoiser(sampler, steps, prediction):
+    diffusion = Diffusion(config.Diffusion(prediction=prediction, width=8, depth=1), 2)
+    mean, std = torch.tensor([1.5, -0.5]), 0.5
+    object.__setattr__(diffusion, "denoiser", Exact(diffusion, mean, std))
+    diffusion._modules.pop("denoiser")
+    drawn = diffusion.sample(4000, Sampling(sampler=sampler, steps=steps, seed=1), CPU)
+    torch.testing.assert_close(drawn.mean(0), mean, rtol=0, atol=0.04)
+    torch.testing.assert_close(drawn.std(0), torch.full((2,), std), rtol=0.08, atol=0)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++"])
+@pytest.mark.parametrize("steps", [None, 1, 7])
+def test_sampling_is_determined_by_the_seed(sampler, steps):
+    diffusion = Diffusion(small().diffusion, 4)
+    first, again, other = (
+        diffusion.sample(5, Sampling(sampler=sampler, steps=steps, seed=seed), CPU) for seed in (0, 0, 1)
+    )
+    assert first.shape == (5, 4)
+    assert first.isfinite().all()
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+
+
+@pytest.mark.parametrize("denoiser", ["mlp", "cnn"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("standardize", [True, False])
+def test_every_kind_learns(denoiser, prediction, standardize):
+    """Members on a line: both losses fall well below that of predicting the mean, which is about 1."""
+    vectors = 2 + draw(64, 1) * torch.ones(14) + 0.01 * draw(64, 14, seed=1)
+    changes = {"denoiser": denoiser, "prediction": prediction, "standardize_latents": standardize}
+    settings = small(
+        autoencoder={"steps": 150, "lr": 1e-2},
+        diffusion={**changes, "steps": 200, "lr": 5e-3, "batch_size": 64, "num_timesteps": 100, "width": 32},
+    )
+    generator, fitting = fitted(settings, vectors)
+    for name, steps in (("autoencoder", 150), ("diffusion", 200)):
+        losses = torch.tensor(fitting.history[name])
+        assert len(losses) == steps
+        assert losses[-20:].mean() < 0.6 * losses[:5].mean()
+    assert fitting.notes["unexplained_variance"] < 0.1
+    assert generator.sample(3, Sampling(seed=0), CPU).isfinite().all()
+
+
+def test_default_recipe_recovers_a_gaussian():
+    """200 members that vary in 10 directions, by scales from 0.01 to 1."""
+    subset = Subset((Entry("a", (100,), 0, "parameter"),))
+    vectors = torch.linspace(-1, 1, 100) + draw(200, 10) @ draw(10, 100, seed=1) * torch.logspace(-2, 0, 100)
+    generator, fitting = make_generator(Generator(seed=0), subset), Fitting(CPU, 0)
+    generator.fit(vectors, fitting)
+    drawn = generator.sample(200, Sampling(seed=0, steps=250), CPU)
+    std, relative_std = vectors.std(0), drawn.std(0) / vectors.std(0)
+    assert fitting.notes["unexplained_variance"] < 0.03
+    assert ((drawn.mean(0) - vectors.mean(0)) / std).abs().max() < 0.4
+    assert relative_std.min() > 0.75
+    assert relative_std.max() < 1.3
+    assert (torch.corrcoef(drawn.T) - torch.corrcoef(vectors.T)).abs().mean() < 0.1
+    assert torch.cdist(drawn, vectors).min() > 0.1 * std.norm()  # and copies no member
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_average_of_weights_is_that_of_a_loop():
+    model = torch.nn.Linear(2, 1)
+    ema, expected = EMA(model, 0.5), model.weight.detach().clone()
+    for step in range(5):
+        with torch.no_grad():
+            model.weight += 1
+        ema.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    torch.testing.assert_close(ema.average["weight"], expected)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("batch_size", [16, 1000])
+def test_resumed_training_ends_in_the_same_weights(batch_size):
+    """Stopped after a checkpoint, and gone on in a new process, as storage would hand the state over."""
+    settings = small(diffusion={"steps": 120, "batch_size": batch_size, "denoiser": "cnn"}).diffusion
+    latents, optimizer = draw(40, 4), Optimizer(lr=1e-2, weight_decay=0.1, schedule="cosine")
+
+    def fit(fitting):
+        torch.manual_seed(0)
+        model = Diffusion(settings, 4)
+        fit_model("diffusion", model, latents, model.loss, optimizer, 120, batch_size, fitting, ema_decay=0.9)
+        return model.state_dict(), fitting.history["diffusion"]
+
+    saved = {}
+
+    def save_and_die(name, state):
+        saved[name] = save_tree(state)
+        raise Killed
+
+    whole, losses = fit(Fitting(CPU, 0))
+    with pytest.raises(Killed):
+        fit(Fitting(CPU, 0, save=save_and_die, checkpoint_s=0))
+    assert load_tree(saved["diffusion"])["step"] == 50
+    resumed, losses_again = fit(Fitting(CPU, 0, load=lambda name: load_tree(saved[name])))
+    assert losses_again == losses
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_finished_model_is_not_trained_again():
+    """The autoencoder was done when the diffusion model's training was interrupted."""
+    vectors, saved, steps = draw(40, 14), {}, []
+
+    def save(name, state):
+        if name == "diffusion":
+            raise Killed
+        saved[name] = save_tree(state)
+
+    with pytest.raises(Killed):
+        fitted(small(), vectors, save=save)
+    resumed, _ = fitted(
+        small(),
+        vectors,
+        load=lambda name: load_tree(saved[name]) if name in saved else None,
+        progress=lambda task, done, total, note: steps.append(task),
+    )
+    whole, _ = fitted(small(), vectors)
+    assert set(steps) == {"diffusion"}
+    assert torch.equal(resumed.sample(3, Sampling(seed=0), CPU), whole.sample(3, Sampling(seed=0), CPU))
+
+
+def test_diverging_training_names_the_learning_rate():
+    settings = small(autoencoder={"lr": 1e30})
+    with pytest.raises(
+        PdiffError, match=r"training of the autoencoder: the loss is .* lower generator\.autoencoder\.lr"
+    ):
+        fitted(settings, draw(20, 14))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_trainer_state_round_trip(name, momentum):
+    def train(weight, first, stop, state=None):
+        trainer = Trainer([weight], Optimizer(name=name, momentum=momentum, lr=0.01, schedule="onecycle"), 10, "test")
+        if state is not None:
+            trainer.load_state(state)
+        for step in range(first, stop):
+            trainer.step((weight**4).sum(), step)
+        assert weight.isfinite().all()
+        return trainer.state()
+
+    whole = torch.nn.Parameter(draw(3))
+    train(whole, 0, 10)
+    halted = torch.nn.Parameter(draw(3))
+    tree = load_tree(save_tree({"optimizer": train(halted, 0, 4)}))
+    train(halted, 4, 10, tree["optimizer"])
+    assert torch.equal(halted, whole)
+
+
+def test_schedules():
+    assert {lr_factor("constant", step, 10) for step in range(10)} == {1.0}
+    cosine = [lr_factor("cosine", step, 10) for step in range(10)]
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), 10)
+    for factor in cosine:
+        assert factor == pytest.approx(reference.get_last_lr()[0])
+        reference.optimizer.step()
+        reference.step()
+    onecycle = [lr_factor("onecycle", step, 1000) for step in range(1000)]
+    assert onecycle[0] == pytest.approx(1 / 25)
+    assert max(onecycle) == onecycle[300] == pytest.approx(1)
+    assert onecycle[:301] == sorted(onecycle[:301])
+    assert onecycle[300:] == sorted(onecycle[300:], reverse=True)
+    assert onecycle[-1] == pytest.approx(0, abs=1e-4)
+
+
+# --- whole generators -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("count", [1, 40])
+def test_state_round_trip(name, count):
+    vectors = 3 + draw(count, 14) * torch.logspace(-3, 0, 14)
+    generator, _ = fitted(small(name=name), vectors)
+    copy = make_generator(small(name=name, seed=5), SUBSET)
+    copy.load_state(load_tree(save_tree(generator.state())))
+    for sampling in (Sampling(seed=3), Sampling(seed=4)):
+        drawn = generator.sample(6, sampling, CPU)
+        assert drawn.shape == (6, 14)
+        assert drawn.dtype == torch.float32
+        assert drawn.isfinite().all()
+        assert torch.equal(copy.sample(6, sampling, CPU), drawn)
+    assert not torch.equal(drawn, generator.sample(6, Sampling(seed=3), CPU)) or count == 1
+    torch.testing.assert_close(copy.encode(vectors), generator.encode(vectors))
+    assert generator.encode(vectors).shape[0] == count
+
+
+def test_same_seed_same_generator():
+    vectors = draw(40, 14)
+    first, again, other = (fitted(small(seed=seed), vectors)[0].sample(3, Sampling(seed=0), CPU) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(("lost", "passed"), [(0.015, True), (0.03, False)])
+def test_gate_compares_decoded_members_with_their_originals(lost, passed):
+    vectors, judged = draw(40, 14), []
+
+    def judge(chosen):
+        judged.append(chosen)
+        return torch.full((len(chosen),), 0.9 - lost * (len(judged) - 1))
+
+    _, fitting = fitted(small(gate_points=2.0), vectors, judge=judge)
+    assert fitting.notes["gate"] == {
+        "members": 10,
+        "validation_accuracy": pytest.approx(0.9),
+        "decoded_validation_accuracy": pytest.approx(0.9 - lost),
+        "passed": passed,
+    }
+    assert torch.equal(judged[0][[0, -1]], vectors[[0, -1]])
+    assert not torch.equal(judged[1], judged[0])
+    assert judged[1].shape == judged[0].shape
+
+
+def test_gaussian_has_the_moments_of_the_zoo():
+    vectors = torch.linspace(-1, 1, 14) + draw(60, 5) @ draw(5, 14, seed=1)
+    generator, _ = fitted(Generator(name="gaussian"), vectors)
+    drawn = generator.sample(20_000, Sampling(seed=0), CPU)
+    torch.testing.assert_close(generator.mean, vectors.mean(0))
+    torch.testing.assert_close(generator.factor.T @ generator.factor, torch.cov(vectors.T), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(drawn.mean(0), vectors.mean(0), rtol=0, atol=0.08)
+    torch.testing.assert_close(torch.cov(drawn.T), torch.cov(vectors.T), rtol=0.1, atol=0.25)
+    assert torch.linalg.matrix_rank(drawn - vectors.mean(0), rtol=1e-4) == 5
+
+
+def test_gaussian_of_one_member_repeats_it():
+    vectors = draw(1, 14)
+    generator, _ = fitted(Generator(name="gaussian"), vectors)
+    assert torch.equal(generator.sample(3, Sampling(seed=0), CPU), vectors.expand(3, -1))
+
+
+def test_gaussian_view_keeps_distances():
+    vectors = draw(20, 14)
+    generator, _ = fitted(Generator(name="gaussian"), vectors)
+    torch.testing.assert_close(torch.cdist(*[generator.encode(vectors)] * 2), torch.cdist(vectors, vectors))

@@ -1,0 +1,280 @@
+"""Judging many networks at once against one by one, recalibrated statistics, similarities and the summary."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pdiff_ray import data
+from pdiff_ray.config import Data, Network, SubsetRule
+from pdiff_ray.judge import CALIBRATION_BATCH, Judge, Judgement, judged
+from pdiff_ray.networks import build_network
+from pdiff_ray.similarity import distances, iou, mean_within, unpack_wrong
+from pdiff_ray.store import Record
+from pdiff_ray.subset import Subset, resolve
+from pdiff_ray.summary import summarize
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return data.load(Data(selection_images=200), tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture
+def network(dataset):
+    network = build_network(Network(name="convnet", args={"widths": [4, 8]}), dataset.info, 0)
+    with torch.no_grad():  # statistics as of a trained network, and a dropout that eval mode must switch off
+        for images, _ in dataset.train.in_order(300):
+            network(dataset.prepare(images, CPU))
+    network.layers[0].pool = nn.Sequential(nn.Dropout(0.5), network.layers[0].pool)
+    return network
+
+
+def make_vectors(network, subset, count=5):
+    vector = subset.flatten(network.state_dict())
+    return vector + 0.3 * torch.randn((count, subset.size), generator=torch.Generator().manual_seed(0)) * vector.std()
+
+
+@torch.no_grad()
+def judge_one(network, dataset, split):
+    """Accuracy, loss and misses of one network, image by image."""
+    network.eval()
+    loss, wrong = 0.0, []
+    for images, labels in getattr(dataset, split).in_order(1):
+        logits = network(dataset.prepare(images, CPU))
+        loss += functional.cross_entropy(logits, labels).item()
+        wrong.append(logits.argmax().item() != labels.item())
+    return 1 - sum(wrong) / len(wrong), loss / len(wrong), wrong
+
+
+@pytest.mark.parametrize(
+    ("rule", "policy"),
+    [({"last_norm_layers": 1}, "frozen"), ({"all": True}, "included"), ({"names": ["fc.*"]}, "frozen")],
+)
+def test_judge_agrees_with_a_loop_over_networks(dataset, network, rule, policy):
+    subset = resolve(SubsetRule(**rule), network, policy)
+    vectors = make_vectors(network, subset, 3)
+    before = copy.deepcopy(network.state_dict())
+    judgements = Judge(network.train(), subset, dataset, CPU, policy, batch_size=64).judge(vectors)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    for vector, judgement in zip(vectors, judgements, strict=True):
+        one = copy.deepcopy(network)
+        one.load_state_dict(subset.unflatten(vector), strict=False)
+        for split, column in (("selection", "train"), ("validation", "validation"), ("test", "test")):
+            accuracy, loss, wrong = judge_one(one, dataset, split)
+            assert getattr(judgement, f"{column}_accuracy") == pytest.approx(accuracy)
+            assert getattr(judgement, f"{column}_loss") == pytest.approx(loss, rel=1e-4)
+        assert unpack_wrong([judgement.wrong], len(dataset.test))[0].tolist() == wrong
+    assert len({judgement.test_loss for judgement in judgements}) == 3
+
+
+def test_only_the_wanted_splits_are_judged(dataset, network):
+    (judgement,) = Judge(network, Subset(()), dataset, CPU).judge(torch.empty(1, 0), ["validation"])
+    assert judgement.validation_accuracy is not None
+    assert judgement == Judgement(
+        validation_accuracy=judgement.validation_accuracy, validation_loss=judgement.validation_loss
+    )
+
+
+@torch.no_grad()
+def recalibrated(network, dataset):
+    """The network with statistics of the first training images, batch by batch, layer by layer."""
+    network = copy.deepcopy(network).eval()
+    for bn in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
+        sums, batches = [], np.array_split(np.arange(len(dataset.train)), -(-len(dataset.train) // CALIBRATION_BATCH))
+
+        def batch_statistics(module, inputs, output, sums=sums):
+            pixels = inputs[0].transpose(0, 1).flatten(1).double()
+            mean, var = pixels.mean(1), pixels.var(1)
+            sums.append((mean, var))
+            shape = (1, -1, 1, 1)
+            normalized = (inputs[0] - mean.view(shape)) / (pixels.var(1, correction=0).view(shape) + module.eps).sqrt()
+            return (normalized * module.weight.view(shape) + module.bias.view(shape)).float()
+
+        # All layers normalize by the batch while statistics are taken.
+        others = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d) and m is not bn]
+        hooks = [bn.register_forward_hook(batch_statistics)]
+        hooks += [m.register_forward_hook(lambda *args: batch_statistics(*args, sums=[])) for m in others]
+        for images, _ in dataset.train.batches(batches):
+            network(dataset.prepare(images, CPU))
+        for hook in hooks:
+            hook.remove()
+        bn.new = [torch.stack(values).mean(0).float() for values in zip(*sums, strict=True)]
+    for bn in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
+        bn.running_mean, bn.running_var = bn.new
+    return network
+
+
+def test_recalibrated_statistics_are_those_of_a_plain_loop(dataset, network):
+    subset = resolve(SubsetRule(names=["layers.*.conv.weight"]), network)
+    vectors = make_vectors(network, subset, 2)
+    before = copy.deepcopy(network.state_dict())
+    judgements = Judge(network.train(), subset, dataset, CPU, "recalibrated").judge(vectors)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert [layer.bn.momentum for layer in network.layers] == [0.1, 0.1]
+    plain = Judge(network, subset, dataset, CPU).judge(vectors)
+    for vector, judgement, unchanged in zip(vectors, judgements, plain, strict=True):
+        one = copy.deepcopy(network)
+        one.load_state_dict(subset.unflatten(vector), strict=False)
+        accuracy, loss, _ = judge_one(recalibrated(one, dataset), dataset, "test")
+        assert judgement.test_accuracy == pytest.approx(accuracy, abs=2 / 897)
+        assert judgement.test_loss == pytest.approx(loss, rel=1e-4)
+        assert judgement.test_loss != pytest.approx(unchanged.test_loss, rel=1e-2)
+
+
+def test_batch_size_changes_no_result(dataset, network):
+    subset = resolve(SubsetRule(last_norm_layers=1), network)
+    for policy in ("frozen", "recalibrated"):
+        one, other = (
+            Judge(network, subset, dataset, CPU, policy, batch_size).judge(make_vectors(network, subset, 1))[0]
+            for batch_size in (101, 500)
+        )
+        assert one.wrong == other.wrong
+        assert one.test_loss == pytest.approx(other.test_loss, rel=1e-6)
+
+
+def test_judged_record_keeps_what_it_has():
+    record = Record(3, "original", parent=1, validation_loss=0.5)
+    found = judged(record, Judgement(test_accuracy=0.25, wrong=b"x"))
+    assert found == Record(3, "original", parent=1, validation_loss=0.5, test_accuracy=0.25, wrong=b"x")
+    assert found.judged
+    assert not record.judged
+
+
+# --- similarity -------------------------------------------------------------------------------------------------------
+
+
+def test_iou_is_that_of_sets():
+    random = np.random.default_rng(0)
+    first, second = random.random((4, 37)) < 0.3, random.random((5, 37)) < 0.6
+    first[0] = False  # gets everything right, as does one of the others
+    second[1] = False
+    found = iou(first, second)
+    for i, a in enumerate(first):
+        for j, b in enumerate(second):
+            a_set, b_set = set(np.flatnonzero(a)), set(np.flatnonzero(b))
+            expected = len(a_set & b_set) / len(a_set | b_set) if a_set | b_set else 1
+            assert found[i, j] == pytest.approx(expected)
+    assert found[0, 1] == 1
+    assert found[0, 0] == 0
+
+
+def test_mean_within_counts_each_pair_once():
+    wrong = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1]], dtype=bool)
+    assert mean_within(wrong) == pytest.approx((1 / 2 + 0 + 0) / 3)
+    assert mean_within(wrong[:1]) is None
+
+
+def test_packed_bits_come_back():
+    wrong = np.random.default_rng(0).random((3, 13)) < 0.5
+    packed = [np.packbits(row).tobytes() for row in wrong]
+    np.testing.assert_array_equal(unpack_wrong(packed, 13), wrong)
+    assert unpack_wrong([], 13).shape == (0, 13)
+
+
+def test_distances_of_close_vectors():
+    base = np.random.default_rng(0).standard_normal((1, 1000)).astype(np.float32) * 100
+    vectors = np.concatenate([base, base + 1e-3, base + 1])
+    expected = np.linalg.norm(vectors[:, None].astype(np.float64) - vectors[None].astype(np.float64), axis=2)
+    np.testing.assert_allclose(distances(vectors, vectors), expected, rtol=1e-6)
+    assert distances(vectors[:1], vectors).shape == (1, 3)
+
+
+# --- summary ----------------------------------------------------------------------------------------------------------
+
+
+def make_record(id_, group, train, test, wrong, **fields):
+    packed = np.packbits(np.isin(np.arange(10), wrong)).tobytes()
+    losses = {"train_loss": 1 - train, "validation_loss": 0.1, "test_loss": 1 - test} | fields
+    return Record(
+        id_, group, train_accuracy=train, validation_accuracy=test, test_accuracy=test, wrong=packed, **losses
+    )
+
+
+def summary_of(generated, spread=1.0):
+    originals = [
+        make_record(0, "original", 0.9, 0.8, [0, 1], nearest_distance=1.0),
+        make_record(1, "original", 0.8, 0.7, [1, 2, 3], nearest_distance=1.0),
+        make_record(2, "original", 0.7, 0.7, [0, 4, 5], nearest_distance=1.0),
+    ]
+    return summarize([*originals, *generated], 10, 10, member_spread=2.0, sample_spread=2.0 * spread)
+
+
+def groups_of(summary):
+    return {line["group"]: line for line in summary["groups"]}
+
+
+def test_best_is_chosen_on_training_data():
+    """The network with the highest test accuracy is not the best one, as test labels choose nothing."""
+    generated = [
+        make_record(0, "generated", 0.80, 0.9, [3], nearest_distance=1.0),
+        make_record(1, "generated", 0.95, 0.5, [0, 1, 2, 3, 4], nearest_distance=1.0, train_loss=0.3),
+        make_record(2, "generated", 0.95, 0.6, [0, 1, 2, 3], nearest_distance=1.0, train_loss=0.2),
+    ]
+    line = groups_of(summary_of(generated))["generated"]
+    assert (line["best"], line["best_id"]) == (0.6, 2)
+    assert line["mean"] == pytest.approx(2 / 3)
+    assert line["median"] == 0.6
+    assert line["std"] == pytest.approx(np.std([0.9, 0.5, 0.6]))
+    assert line["networks"] == 3
+
+
+def test_similarities_of_groups():
+    generated = [make_record(0, "generated", 0.8, 0.8, [0, 1]), make_record(1, "generated", 0.8, 0.8, [1, 2])]
+    lines = groups_of(summary_of([replace_distance(r) for r in generated]))
+    pairs = {"01": 1 / 4, "02": 1 / 4, "12": 0}
+    assert lines["original"]["similarity"] == pytest.approx(sum(pairs.values()) / 3)
+    assert lines["original"]["similarity_to_originals"] == pytest.approx(sum(pairs.values()) / 3)
+    assert lines["original"]["max_similarity"] == pytest.approx(1 / 4)
+    assert lines["generated"]["similarity"] == pytest.approx(1 / 3)
+    with_originals = [[1, 1 / 4, 1 / 4], [1 / 3, 2 / 3, 0]]
+    assert lines["generated"]["similarity_to_originals"] == pytest.approx(np.mean(with_originals))
+    assert lines["generated"]["max_similarity"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+def replace_distance(record, distance=1.0):
+    return Record(**{**vars(record), "nearest_distance": distance})
+
+
+def test_failed_networks_are_nearer_to_chance():
+    generated = [
+        make_record(i, "generated", 0.5, accuracy, [i], nearest_distance=1.0) for i, accuracy in enumerate([0.41, 0.42])
+    ]
+    # Halfway between chance (0.1) and the originals' mean validation accuracy (0.7333) is 0.4167.
+    assert groups_of(summary_of(generated))["generated"]["failed"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("distance", "spread", "wrong", "word"),
+    [
+        (0.1, 1.0, ([0], [5, 6]), "replica"),
+        (0.9, 0.5, ([0], [5, 6]), "interpolation"),
+        (0.9, 1.0, ([0, 1], [0, 1]), "interpolation"),
+        (0.9, 1.0, ([0], [5, 6]), "new"),
+    ],
+)
+def test_verdict(distance, spread, wrong, word):
+    generated = [
+        make_record(i, "generated", 0.8, 0.8, misses, nearest_distance=distance) for i, misses in enumerate(wrong)
+    ]
+    verdict = summary_of(generated, spread)["verdict"]
+    assert verdict["word"] == word
+    assert verdict["text"].startswith(f"{word}: ")
+
+
+def test_verdict_needs_two_of_each():
+    generated = [make_record(0, "generated", 0.8, 0.8, [0], nearest_distance=1.0)]
+    assert summary_of(generated)["verdict"]["word"] == "unknown"
+
+
+def test_noise_is_grouped_by_sigma():
+    noised = [make_record(i, "noise_added", 0.8, 0.8, [i], sigma=sigma) for i, sigma in enumerate([0.5, 0.15, 0.5])]
+    generated = [make_record(i, "generated", 0.8, 0.8, [i], nearest_distance=1.0) for i in range(2)]
+    lines = groups_of(summary_of([*noised, *generated]))
+    assert list(lines) == ["original", "noise-added 0.5", "noise-added 0.15", "generated"]
+    assert lines["noise-added 0.5"]["networks"] == 2

@@ -1,0 +1,133 @@
+"""The Ray layer, on one local Ray shared by these tests: same results as in this process, and lost workers."""
+
+import os
+import signal
+import time
+
+import pytest
+from helpers import build, tiny
+
+from pdiff_ray import distributed, pipeline
+from pdiff_ray.config import Resources
+from pdiff_ray.console import Display
+from pdiff_ray.errors import ConfigError, PdiffError
+from pdiff_ray.report import load_summary, table_rows
+from pdiff_ray.stages.evaluate import make_stacks, networks_to_judge
+from pdiff_ray.store import ParameterStore
+
+TWO = ("resources.workers=2", "resources.actors=2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray():
+    distributed.prepare(Resources())
+    import ray
+
+    ray.init(include_dashboard=False, num_cpus=4)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """The tiny experiment, run in this process."""
+    experiment, artifacts = tiny(tmp_path_factory.mktemp("here"))
+    build(experiment, artifacts)
+    return experiment, artifacts
+
+
+def test_a_local_ray_listens_on_loopback_alone(ray):
+    assert ray.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"
+
+
+def test_the_same_table_as_in_process(here, tmp_path):
+    experiment, artifacts = tiny(tmp_path, *TWO)
+    # The base is trained by one worker: two would split its batches, and round otherwise.
+    build(experiment, artifacts, "base")
+    pipeline.run(pipeline.make_plan(experiment))
+    assert table_rows(load_summary(artifacts)) == table_rows(load_summary(here[1]))
+    workers = {record.worker for record in ParameterStore(artifacts["zoo"]).records()}
+    assert len(workers) == 2, "each worker should have made a branch"
+
+
+def test_base_training_is_data_parallel(here, tmp_path):
+    experiment, artifacts = tiny(tmp_path, *TWO, "training.epochs=4")
+    pipeline.run(pipeline.make_plan(experiment, target="base"))
+    one, its = tiny(tmp_path / "one", "training.epochs=4")
+    build(one, its, "base")
+    two_workers, one_worker = (a["base"].manifest()["info"]["validation_accuracy"] for a in (artifacts, its))
+    assert two_workers == pytest.approx(one_worker, abs=0.12)  # BatchNorm sees half batches
+    assert artifacts["base"].key == its["base"].key
+
+
+def test_what_a_worker_finds_wrong_reaches_the_user(tmp_path):
+    experiment, artifacts = tiny(tmp_path, "training.optimizer={name: sgd, lr: 1e30}", *TWO)
+    with pytest.raises(PdiffError, match=r"training\.optimizer\.lr"):
+        pipeline.run(pipeline.make_plan(experiment, target="base"))
+    assert not artifacts["base"].exists()
+
+
+def test_a_lost_zoo_worker_costs_the_members_in_flight(here, tmp_path, ray):
+    overrides = ("zoo.members=120", "evaluation.stack=5", *TWO)
+    whole, its = tiny(here[0].storage, *overrides)
+    build(whole, its, "base", "zoo")
+    experiment, artifacts = tiny(tmp_path, *overrides)
+    build(experiment, artifacts, "base")
+    killed = []
+
+    class Killer(Display):
+        """Kills a worker once there are parts of the zoo."""
+
+        def __call__(self, task, done, total, note=""):
+            kept = ParameterStore(artifacts["zoo"])
+            if task == "zoo" and not killed and kept.ids:
+                killed.append(
+                    {"pid": int((kept.records([kept.ids[0]])[0].worker or "").split(":")[1]), "ids": kept.ids}
+                )
+                os.kill(killed[0]["pid"], signal.SIGKILL)
+
+    plan = pipeline.make_plan(experiment, target="zoo")
+    pipeline._run_on_ray(plan, Killer(None))
+    assert killed
+    assert len(killed[0]["ids"]) < 120
+    vectors = [ParameterStore(a["zoo"]).vectors().tobytes() for a in (artifacts, its)]
+    assert vectors[0] == vectors[1]
+
+
+def test_work_of_a_dead_actor_is_done_by_the_others(here, ray):
+    from pdiff_ray.distributed.pool import Pool
+    from pdiff_ray.distributed.session import connect
+
+    experiment, artifacts = here
+    stacks = make_stacks(networks_to_judge(experiment, ParameterStore(artifacts["zoo"])), 1)
+    with connect(experiment.resources, Display(None)) as events:
+        pool = Pool(experiment, artifacts, events)
+        pids = [ray.get(actor.__ray_call__.remote(lambda self: os.getpid())) for actor in pool.actors]
+        found = []
+        for records in pool.map_stacks(stacks):
+            found += records
+            if len(found) == 2:
+                os.kill(pids[0], signal.SIGKILL)
+        pool.close()
+    assert sorted(r.id for r in found) == list(range(25))
+    expected = {r.id: r.wrong for r in ParameterStore(artifacts["evaluation"]).records()}
+    assert {r.id: r.wrong for r in found} == expected
+
+
+def test_more_than_this_machine_has(tmp_path, ray):
+    from pdiff_ray.distributed.session import check_resources
+
+    with pytest.raises(ConfigError, match=r"resources\.workers"):
+        check_resources(Resources(workers=1000), {"CPU": 4.0})
+
+
+def test_progress_reaches_the_driver(ray):
+    from pdiff_ray.distributed.session import connect, report_progress
+
+    heard = []
+    with connect(Resources(), lambda *update: heard.append(update)) as events:
+        report_progress(events)("zoo", 3, 10, "note")
+        deadline = time.monotonic() + 10
+        while not heard and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert heard == [("zoo", 3, 10, "note")]

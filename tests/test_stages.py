@@ -1,0 +1,197 @@
+"""The stages in this process: what they store, and that they repeat nothing and depend on nothing but their inputs."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import build, context, tiny
+
+from pdiff_ray.errors import ConfigError, PdiffError
+from pdiff_ray.judge import Judge
+from pdiff_ray.report import load_summary, table_rows
+from pdiff_ray.stages import base, zoo
+from pdiff_ray.stages.evaluate import Evaluator, networks_to_judge
+from pdiff_ray.store import ParameterStore
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    experiment, artifacts = tiny(tmp_path_factory.mktemp("storage"))
+    build(experiment, artifacts)
+    return experiment, artifacts
+
+
+def test_same_seed_same_table_whatever_the_stacks(done, tmp_path):
+    experiment, artifacts = tiny(tmp_path, "evaluation.stack=3")
+    build(experiment, artifacts)
+    assert table_rows(load_summary(artifacts)) == table_rows(load_summary(done[1]))
+    np.testing.assert_array_equal(ParameterStore(artifacts["zoo"]).vectors(), ParameterStore(done[1]["zoo"]).vectors())
+
+
+def test_another_seed_gives_other_networks(done, tmp_path):
+    experiment, artifacts = tiny(tmp_path, "seed=1")
+    build(experiment, artifacts, "base", "zoo")
+    assert artifacts["zoo"].key != done[1]["zoo"].key
+    assert not np.allclose(ParameterStore(artifacts["zoo"]).vectors(), ParameterStore(done[1]["zoo"]).vectors())
+
+
+def test_members_are_what_their_rows_say(done):
+    """A member's vector in the plain network has the stored accuracy and wrong predictions."""
+    experiment, artifacts = done
+    store = ParameterStore(artifacts["zoo"])
+    (record,) = store.records([7], vectors=True)
+    network = base.load_network(experiment, artifacts)
+    network.load_state_dict(store.subset().unflatten(torch.from_numpy(record.vector.copy())), strict=False)
+    dataset = base.open_dataset(experiment, context())
+    wrong = []
+    with torch.no_grad():
+        for images, labels in dataset.test.in_order(100):
+            wrong.append(network(dataset.prepare(images, torch.device("cpu"))).argmax(1) != labels)
+    misses = torch.cat(wrong).numpy()
+    assert record.test_accuracy == pytest.approx(1 - misses.mean())
+    assert record.wrong == np.packbits(misses).tobytes()
+
+
+def test_frozen_parameters_stay_the_bases(done):
+    experiment, artifacts = done
+    subset = ParameterStore(artifacts["zoo"]).subset()
+    assert subset.names == ["layers.1.bn.weight", "layers.1.bn.bias"]
+    network = base.load_network(experiment, artifacts)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    training = zoo.SubsetTraining(experiment, network, subset, 10, torch.device("cpu"))
+    training.run(base.open_dataset(experiment, context()), 0, 10, seed=0)
+    changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == set(subset.names)
+
+
+def test_groups_and_their_networks(done):
+    experiment, artifacts = done
+    records = ParameterStore(artifacts["evaluation"]).records()
+    counts = {group: sum(r.group == group for r in records) for group in {r.group for r in records}}
+    assert counts == {"original": 12, "ensemble": 1, "noise_added": 4, "fine_tuned": 2, "generated": 6}
+    assert all(r.judged and r.vector is None for r in records)
+    # Originals keep the judgement of their making.
+    zoo_rows = ParameterStore(artifacts["zoo"]).records()
+    assert [r.wrong for r in records[:12]] == [r.wrong for r in zoo_rows]
+
+
+def test_ensemble_and_distances(done):
+    experiment, artifacts = done
+    members = ParameterStore(artifacts["zoo"]).vectors()
+    evaluator = Evaluator(experiment, artifacts, context())
+    wanted = networks_to_judge(experiment, ParameterStore(artifacts["zoo"]))
+    ensemble = next(r for r in wanted if r.group == "ensemble")
+    np.testing.assert_array_equal(evaluator._vector(ensemble), members.mean(0))
+    judged = evaluator.evaluate([replace(wanted[3], nearest_distance=None)])[0]
+    pairs = np.linalg.norm(members[:, None].astype(float) - members[None], axis=2)
+    mean = pairs[~np.eye(12, dtype=bool)].mean()
+    assert judged.nearest_distance == pytest.approx(np.delete(pairs[3], 3).min() / mean)
+
+
+def test_fewer_members_share_the_zoo(done, tmp_path):
+    experiment, artifacts = done
+    fewer, its = tiny(experiment.storage, "generator.members=5")
+    assert its["zoo"].key == artifacts["zoo"].key
+    assert its["generator"].key != artifacts["generator"].key
+    build(fewer, its)
+    assert json.loads(its["evaluation"].read("summary.json"))["groups"][0]["networks"] == 5
+
+
+def test_one_member_works(done):
+    experiment, _ = done
+    one, artifacts = tiny(experiment.storage, "generator.members=1")
+    build(one, artifacts)
+    summary = load_summary(artifacts)
+    assert summary["verdict"]["word"] == "unknown"
+    assert "-" in table_rows(summary)[1]  # no similarity among one original
+
+
+@pytest.mark.parametrize("regime", ["trajectory", "independent"])
+def test_other_regimes(regime, tmp_path):
+    overrides = [f"zoo.regime={regime}", "zoo.members=5"]
+    if regime == "independent":
+        overrides += ["zoo.subset=all", "zoo.batchnorm=included"]
+    experiment, artifacts = tiny(tmp_path, *overrides)
+    build(experiment, artifacts)
+    members = ParameterStore(artifacts["zoo"])
+    assert members.ids == list(range(5))
+    assert len({vector.tobytes() for vector in members.vectors()}) == 5
+    if regime == "independent":
+        # Whole networks: the vector alone, in an untrained network, has the stored accuracy.
+        (record,) = members.records([2], vectors=True)
+        dataset = base.open_dataset(experiment, context())
+        network = zoo.build_network(experiment.network, dataset.info, "untrained")
+        judge = Judge(network, members.subset(), dataset, torch.device("cpu"))
+        judgement = judge.judge(torch.from_numpy(record.vector[None].copy()))[0]
+        assert judgement.test_accuracy == record.test_accuracy
+
+
+@pytest.mark.parametrize("policy", ["included", "recalibrated"])
+def test_batchnorm_policies(policy, tmp_path):
+    experiment, artifacts = tiny(tmp_path, f"zoo.batchnorm={policy}", "zoo.members=4")
+    build(experiment, artifacts)
+    names = ParameterStore(artifacts["zoo"]).subset().names
+    assert ("layers.1.bn.running_var" in names) == (policy == "included")
+
+
+def test_an_interrupted_zoo_goes_on(tmp_path):
+    """Parts and states of a run that stops in the middle are used; the zoo is the same as in one go."""
+    whole, its = tiny(tmp_path / "whole")
+    build(whole, its, "base", "zoo")
+    experiment, artifacts = tiny(tmp_path / "interrupted")
+    build(experiment, artifacts, "base")
+
+    def stop_after_8(task, done, total, note=""):
+        if task == "zoo" and done >= 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        zoo.build(experiment, artifacts, context(progress=stop_after_8))
+    kept = ParameterStore(artifacts["zoo"])
+    assert 0 < len(kept.ids) < 12
+    files = set(kept._parts)
+    zoo.build(experiment, artifacts, context())
+    assert files <= set(artifacts["zoo"].manifest()["files"])
+    np.testing.assert_array_equal(ParameterStore(artifacts["zoo"]).vectors(), ParameterStore(its["zoo"]).vectors())
+    assert not artifacts["zoo"].storage.list(f"{artifacts['zoo'].folder}/work", recursive=True)
+
+
+def test_interrupted_base_training_goes_on(tmp_path):
+    whole, its = tiny(tmp_path / "whole", "training.epochs=4")
+    build(whole, its, "base")
+    experiment, artifacts = tiny(tmp_path / "interrupted", "training.epochs=4")
+
+    def stop(task, done, total, note=""):
+        if task == "base" and note.startswith("epoch 3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        base.build(experiment, artifacts, context(progress=stop, checkpoint_s=0.0))
+    epochs = []
+    base.build(experiment, artifacts, context(progress=lambda task, done, total, note="": epochs.append(note)))
+    assert not any(note.startswith("epoch 1/") for note in epochs)
+    first, second = base.load_network(whole, its), base.load_network(experiment, artifacts)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+def test_nan_in_training_is_one_message(tmp_path):
+    experiment, artifacts = tiny(tmp_path, "training.optimizer.name=sgd", "training.optimizer.lr=1e30")
+    with pytest.raises(PdiffError, match=r"loss is (nan|inf).*training\.optimizer\.lr"):
+        build(experiment, artifacts, "base")
+    assert not artifacts["base"].exists()
+
+
+def test_zoo_nan_names_its_field(done):
+    experiment, artifacts = tiny(done[0].storage, "zoo.optimizer.lr=1e30", "zoo.optimizer.name=sgd", "zoo.subset=all")
+    with pytest.raises(PdiffError, match=r"zoo\.optimizer\.lr"):
+        build(experiment, artifacts, "base", "zoo")
+
+
+def test_a_batch_larger_than_the_data(tmp_path):
+    experiment, artifacts = tiny(tmp_path, "training.batch_size=5000")
+    with pytest.raises(ConfigError, match="5000"):
+        build(experiment, artifacts, "base")
