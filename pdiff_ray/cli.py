@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -115,7 +114,7 @@ def run(
     address: str | None,
     in_process: bool,
 ) -> None:
-    """Build one STAGE of the experiment of FILE, and what it needs: base, zoo, generator, samples, evaluation, report."""
+    """Build one STAGE of the experiment of FILE and what it needs."""
     from pdiff_ray import pipeline
 
     plan = pipeline.make_plan(load_experiment(file, overrides, storage, tracking_uri, address), target=stage)
@@ -130,13 +129,13 @@ def _start(plan: Plan) -> None:
     e = plan.experiment
     todo = ", ".join(plan.missing) or "nothing, all of it is there"
     console.print(f"[bold]{e.name}[/]: {e.network.name} on {e.data.name}; to build: {todo}")
-    console.print(f"  storage {plan.storage.uri.split('?')[0]}")
+    console.print(f"  storage {plan.storage.place}")
 
 
 def print_plan(plan: Plan) -> None:
     from rich.table import Table
 
-    from pdiff_ray import pipeline
+    from pdiff_ray import distributed, pipeline
     from pdiff_ray.console import console
 
     table = Table("stage", "key", "state", "what", title=f"plan of {plan.experiment.name}", title_justify="left")
@@ -145,9 +144,9 @@ def print_plan(plan: Plan) -> None:
     console.print(table)
     r = plan.experiment.resources
     console.print(
-        f"storage {plan.storage.uri.split('?')[0]}\n"
-        f"Ray {r.address or os.environ.get('RAY_ADDRESS') or 'local'}: {r.workers} workers x {r.cpus_per_worker} cores, "
-        f"{r.actors} actors x {r.cpus_per_actor} cores; GPUs per worker {r.gpus_per_worker}, per actor {r.gpus_per_actor}"
+        f"storage {plan.storage.place}\n"
+        f"Ray {distributed.ray_address(r) or 'local'}: {r.workers} workers x {r.cpus_per_worker} cores and "
+        f"{r.gpus_per_worker} GPUs, {r.actors} actors x {r.cpus_per_actor} cores and {r.gpus_per_actor} GPUs"
     )
     for note in pipeline.notes(plan):
         console.print(f"[bold yellow]missing:[/] {note}")
@@ -222,7 +221,7 @@ def list_artifacts(storage_uri: str) -> None:
     storage = Storage(storage_uri)
     manifests = [read_manifest(storage, folder) for folder in finished(storage)]
     if not manifests:
-        console.print(f"nothing finished in {storage.uri.split('?')[0]}")
+        console.print(f"nothing finished in {storage.place}")
         return
     table = Table("stage", "key", "made", "seconds", "about", box=box.SIMPLE_HEAD, pad_edge=False)
     for m in sorted(manifests, key=lambda m: m["created_at"]):

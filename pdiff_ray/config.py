@@ -52,7 +52,7 @@ class Data(Section):
 
     unkeyed = frozenset({"root", "download", "max_cache_gib", "loader_workers"})
 
-    name: str = Field("digits", description="a data set of the table in pdiff_ray/data.py, or 'custom'")
+    name: str = Field("digits", description="a data set of the table in pdiff_ray/sources.py, or 'custom'")
     source: Literal["auto", "torchvision", "parquet", "folder"] = Field(
         "auto", description="where images are read from; auto: torchvision's own format, scikit-learn for digits"
     )

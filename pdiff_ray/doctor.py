@@ -63,7 +63,7 @@ def _storage(experiment: Experiment) -> str:
     storage = Storage(experiment.storage_uri)
     storage.check_writable()
     free = f", {shutil.disk_usage(storage.local).free / 2**30:.0f} GiB free" if storage.local else ""
-    return f"{storage.uri.split('?')[0]}: writable{free}"
+    return f"{storage.place}: writable{free}"
 
 
 def _cache(experiment: Experiment) -> str:
@@ -75,9 +75,9 @@ def _cache(experiment: Experiment) -> str:
 
 
 def _data(experiment: Experiment) -> str:
-    from pdiff_ray import data
+    from pdiff_ray import sources
 
-    data.check(experiment.data)
+    sources.check(experiment.data)
     return f"{experiment.data.name}: there"
 
 

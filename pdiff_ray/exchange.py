@@ -14,9 +14,10 @@ from torch import Tensor
 
 from pdiff_ray.artifacts import Artifact, Storage, find, load_tree, read_manifest, save_tree
 from pdiff_ray.config import Experiment
-from pdiff_ray.data import default_cache, describe
+from pdiff_ray.data import default_cache
 from pdiff_ray.errors import ConfigError, PdiffError, StorageError, did_you_mean
 from pdiff_ray.networks import build_network
+from pdiff_ray.sources import describe
 from pdiff_ray.stages import Context, Progress, silent
 from pdiff_ray.stages.base import NETWORK_FILE, describe_base, open_dataset
 from pdiff_ray.stages.zoo import finish, zoo_subset
@@ -112,8 +113,8 @@ def _vector(file: Path, subset: Subset, base: Mapping[str, Tensor], others: Sequ
     for name in others:
         if name in tensors and not torch.equal(tensors[name], base[name]):
             raise PdiffError(
-                f"{file}: {name} is not in zoo.subset but differs from the first file's; widen the subset (all) or remove "
-                "the file"
+                f"{file}: {name} is not in zoo.subset but differs from the base's; widen the subset (all) or "
+                "remove the file"
             )
     try:
         vector = subset.flatten(tensors)

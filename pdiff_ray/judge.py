@@ -6,9 +6,11 @@ Shapes: n networks, D values in the subset, B images of a batch, T test images, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +19,13 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from pdiff_ray.data import Dataset
+from pdiff_ray.split import SplitNetwork, split_network
 from pdiff_ray.store import Record
 from pdiff_ray.subset import Subset
 
 JUDGED_SPLITS = ("selection", "validation", "test")
 CALIBRATION_IMAGES, CALIBRATION_BATCH = 2048, 128
+EXAMPLE_IMAGES = 4  # to trace a network with
 
 
 @dataclass(frozen=True)
@@ -59,23 +63,36 @@ class Judge:
         self.network, self.subset, self.dataset, self.device = network.to(device), subset, dataset, device
         self.batchnorm, self.batch_size = batchnorm, batch_size
 
-    @torch.inference_mode()
+    @functools.cached_property
+    def split(self) -> SplitNetwork:
+        """The network, split at what differs."""
+        names = set(self.subset.names)
+        if self.batchnorm == "recalibrated":
+            names |= {f"{layer}.{kind}" for layer, statistics in self._statistics().items() for kind in statistics}
+        images, _ = next(self.dataset.train.batches([np.arange(EXAMPLE_IMAGES)]))
+        return split_network(self.network.eval(), sorted(names), self.dataset.prepare(images, self.device))
+
     def judge(self, vectors: Tensor, splits: Sequence[str] = JUDGED_SPLITS) -> list[Judgement]:
         """Judges vectors (n, D) on each of `splits` (of `JUDGED_SPLITS`).
 
-        Every image chunk is read once and passed through all n networks.
+        Every image chunk passes once through what all networks share, and then through what is each one's own.
         """
+        network = self.split  # tracing fails in inference mode
         self.network.eval()
-        tensors = [self._tensors(vector) for vector in vectors.to(self.device)]
+        with torch.inference_mode():
+            return self._judge(network, [self._tensors(vector) for vector in vectors.to(self.device)], splits)
+
+    def _judge(self, network: SplitNetwork, tensors: list[dict[str, Tensor]], splits: Sequence[str]) -> list[Judgement]:
         results: list[dict[str, float | bytes]] = [{} for _ in tensors]
         for name in splits:
             split = getattr(self.dataset, name)
             losses = torch.zeros(len(tensors), dtype=torch.float64, device=self.device)
             wrong: list[list[Tensor]] = [[] for _ in tensors]
             for images, labels in split.in_order(self.batch_size):
-                images, labels = self.dataset.prepare(images, self.device), labels.to(self.device)
-                for index, parameters in enumerate(tensors):
-                    logits = functional_call(self.network, parameters, (images,)).float()
+                frontier = network.prefix(self.dataset.prepare(images, self.device))
+                labels = labels.to(self.device)
+                for index, own in enumerate(tensors):
+                    logits = network.suffix(frontier, own).float()
                     losses[index] += functional.cross_entropy(logits, labels, reduction="sum").double()
                     wrong[index].append(logits.argmax(1) != labels)
             column = "train" if name == "selection" else name
@@ -93,17 +110,26 @@ class Judge:
             tensors |= self._recalibrated(tensors)
         return tensors
 
+    def _statistics(self) -> dict[str, dict[str, float]]:
+        """The running statistics of each BatchNorm layer, and what they start from."""
+        start = {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}
+        return {
+            name: {kind: value for kind, value in start.items() if getattr(module, kind) is not None}
+            for name, module in self.network.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        }
+
     def _recalibrated(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Running statistics of the network with `tensors`: averages over the first training images."""
-        layers = {n: m for n, m in self.network.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        statistics = self._statistics()
+        layers: list[Any] = [self.network.get_submodule(name) for name in statistics]
         fresh = {
             f"{name}.{kind}": torch.full_like(getattr(layer, kind), value)
-            for name, layer in layers.items()
-            for kind, value in (("running_mean", 0.0), ("running_var", 1.0), ("num_batches_tracked", 0))
-            if getattr(layer, kind) is not None
+            for layer, (name, start) in zip(layers, statistics.items(), strict=True)
+            for kind, value in start.items()
         }
         with contextlib.ExitStack() as restored:
-            for layer in layers.values():
+            for layer in layers:
                 restored.callback(setattr, layer, "momentum", layer.momentum)
                 restored.callback(layer.train, layer.training)
                 layer.momentum = None  # cumulative average
@@ -119,6 +145,4 @@ class Judge:
 
 def judged(record: Record, judgement: Judgement) -> Record:
     """The record with the judgement's fields."""
-    from dataclasses import asdict, replace
-
     return replace(record, **{name: value for name, value in asdict(judgement).items() if value is not None})

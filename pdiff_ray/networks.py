@@ -6,6 +6,7 @@ Shapes: B images of a batch, C channels, S the edge in pixels.
 from __future__ import annotations
 
 import importlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pdiff_ray.config import Network
-from pdiff_ray.data import DataInfo
 from pdiff_ray.errors import ConfigError, did_you_mean
 from pdiff_ray.seeds import derive_seed
+from pdiff_ray.sources import DataInfo
 
 
 class MLP(nn.Sequential):
@@ -42,17 +43,19 @@ class ConvNet(nn.Module):
         self.layers = nn.ModuleList()
         for index, width in enumerate(widths):
             halved = index < len(widths) - 1 and size >= 4
-            layer = nn.Module()
-            layer.conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-            layer.bn = nn.BatchNorm2d(width)
-            layer.pool = nn.MaxPool2d(2) if halved else nn.Identity()
-            self.layers.append(layer)
+            layer = {
+                "conv": nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                "bn": nn.BatchNorm2d(width),
+                "relu": nn.ReLU(),
+                "pool": nn.MaxPool2d(2) if halved else nn.Identity(),
+            }
+            self.layers.append(nn.Sequential(OrderedDict(layer)))
             channels, size = width, size // 2 if halved else size
         self.fc = nn.Linear(channels, info.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         for layer in self.layers:
-            images = layer.pool(torch.relu(layer.bn(layer.conv(images))))
+            images = layer(images)
         return self.fc(images.mean((2, 3)))
 
 

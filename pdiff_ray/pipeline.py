@@ -53,7 +53,7 @@ def check(plan: Plan) -> None:
     Raises:
         PdiffError
     """
-    from pdiff_ray import data
+    from pdiff_ray import sources
     from pdiff_ray.generators.autoencoder import Autoencoder
     from pdiff_ray.stages.zoo import zoo_subset
 
@@ -65,11 +65,11 @@ def check(plan: Plan) -> None:
             Autoencoder(plan.experiment.generator.autoencoder, subset.size)
     if "zoo" in plan.missing and plan.experiment.zoo.imported:
         raise ConfigError(
-            f"zoo.imported: no zoo {plan.experiment.zoo.imported!r} in {plan.storage.location('zoo')}; bring it in with "
-            "`pdiff import FOLDER FILE`"
+            f"zoo.imported: no zoo {plan.experiment.zoo.imported!r} in {plan.storage.location('zoo')}; bring it in "
+            "with `pdiff import FOLDER FILE`"
         )
     if plan.needs_ray:
-        data.check(plan.experiment.data)
+        sources.check(plan.experiment.data)
     plan.storage.check_writable()
 
 
@@ -158,8 +158,8 @@ def _announce(plan: Plan, *stages: str) -> None:
         if gate and not gate["passed"]:
             console.print(
                 f"  [bold red]WARNING[/]: the autoencoder loses accuracy: members {gate['validation_accuracy']:.1%}, "
-                f"decoded {gate['decoded_validation_accuracy']:.1%} on validation images. The samples cannot be better; "
-                "raise generator.autoencoder.steps or latent_dim."
+                f"decoded {gate['decoded_validation_accuracy']:.1%} on validation images. The samples cannot be "
+                "better; raise generator.autoencoder.steps or latent_dim."
             )
 
 
@@ -191,12 +191,12 @@ def _num_networks(e: Experiment) -> int:
 
 def notes(plan: Plan) -> Sequence[str]:
     """What would stop the plan from running as things are; for a dry run, which may be for another machine."""
-    from pdiff_ray import data
+    from pdiff_ray import sources
 
     found = []
     if plan.needs_ray:
         try:
-            data.check(plan.experiment.data)
+            sources.check(plan.experiment.data)
         except PdiffError as error:
             found.append(str(error))
     return found

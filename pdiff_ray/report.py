@@ -40,7 +40,7 @@ LEGEND = (
 FIGURES = {
     "accuracy": "Test accuracy of every network; lines are means.",
     "similarity": "Similarity: overlap (IoU) of wrong test predictions.",
-    "accuracy_similarity": "Accuracy against the largest similarity with an original. Copies would sit at the far right.",
+    "accuracy_similarity": "Accuracy against the largest similarity with an original; copies sit at the far right.",
     "latents": "t-SNE of the latents of members and samples.",
     "losses": "Training losses.",
 }

@@ -86,6 +86,9 @@ def split_network(network: nn.Module, names: Collection[str], images: Tensor) ->
         images: a few (B >= 2, C, S, S), of the size and in the memory format of those to come.
     """
     whole = SplitNetwork(names, None, _Whole(network, names))
+    if not names:  # a graph would keep the tensors as they are now
+        whole.reason = "nothing is generated"
+        return whole
     try:
         split = _split(network, names, images)
         _verify(split, whole, images, {name: _tensors(network)[name] for name in names})

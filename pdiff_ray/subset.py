@@ -127,7 +127,9 @@ def resolve(rule: SubsetRule, network: nn.Module, batchnorm: str = "frozen") -> 
     else:
         chosen = {f"{layer}.{kind}" for layer in _norm_rule(rule, network) for kind in ("weight", "bias")}
         chosen &= set(parameters)
-    tensors = {name: (p, "parameter") for name, p in parameters.items() if name in chosen}
+    tensors: dict[str, tuple[Tensor, str]] = {
+        name: (p, "parameter") for name, p in parameters.items() if name in chosen
+    }
     if batchnorm == "included":
         layers = {name.rpartition(".")[0] for name in chosen}
         for name, buffer in network.named_buffers():

@@ -42,7 +42,7 @@ def summarize(
         groups.setdefault(label(record), []).append(record)
     original_wrong = unpack_wrong([r.wrong or b"" for r in groups["original"]], num_test)
     halfway = (float(np.mean([r.validation_accuracy for r in groups["original"]])) + 1 / num_classes) / 2
-    lines = []
+    lines: list[dict[str, Any]] = []
     for name, members in groups.items():
         accuracies = np.array([r.test_accuracy for r in members])
         best = max(members, key=lambda r: (r.train_accuracy or 0, -(r.train_loss or 0)))

@@ -141,8 +141,8 @@ def test_import_of_checkpoints_and_the_way_from_there(storage, tmp_path):
     assert "zoo:" in pdiff("import", tmp_path / "files", TINY, *options)
     assert "there already" in pdiff("import", tmp_path / "files", TINY, *options)
     pdiff("run", "evaluation", TINY, *options, "--in-process")
-    experiment, artifacts = tiny(target, "zoo.imported=exported")
-    original, its = tiny(storage)
+    _experiment, artifacts = tiny(target, "zoo.imported=exported")
+    _original, its = tiny(storage)
     rows = ParameterStore(artifacts["evaluation"]).records(range(12))
     assert [r.wrong for r in rows] == [r.wrong for r in ParameterStore(its["zoo"]).records()]
 

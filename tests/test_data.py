@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pdiff_ray import data
+from pdiff_ray import data, sources
 from pdiff_ray.config import Data
 from pdiff_ray.errors import ConfigError, PdiffError
 
@@ -66,7 +66,7 @@ def test_table_agrees_with_the_digits(tmp_path):
     from sklearn.datasets import load_digits
 
     dataset = data.load(Data(), tmp_path)
-    info = data.DATASETS["digits"]
+    info = sources.DATASETS["digits"]
     images, labels = images_of(replace(dataset.train, indices=np.arange(900)))
     scaled = images.double() / 255
     assert images.shape == (900, info.channels, info.image_size, info.image_size)
@@ -80,7 +80,7 @@ def test_table_agrees_with_the_digits(tmp_path):
 def test_table_is_consistent():
     from torchvision import datasets
 
-    for name, info in data.DATASETS.items():
+    for name, info in sources.DATASETS.items():
         assert len(info.mean) == len(info.std) == info.channels, name
         assert all(0 < value < 1 for value in (*info.mean, *info.std)), name
         assert info.torchvision is None or hasattr(datasets, info.torchvision), name
@@ -197,19 +197,19 @@ def test_parquet_schemas(tmp_path, image, label):
 
 def test_custom_data_describes_itself(parquet):
     config, _, _ = parquet
-    info = data.describe(config)
+    info = sources.describe(config)
     assert (info.channels, info.image_size, info.num_classes) == (3, 8, 3)
     assert info.mean == info.std == (0.5, 0.5, 0.5)
-    assert data.describe(with_(config, channels=1, image_size=4)).image_size == 4
+    assert sources.describe(with_(config, channels=1, image_size=4)).image_size == 4
 
 
 def test_custom_data_is_keyed_by_content(parquet):
     config, train, _ = parquet
-    key = data.keyed(config)
+    key = sources.keyed(config)
     moved = Path(config.root).rename(Path(config.root).with_name("moved"))
-    assert data.keyed(with_(config, root=str(moved))) == key
+    assert sources.keyed(with_(config, root=str(moved))) == key
     write_parquet(moved / "train-0.parquet", train[:24], np.arange(24) % 3)
-    assert data.keyed(with_(config, root=str(moved))) != key
+    assert sources.keyed(with_(config, root=str(moved))) != key
 
 
 def test_image_folder(tmp_path):
@@ -220,7 +220,7 @@ def test_image_folder(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(folder / f"{index:02}.png")
     config = Data(name="custom", source="folder", root=str(tmp_path), channels=1)
-    info = data.describe(config)
+    info = sources.describe(config)
     assert (info.channels, info.image_size, info.num_classes) == (1, 6, 4)
     images, labels = images_of(data.load(config, tmp_path / "cache").test)
     order = sorted(range(12), key=lambda index: (index % 4, index))
@@ -230,7 +230,7 @@ def test_image_folder(tmp_path):
 
 def test_grey_to_colour_and_resize(tmp_path):
     config = Data(channels=3, image_size=16)
-    info, plain = data.describe(config), data.DATASETS["digits"]
+    info, plain = sources.describe(config), sources.DATASETS["digits"]
     assert (info.channels, info.image_size) == (3, 16)
     assert info.mean == pytest.approx(plain.mean * 3)
     images, _ = images_of(data.load(config, tmp_path).test)
@@ -377,14 +377,14 @@ def test_augmentation_is_seeded(augmented):
 
 def test_unknown_name():
     with pytest.raises(ConfigError, match=r"data\.name: unknown data set 'cifar-10'; did you mean 'cifar10'"):
-        data.describe(Data(name="cifar-10"))
+        sources.describe(Data(name="cifar-10"))
     with pytest.raises(ConfigError, match=r"'zzzz'; known: digits, mnist, .*custom"):
-        data.describe(Data(name="zzzz"))
+        sources.describe(Data(name="zzzz"))
 
 
 def test_custom_needs_a_source():
     with pytest.raises(ConfigError, match=r"data\.source: 'auto' cannot be read as custom data; choose parquet or"):
-        data.describe(Data(name="custom"))
+        sources.describe(Data(name="custom"))
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_custom_needs_a_source():
 )
 def test_missing_root(tmp_path, config, remedy):
     with pytest.raises(ConfigError) as caught:
-        data.check(with_(config, root=str(tmp_path / "nowhere")))
+        sources.check(with_(config, root=str(tmp_path / "nowhere")))
     assert str(caught.value).startswith("data.root: ")
     assert "nowhere" in str(caught.value)
     assert remedy in str(caught.value)
@@ -408,7 +408,7 @@ def test_missing_root(tmp_path, config, remedy):
 def test_empty_image_folder(tmp_path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"data\.root: .*train has to hold a folder of images per class"):
-        data.check(Data(name="custom", source="folder", root=str(tmp_path)))
+        sources.check(Data(name="custom", source="folder", root=str(tmp_path)))
 
 
 def test_truncated_parquet_file_is_named(parquet):
@@ -416,7 +416,7 @@ def test_truncated_parquet_file_is_named(parquet):
     path = Path(config.root) / "train-1.parquet"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"data\.root: .*train-1\.parquet cannot be read as Parquet images"):
-        data.check(config)
+        sources.check(config)
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,7 @@ def test_labels_of_another_data_set(tmp_path, label):
     for split in ("train", "test"):
         write_parquet(tmp_path / f"{split}.parquet", pixels(4, size=32), [0, 1, 2, label])
     with pytest.raises(ConfigError, match=rf"cifar10 has the labels 0 to 9, but the train data .* has .*{label}"):
-        data.check(Data(name="cifar10", source="parquet", root=str(tmp_path)))
+        sources.check(Data(name="cifar10", source="parquet", root=str(tmp_path)))
 
 
 @pytest.mark.parametrize("max_cache_gib", [1.0, 0.0])

@@ -59,7 +59,7 @@ def run_until(storage, seen):
 def test_killed_at_every_stage(tmp_path):
     undisturbed, storage = tmp_path / "undisturbed", tmp_path / "killed"
     subprocess.run(command(undisturbed), check=True, stdout=subprocess.DEVNULL)
-    experiment, artifacts = tiny(storage, *LONGER)
+    _experiment, artifacts = tiny(storage, *LONGER)
     folder = {stage: storage / artifact.folder for stage, artifact in artifacts.items()}
     moments = [
         ("zoo", lambda: any(folder["zoo"].glob("networks/*.parquet"))),
@@ -94,7 +94,7 @@ def test_the_whole_of_a_ray_run_killed(tmp_path):
     storage = tmp_path / "ray"
     on_ray = [text for text in command(storage) if text != "--in-process"]
     process = subprocess.Popen(on_ray, stdout=subprocess.DEVNULL, start_new_session=True)
-    experiment, artifacts = tiny(storage, *LONGER)
+    _experiment, artifacts = tiny(storage, *LONGER)
     parts = storage / artifacts["zoo"].folder / "networks"
     deadline = time.monotonic() + 180
     while not any(parts.glob("*.parquet")):

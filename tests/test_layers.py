@@ -17,6 +17,7 @@ FLOORS = [
     {"summary", "judge", "generators"},
     {"store", "networks", "split"},
     {"data", "subset", "similarity", "optimization"},
+    {"sources"},
     {"artifacts", "console"},
     {"config", "seeds"},
     {"errors", "__init__"},

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from pdiff_ray.config import Network, SubsetRule
-from pdiff_ray.data import DATASETS, DataInfo
 from pdiff_ray.errors import ConfigError
 from pdiff_ray.networks import build_network
+from pdiff_ray.sources import DATASETS, DataInfo
 from pdiff_ray.subset import Subset, main_path_norm_layers, norm_layers, resolve
 
 MNIST, CIFAR, DIGITS = DATASETS["mnist"], DATASETS["cifar10"], DATASETS["digits"]

@@ -9,8 +9,8 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from pdiff_ray.config import Network, SubsetRule
-from pdiff_ray.data import DataInfo
 from pdiff_ray.networks import build_network
+from pdiff_ray.sources import DataInfo
 from pdiff_ray.split import split_network
 from pdiff_ray.subset import resolve
 

@@ -67,7 +67,7 @@ def test_frozen_parameters_stay_the_bases(done):
 
 
 def test_groups_and_their_networks(done):
-    experiment, artifacts = done
+    _experiment, artifacts = done
     records = ParameterStore(artifacts["evaluation"]).records()
     counts = {group: sum(r.group == group for r in records) for group in {r.group for r in records}}
     assert counts == {"original": 12, "ensemble": 1, "noise_added": 4, "fine_tuned": 2, "generated": 6}

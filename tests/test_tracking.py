@@ -23,7 +23,7 @@ def runs(client):
 
 
 def test_a_run_per_zoo_and_per_trial(recorded):
-    experiment, artifacts, client = recorded
+    _experiment, artifacts, client = recorded
     found = runs(client)
     assert set(found) == {"zoo", "trial"}
     assert all(run.info.status == "FINISHED" for run in found.values())

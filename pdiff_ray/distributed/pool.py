@@ -82,9 +82,10 @@ class Pool:
                 yield ray.get(done)
             except (RayActorError, ActorUnavailableError) as error:
                 if failures == self.max_failures:
+                    reason = str(error).partition("\n")[0]
                     raise PdiffError(
-                        f"evaluation: an actor died {failures + 1} times at the same work ({str(error).splitlines()[0]}); "
-                        "lower evaluation.stack, evaluation.batch_size or resources.actors if memory ran out"
+                        f"evaluation: an actor died {failures + 1} times at the same work ({reason}); lower "
+                        "evaluation.stack, evaluation.batch_size or resources.actors if memory ran out"
                     ) from None
                 waiting.append((item, failures + 1))
             except RayTaskError as error:

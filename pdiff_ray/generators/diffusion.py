@@ -20,6 +20,8 @@ from pdiff_ray.seeds import generator
 class TimestepEmbedding(nn.Module):
     """Sinusoidal embedding of t (B,) and a small MLP: (B, width)."""
 
+    frequencies: Tensor  # (width // 2,)
+
     def __init__(self, width: int) -> None:
         super().__init__()
         half = width // 2

@@ -45,7 +45,7 @@ class Context:
 
 def artifacts_of(experiment: Experiment, storage: Storage) -> dict[str, Artifact]:
     """The artifact of every stage: what the experiment's results are stored under, whether they are there or not."""
-    from pdiff_ray import data
+    from pdiff_ray import sources
 
     found: dict[str, Artifact] = {}
 
@@ -53,7 +53,7 @@ def artifacts_of(experiment: Experiment, storage: Storage) -> dict[str, Artifact
         found[stage] = Artifact(storage, stage, config, {name: found[name].key for name in inputs})
 
     zoo = experiment.zoo.keyed()
-    images, network, training = data.keyed(experiment.data), experiment.network.keyed(), experiment.training.keyed()
+    images, network, training = sources.keyed(experiment.data), experiment.network.keyed(), experiment.training.keyed()
     if experiment.zoo.imported:  # base and zoo came together, from files
         training, zoo = (
             {"imported": experiment.zoo.imported},

@@ -14,10 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pdiff_ray.artifacts import Artifact, load_tree, save_tree
 from pdiff_ray.config import Experiment
-from pdiff_ray.data import Dataset, describe, load, steps_per_epoch
+from pdiff_ray.data import Dataset, load, steps_per_epoch
 from pdiff_ray.judge import Judge
 from pdiff_ray.networks import build_network
 from pdiff_ray.optimization import Trainer, autocast
+from pdiff_ray.sources import describe
 from pdiff_ray.stages import Context
 from pdiff_ray.subset import Subset
 

@@ -1,8 +1,8 @@
 """Stage `zoo`: trains the K networks whose subsets the generator learns from.
 
 The zoo is made by runs, each of which keeps members one after another: one run (trajectory), several from the base
-(branches), or one per member from fresh initialisations (independent). Workers share the runs; every run saves its state
-with each part of members it writes, so that only members in flight are ever made again.
+(branches), or one per member from fresh initialisations (independent). Workers share the runs; every run saves its
+state with each part of members it writes, so that only members in flight are ever made again.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from torch.nn import functional
 
 from pdiff_ray.artifacts import Artifact, load_tree, save_tree
 from pdiff_ray.config import Experiment, Zoo
-from pdiff_ray.data import Dataset, describe, steps_per_epoch
+from pdiff_ray.data import Dataset, steps_per_epoch
 from pdiff_ray.judge import Judge, judged
 from pdiff_ray.networks import build_network
 from pdiff_ray.optimization import Trainer, autocast
 from pdiff_ray.seeds import derive_seed
+from pdiff_ray.sources import describe
 from pdiff_ray.stages import Context
 from pdiff_ray.stages.base import load_network, open_dataset, train_network
 from pdiff_ray.store import ParameterStore, Record, stamp
@@ -33,7 +34,7 @@ from pdiff_ray.subset import Subset, resolve
 
 @dataclass(frozen=True)
 class Run:
-    """A training run and the members it keeps, in order. Interleaved, so that the first K of a zoo come from all runs."""
+    """A training run and the members it keeps, in order; interleaved, so that the first K of a zoo are of all runs."""
 
     index: int
     member_ids: range
@@ -117,7 +118,7 @@ def _from_base(
     present: set[int],
     context: Context,
 ) -> Iterator[tuple[list[Record], dict[str, Any]]]:
-    """Members of a run that trains the subset on from the base; in stacks, each with the state after its last member."""
+    """Members of a run that trains the subset on from the base; in stacks, each with the state after its last one."""
     config = experiment.zoo
     network = load_network(experiment, artifacts).to(context.device)
     every = config.steps_per_member
@@ -160,7 +161,7 @@ def make_judge(experiment: Experiment, network: nn.Module, subset: Subset, datas
 class SubsetTraining:
     """Training of a subset with everything else frozen.
 
-    BatchNorm layers whose statistics stay the base's are in eval mode, so that what is trained is what will be evaluated.
+    BatchNorm layers whose statistics stay the base's are in eval mode, so that what is trained is what will be judged.
     Those whose statistics belong to the vector, or all if they will be measured anew, are in train mode.
     """
 
