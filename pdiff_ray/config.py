@@ -79,11 +79,13 @@ class Network(Section):
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "sgd"] = Field("adamw", description="torch.optim's AdamW, Adam or SGD")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="decoupled for adamw, else L2")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
-    schedule: Literal["constant", "cosine", "onecycle"] = "constant"
+    schedule: Literal["constant", "cosine", "onecycle"] = Field(
+        "constant", description="of the learning rate over all steps"
+    )
 
 
 class Training(Section):
@@ -92,7 +94,7 @@ class Training(Section):
     epochs: int = Field(10, ge=0, description="0 keeps the initial (for example pretrained) weights")
     batch_size: int = Field(128, ge=2, description="images per step over all workers")
     optimizer: Optimizer = Optimizer(lr=3e-3, weight_decay=5e-4, schedule="onecycle")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast of forward and backward")
     seed: int | None = Field(None, description="default: the experiment's seed")
 
@@ -142,15 +144,15 @@ class Zoo(Section):
         "trajectory", description="one run from the base; several runs from it; or a fresh network per member"
     )
     branches: int = Field(4, ge=2, description="regime branches: the number of runs")
-    subset: SubsetRule = SubsetRule(last_norm_layers=2)
+    subset: SubsetRule = Field(SubsetRule(last_norm_layers=2), description="which parameters are generated")
     batchnorm: Literal["frozen", "included", "recalibrated"] = Field(
         "frozen", description="running statistics: the base's, part of the vector, or measured anew before evaluation"
     )
     warmup_steps: int = Field(100, ge=0, description="steps before the first member")
     steps_per_member: int | Literal["epoch"] = Field(10, description="steps between members")
-    batch_size: int = Field(128, ge=2)
+    batch_size: int = Field(128, ge=2, description="images per step of a run")
     optimizer: Optimizer = Optimizer(lr=0.03, weight_decay=5e-4)
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast of forward and backward")
     imported: str | None = Field(None, description="label of a zoo that `pdiff import` brought in; nothing is trained")
     seed: int | None = Field(None, description="default: the experiment's seed")
 
@@ -180,13 +182,13 @@ class Autoencoder(Section):
     channels: tuple[int, ...] = Field((8, 16, 32, 32), min_length=1, description="of the encoder's layers")
     kernel_size: int = Field(5, ge=3, description="odd")
     stride: int = Field(2, ge=1, description="of every layer")
-    latent_dim: int = Field(32, ge=1)
+    latent_dim: int = Field(32, ge=1, description="numbers that a vector is encoded into")
     parameter_noise: float = Field(0.001, ge=0, description="sigma of the noise on the normalized input")
     latent_noise: float = Field(0.1, ge=0, description="sigma of the noise on the latent")
-    steps: int = Field(500, ge=1)
-    batch_size: int = Field(50, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    steps: int = Field(500, ge=1, description="training steps")
+    batch_size: int = Field(50, ge=1, description="vectors per step; all of them if there are fewer")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW, with a cosine schedule")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
 
     @model_validator(mode="after")
     def _odd(self) -> Autoencoder:
@@ -198,19 +200,19 @@ class Autoencoder(Section):
 class Diffusion(Section):
     """The denoising diffusion model of the latents (DDPM, Ho et al. 2020)."""
 
-    denoiser: Literal["mlp", "cnn"] = "mlp"
+    denoiser: Literal["mlp", "cnn"] = Field("mlp", description="residual MLP or 1D CNN")
     width: int = Field(256, ge=8, description="hidden width (mlp) or channels (cnn)")
     depth: int = Field(3, ge=1, description="residual blocks")
     prediction: Literal["v", "epsilon"] = Field("v", description="what the denoiser is trained to predict")
-    num_timesteps: int = Field(1000, ge=2)
-    beta_start: float = Field(1e-4, gt=0, lt=1)
-    beta_end: float = Field(2e-2, gt=0, lt=1)
+    num_timesteps: int = Field(1000, ge=2, description="of the forward process")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="first of the linear betas")
+    beta_end: float = Field(2e-2, gt=0, lt=1, description="last of the linear betas")
     standardize_latents: bool = Field(True, description="zero mean and unit variance per latent dimension")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="0 switches the average of the weights off")
-    steps: int = Field(600, ge=1)
-    batch_size: int = Field(50, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    steps: int = Field(600, ge=1, description="training steps")
+    batch_size: int = Field(50, ge=1, description="latents per step; all of them if there are fewer")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW, with a cosine schedule")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
 
 
 # The first version of the paper (arXiv 2402.13144v1): 30,000 epochs over K vectors in one batch for both models.
@@ -232,7 +234,9 @@ PAPER_RECIPE: dict[str, Any] = {
 class Generator(Section):
     """What learns the distribution of the zoo's vectors (stage `generator`)."""
 
-    name: Literal["latent_diffusion", "gaussian"] = "latent_diffusion"
+    name: Literal["latent_diffusion", "gaussian"] = Field(
+        "latent_diffusion", description="the paper's generator, or a Gaussian with full covariance"
+    )
     recipe: Literal["default", "paper"] = Field(
         "default", description="defaults of the fields below: what measures best here, or the paper's setting"
     )
@@ -257,7 +261,7 @@ class Sampling(Section):
     """Drawing new vectors from the generator (stage `samples`)."""
 
     samples: int = Field(100, ge=1, description="number of new networks")
-    sampler: Literal["ddpm", "ddim", "dpmsolver++"] = "ddpm"
+    sampler: Literal["ddpm", "ddim", "dpmsolver++"] = Field("ddpm", description="diffusers' scheduler")
     steps: int | None = Field(None, ge=1, description="denoising steps; default: all timesteps")
     seed: int | None = Field(None, description="default: the experiment's seed")
 
@@ -285,7 +289,7 @@ class Resources(Section):
     cpus_per_worker: int = Field(1, ge=1, description="cores and threads of each")
     gpus_per_worker: float | Literal["auto"] = Field("auto", description="auto: 1 where the cluster has GPUs")
     actors: int = Field(2, ge=1, description="evaluation actors")
-    cpus_per_actor: int = Field(1, ge=1)
+    cpus_per_actor: int = Field(1, ge=1, description="cores and threads of each")
     gpus_per_actor: float | Literal["auto"] = Field("auto", description="auto: a GPU's share, where there are GPUs")
     max_failures: int = Field(3, ge=0, description="restarts of lost workers")
 

@@ -75,7 +75,7 @@ def describe(config: Data) -> DataInfo:
             raise ConfigError(f"data.source: {config.source!r} cannot be read as custom data; choose parquet or folder")
         samples = open_samples(config, "train")
         image, _ = next(iter(samples))
-        channels = config.channels or (1 if image.mode == "L" else 3)
+        channels: int = config.channels or (1 if image.mode == "L" else 3)
         size = config.image_size or min(image.size)
         # Pixels in -1..1, the usual choice where nothing is known about a data set.
         info = DataInfo(channels, size, _num_classes(samples), (0.5,) * channels, (0.5,) * channels)
@@ -87,7 +87,7 @@ def describe(config: Data) -> DataInfo:
         )
     else:
         info = DATASETS[config.name]
-    channels: int = config.channels or info.channels
+    channels = config.channels or info.channels
     size = config.image_size or info.image_size
     if channels != info.channels:
         # Grey images repeat their channel; coloured ones turn grey, whose statistics are close to the channels' mean.
