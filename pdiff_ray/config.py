@@ -353,12 +353,17 @@ class Experiment(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Reads an experiment file, the files it inherits from, and `path=value` overrides.
+    """Reads an experiment file, the files it inherits from, the site's file, and `path=value` overrides.
+
+    The site's file (PDIFF_SITE) says what is so on this machine or cluster whatever the experiment: resources, storage,
+    tracking. It is laid over the experiment's.
 
     Raises:
         ConfigError: naming the file, the dotted path of the field, its value and the remedy.
     """
     raw = _read(Path(path), seen=())
+    if site := os.environ.get("PDIFF_SITE"):
+        raw = merge(raw, _read(Path(site), seen=()))
     for override in overrides:
         raw = merge(raw, _parse_override(override))
     experiment = parse(raw, where=str(path))

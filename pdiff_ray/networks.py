@@ -30,9 +30,6 @@ class MLP(nn.Sequential):
             layers += [nn.Linear(width_in, width_out), nn.ReLU()]
         super().__init__(*layers, nn.Linear(widths[-1], info.num_classes))
 
-    def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images.contiguous())  # channels-last memory would be flattened in another order
-
 
 class ConvNet(nn.Module):
     """3 x 3 convolutions with BatchNorm and ReLU, halved between them where the image allows, then average pooling."""

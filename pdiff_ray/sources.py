@@ -97,8 +97,9 @@ def describe(config: Data) -> DataInfo:
 
 
 def keyed(config: Data) -> dict[str, Any]:
-    """What of the configuration, and of custom files, determines the images."""
-    content = config.keyed()
+    """What of the configuration, the table, and custom files determines the images."""
+    info = describe(config)
+    content = {**config.keyed(), "mean": info.mean, "std": info.std}
     if config.name == "custom":
         content["fingerprint"] = _fingerprint(config)
     return content

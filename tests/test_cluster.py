@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-CLUSTERS = sorted((Path(__file__).parent.parent / "cluster").glob("*.yaml"))
+from pdiff_ray import config
+
+FOLDER = Path(__file__).parent.parent / "cluster"
+SITES = sorted(FOLDER.glob("*.site.yaml"))
+CLUSTERS = sorted(set(FOLDER.glob("*.yaml")) - set(SITES))
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda p: p.name)
@@ -19,3 +23,13 @@ def test_ray_accepts_the_cluster_file(path):
     # What Ray's own check lets pass.
     assert all(node.get("max_workers", 0) <= config["max_workers"] for node in types.values())
     assert all(node["node_config"].get("InstanceType") for node in types.values())
+
+
+@pytest.mark.parametrize("path", SITES, ids=lambda p: p.name)
+def test_site_files_fit_every_experiment(path, monkeypatch):
+    monkeypatch.setenv("PDIFF_SITE", str(path))
+    for file in (FOLDER.parent / "sweeps").glob("*.yaml"):
+        experiment = config.load(file)
+        assert experiment.resources.gpus_per_worker == 1
+        assert experiment.storage_uri.startswith("s3://")
+        assert config.load(file, ["resources.workers=3"]).resources.workers == 3

@@ -112,6 +112,15 @@ def test_splits_are_disjoint_and_stable(tmp_path):
     assert set(other.validation.indices.tolist()) != validation
 
 
+def test_splits_hold_the_images_at_their_indices(tmp_path):
+    dataset = data.load(Data(), tmp_path)
+    images, labels = images_of(replace(dataset.train, indices=np.arange(900)))
+    for split in (dataset.train, dataset.validation, dataset.selection):
+        found, found_labels = images_of(split)
+        assert torch.equal(found, images[split.indices])
+        assert torch.equal(found_labels, labels[split.indices])
+
+
 def test_selection_is_no_larger_than_the_training_data(tmp_path):
     dataset = data.load(Data(selection_images=5000), tmp_path)
     assert len(dataset.selection) == len(dataset.train) == 810

@@ -214,6 +214,19 @@ def test_average_of_weights_is_that_of_a_loop():
     torch.testing.assert_close(ema.average["weight"], expected)
 
 
+def test_model_ends_with_the_average_of_its_weights():
+    model, saved = torch.nn.Linear(4, 4), {}
+
+    def loss_of(batch, random):
+        return (model(batch) - batch).square().mean()
+
+    fitting = Fitting(CPU, 0, save=lambda name, state: saved.update({name: load_tree(save_tree(state))}))
+    fit_model("diffusion", model, draw(8, 4), loss_of, Optimizer(lr=0.01), 20, 8, fitting, ema_decay=0.9)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, saved["diffusion"]["ema"][name])
+        assert not torch.equal(parameter, saved["diffusion"]["model"][name])
+
+
 class Killed(Exception):
     pass
 

@@ -1,9 +1,12 @@
 """The architecture, read off the sources: imports point downward, Ray and MLflow stay in their layers."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from helpers import TINY
 
 PACKAGE = Path(__file__).parent.parent / "pdiff_ray"
 # Top floor first: a module imports from its own floor or those below it.
@@ -60,3 +63,17 @@ def test_only_one_layer_imports(library, home):
         if any(module.split(".")[0] == library for module in imported_modules(source))
     }
     assert users == {home}
+
+
+def test_the_core_works_without_ray_and_mlflow(tmp_path):
+    """From data to report where neither can be imported."""
+    code = f"""
+import sys
+sys.modules["ray"] = sys.modules["mlflow"] = None
+from pdiff_ray.cli import main
+sys.argv = ["pdiff", "run", "report", {str(TINY)!r}, "--storage", {str(tmp_path)!r}, "--in-process"]
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "report").glob("*/report-*.html"))

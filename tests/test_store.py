@@ -96,7 +96,7 @@ def test_chosen_ids_in_the_given_order(store):
     records = make_records(range(7))
     for start in (4, 0, 2):
         store.append(records[start : start + 3], SUBSET)
-    assert [record.id for record in store.records([6, 0, 3])] == [6, 0, 3]
+    assert [record.id for record in store.records([6, 0, 4, 3])] == [6, 0, 4, 3]
     np.testing.assert_array_equal(store.vectors([5, 1, 5]), np.stack([records[i].vector for i in (5, 1, 5)]))
 
 
