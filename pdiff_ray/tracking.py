@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from typing import Any
 from pdiff_ray.artifacts import STAGES, Artifact, Storage, load_tree
 from pdiff_ray.config import Experiment
 from pdiff_ray.errors import PdiffError
+from pdiff_ray.stages.base import HISTORY_FILE
+from pdiff_ray.stages.evaluate import SUMMARY_FILE
 
 # A dead server must not hold up the work: MLflow's defaults retry for minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-MAX_BATCH = 1000  # metrics per call, MLflow's limit
+MAX_METRICS, MAX_PARAMS = 1000, 100  # per call, MLflow's limits
 MAX_POINTS = 500  # of a curve
 
 # Fields of a group's summary, and their names as metrics after `<group>/`.
@@ -76,14 +79,14 @@ def record(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> bool:
     try:
         # MLflow imports half a second of packages, so only where there is something to write.
         client, experiment_id = _open(uri, name, storage)
-        _record_zoo(client, experiment_id, experiment, artifacts)
-        _record_trial(client, experiment_id, experiment, artifacts)
+        for content in (_zoo_run(experiment, artifacts), _trial_run(experiment, artifacts)):
+            _write(client, experiment_id, experiment, artifacts, content)
     except PdiffError:
         raise
     except Exception as error:  # MLflow raises its own, sqlalchemy's and requests' errors
         raise TrackingError(without_secret(f"MLflow at {uri}: {str(error).splitlines()[0]}")) from None
-    content = {"uri": without_secret(uri), "experiment": name, "report": artifacts["report"].key}
-    storage.write(f"tracking/{mark}.json", json.dumps(content).encode())
+    written = {"uri": without_secret(uri), "experiment": name, "report": artifacts["report"].key}
+    storage.write(f"tracking/{mark}.json", json.dumps(written).encode())
     return True
 
 
@@ -157,89 +160,100 @@ def _open(uri: str, name: str, storage: Storage) -> tuple[Any, str]:
         return client, found.experiment_id
 
 
-def _record_zoo(client: Any, experiment_id: str, experiment: Experiment, artifacts: Mapping[str, Artifact]) -> None:
+@dataclass(frozen=True)
+class _Run:
+    """What a run says; `artifact` is what it describes, `stages` are those that it took."""
+
+    kind: str  # zoo or trial
+    name: str
+    artifact: Artifact
+    stages: Sequence[str]
+    sections: Sequence[str]  # of the configuration
+    metrics: Mapping[str, float]
+    curves: Mapping[str, Sequence[float]]
+    files: Mapping[str, bytes]
+
+
+def _zoo_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> _Run:
     zoo, base = artifacts["zoo"], artifacts["base"]
-    info, trained = zoo.manifest()["info"], base.manifest()["info"]
-    metrics = {k: v for k, v in info.items() if k.endswith("_test_accuracy")}
-    metrics |= {f"base/{k}": v for k, v in trained.items() if k.endswith("_accuracy")}
-    curves: dict[str, Sequence[float]] = {}
-    if "history.safetensors" in base.manifest()["files"]:
-        history = load_tree(base.read("history.safetensors"), base.location)
-        curves = {f"base/{name}": values.tolist() for name, values in history.items()}
-    sections = ("data", "network", "training", "zoo")
-    _write_run(client, experiment_id, "zoo", f"zoo-{zoo.key[:6]}", zoo, experiment, sections, metrics, curves, {})
+    trained = base.manifest()
+    metrics = {k: v for k, v in zoo.manifest()["info"].items() if k.endswith("_test_accuracy")}
+    metrics |= {f"base/{k}": v for k, v in trained["info"].items() if k.endswith("_accuracy")}
+    # An imported base has no history.
+    history = load_tree(base.read(HISTORY_FILE), base.location) if HISTORY_FILE in trained["files"] else {}
+    return _Run(
+        kind="zoo",
+        name=f"zoo-{zoo.key[:6]}",
+        artifact=zoo,
+        stages=("base", "zoo"),
+        sections=("data", "network", "training", "zoo"),
+        metrics=metrics,
+        curves={f"base/{name}": values.tolist() for name, values in history.items()},
+        files={},
+    )
 
 
-def _record_trial(client: Any, experiment_id: str, experiment: Experiment, artifacts: Mapping[str, Artifact]) -> None:
-    report, generator = artifacts["report"], artifacts["generator"]
-    summary = json.loads(artifacts["evaluation"].read("summary.json"))
+def _trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> _Run:
+    report, generator, evaluation = (artifacts[stage] for stage in ("report", "generator", "evaluation"))
     metrics: dict[str, float] = {}
-    for group in summary["groups"]:
+    for group in json.loads(evaluation.read(SUMMARY_FILE))["groups"]:
         name = group["group"].replace(" ", "_")
         metrics |= {f"{name}/{metric}": group[key] for key, metric in METRICS.items() if group[key] is not None}
     metrics |= {f"seconds/{stage}": artifacts[stage].manifest()["seconds"] for stage in STAGES}
-    curves = {
-        f"{name}/loss": losses.tolist()
-        for name, losses in load_tree(generator.read("history.safetensors"), generator.location).items()
-    }
-    files = {name: report.read(name) for name in report.manifest()["files"]}
-    for entry in artifacts["evaluation"].manifest()["files"].values():
-        if entry["path"].endswith(".parquet"):
-            name = f"networks/{Path(entry['path']).name}"
-            files[name] = artifacts["evaluation"].storage.read(f"{artifacts['evaluation'].folder}/{entry['path']}")
-    sections = tuple(section for section in type(experiment).model_fields if section not in ("resources", "tracking"))
-    _write_run(
-        client, experiment_id, "trial", f"{experiment.name}-{report.key[:6]}", report, experiment, sections, metrics,
-        curves, files,
-    )  # fmt: skip
+    history = load_tree(generator.read(HISTORY_FILE), generator.location)
+    tables = [name for name in evaluation.manifest()["files"] if name.endswith(".parquet")]
+    return _Run(
+        kind="trial",
+        name=f"{experiment.name}-{report.key[:6]}",
+        artifact=report,
+        stages=("generator", "samples", "evaluation", "report"),
+        sections=[s for s in type(experiment).model_fields if s not in ("resources", "tracking", "storage")],
+        metrics=metrics,
+        curves={f"{name}/loss": losses.tolist() for name, losses in history.items()},
+        files={name: report.read(name) for name in report.manifest()["files"]}
+        | {name: evaluation.read(name) for name in tables},
+    )
 
 
-def _write_run(
-    client: Any,
-    experiment_id: str,
-    kind: str,
-    name: str,
-    artifact: Artifact,
-    experiment: Experiment,
-    sections: Sequence[str],
-    metrics: Mapping[str, float],
-    curves: Mapping[str, Sequence[float]],
-    files: Mapping[str, bytes],
+def _write(
+    client: Any, experiment_id: str, experiment: Experiment, artifacts: Mapping[str, Artifact], content: _Run
 ) -> None:
-    """A finished run for an artifact, unless there is one; what an interrupted attempt left is deleted."""
+    """Writes a run unless it is there; what an interrupted attempt left is deleted."""
     from mlflow.entities import Metric, Param
 
-    found = client.search_runs([experiment_id], f"tags.`pdiff.key` = '{artifact.key}' and tags.kind = '{kind}'")
-    for run in found:
+    key = content.artifact.key
+    for run in client.search_runs([experiment_id], f"tags.`pdiff.key` = '{key}' and tags.kind = '{content.kind}'"):
         if run.info.status == "FINISHED":
             return
         client.delete_run(run.info.run_id)
-    manifest = artifact.manifest()
+    manifest = content.artifact.manifest()
     made = int(datetime.fromisoformat(manifest["created_at"]).timestamp() * 1000)
+    seconds = sum(artifacts[stage].manifest()["seconds"] for stage in content.stages)
     tags = {
-        "kind": kind,
-        "pdiff.key": artifact.key,
-        "pdiff.location": artifact.location,
+        "kind": content.kind,
+        "pdiff.key": key,
+        "pdiff.location": content.artifact.location,
         "pdiff.version": manifest["versions"]["pdiff_ray"],
         "seed": str(experiment.seed),
     }
-    run = client.create_run(experiment_id, run_name=name, tags=tags, start_time=made - int(1000 * manifest["seconds"]))
-    run_id = run.info.run_id
-    params = [Param(key, value) for key, value in _flat(experiment.model_dump(mode="json", include=set(sections)))]
-    for start in range(0, len(params), 100):
-        client.log_batch(run_id, params=params[start : start + 100])
-    points = [Metric(key, float(value), made, 0) for key, value in metrics.items()]
-    for key, values in curves.items():
+    started = made - int(1000 * seconds)
+    run_id = client.create_run(experiment_id, run_name=content.name, tags=tags, start_time=started).info.run_id
+    configuration = experiment.model_dump(mode="json", include=set(content.sections))
+    params = [Param(path, value) for path, value in _flat(configuration)]
+    for start in range(0, len(params), MAX_PARAMS):
+        client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
+    points = [Metric(name, float(value), made, 0) for name, value in content.metrics.items()]
+    for name, values in content.curves.items():
         every = max(1, len(values) // MAX_POINTS)
-        points += [Metric(key, float(values[step]), made, step) for step in range(0, len(values), every)]
-    for start in range(0, len(points), MAX_BATCH):
-        client.log_batch(run_id, metrics=points[start : start + MAX_BATCH])
-    with tempfile.TemporaryDirectory() as folder:
-        for path, content in files.items():
-            target = Path(folder) / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-        if files:
+        points += [Metric(name, float(values[step]), made, step) for step in range(0, len(values), every)]
+    for start in range(0, len(points), MAX_METRICS):
+        client.log_batch(run_id, metrics=points[start : start + MAX_METRICS])
+    if content.files:
+        with tempfile.TemporaryDirectory() as folder:
+            for path, file in content.files.items():
+                target = Path(folder) / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file)
             client.log_artifacts(run_id, folder)
     client.set_terminated(run_id, "FINISHED", end_time=made)
 
