@@ -22,8 +22,8 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        # A subset is one rule, not a mapping of settings: the later one replaces the earlier.
-        both = isinstance(old, dict) and isinstance(value, dict) and key != "subset"
+        # A subset is one rule, and arguments are of one network: the later ones replace the earlier.
+        both = isinstance(old, dict) and isinstance(value, dict) and key not in ("subset", "args")
         merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
     return merged
 
@@ -282,7 +282,11 @@ class Evaluation(Section):
 
 
 class Resources(Section):
-    """Where and how wide things run; results do not depend on it beyond floating-point rounding."""
+    """Where and how wide things run.
+
+    Results depend on it by rounding alone, but for the number of workers that train the base: each augments its share
+    of a batch with its own random numbers, and its BatchNorm layers see that share.
+    """
 
     address: str | None = Field(None, description="Ray cluster; default: RAY_ADDRESS, else a local Ray")
     workers: int = Field(1, ge=1, description="Ray Train workers for base and zoo")

@@ -15,6 +15,13 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def seed_global(*parts: int | str) -> None:
+    """Seeds torch's global generators by `derive_seed(*parts)`: dropout takes no other."""
+    import torch
+
+    torch.manual_seed(derive_seed(*parts))
+
+
 def generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
     """A torch generator on `device`, seeded by `derive_seed(*parts)`."""
     import torch

@@ -195,3 +195,15 @@ def test_a_batch_larger_than_the_data(tmp_path):
     experiment, artifacts = tiny(tmp_path, "training.batch_size=5000")
     with pytest.raises(ConfigError, match="5000"):
         build(experiment, artifacts, "base")
+
+
+def test_dropout_is_seeded(tmp_path):
+    """Whatever the state of the global generator, and interrupted or not."""
+    vectors = []
+    for index in range(2):
+        overrides = ["network={name: resnet18, source: timm, args: {drop_rate: 0.5}}", "training.epochs=1"]
+        experiment, artifacts = tiny(tmp_path / str(index), *overrides, "data.train_noise=0")
+        torch.manual_seed(index)
+        build(experiment, artifacts, "base")
+        vectors.append(torch.cat([p.flatten() for p in base.load_network(experiment, artifacts).parameters()]))
+    assert torch.equal(*vectors)

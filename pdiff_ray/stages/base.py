@@ -18,6 +18,7 @@ from pdiff_ray.data import Dataset, load, steps_per_epoch
 from pdiff_ray.judge import Judge
 from pdiff_ray.networks import build_network
 from pdiff_ray.optimization import Trainer, autocast
+from pdiff_ray.seeds import seed_global
 from pdiff_ray.sources import describe
 from pdiff_ray.stages import Context
 from pdiff_ray.subset import Subset
@@ -118,6 +119,7 @@ def train_network(
             config.batch_size, start, start + per_epoch, device, *seed, rank=context.rank, world=context.world
         )
         for step, (images, labels) in enumerate(batches, start):
+            seed_global(*seed, "step", step, context.rank)
             with autocast(device, config.precision):
                 logits = model(images)
             loss = functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)

@@ -24,7 +24,7 @@ from pdiff_ray.data import Dataset, steps_per_epoch
 from pdiff_ray.judge import Judge, judged
 from pdiff_ray.networks import build_network
 from pdiff_ray.optimization import Trainer, autocast
-from pdiff_ray.seeds import derive_seed
+from pdiff_ray.seeds import derive_seed, seed_global
 from pdiff_ray.sources import describe
 from pdiff_ray.stages import Context
 from pdiff_ray.stages.base import load_network, open_dataset, train_network
@@ -191,6 +191,7 @@ class SubsetTraining:
         loss = torch.zeros(())
         batches = dataset.training_batches(self.config.batch_size, start, stop, self.device, seed)
         for step, (images, labels) in enumerate(batches, start):
+            seed_global(seed, "step", step)
             with autocast(self.device, self.config.precision):
                 logits = self.network(images)
             loss = functional.cross_entropy(logits.float(), labels)
