@@ -188,9 +188,10 @@ def _print_result(plan: Plan) -> None:
     seconds = report.stage_seconds(artifacts)
     console.print("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
     console.print(f"\nreport     {report.report_location(artifacts)}")
-    console.print(f"networks   {artifacts['samples'].location}  (pdiff export {artifacts['samples'].key} FOLDER)")
+    samples = artifacts["samples"]
+    console.print(f"networks   {samples.location}  (uv run pdiff export {samples.key} FOLDER)")
     storage = f" --storage {plan.experiment.storage}" if plan.experiment.storage else ""
-    console.print(f"MLflow     pdiff ui{storage}")
+    console.print(f"MLflow     uv run pdiff ui{storage}")
 
 
 storage_option = click.option(

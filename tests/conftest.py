@@ -1,11 +1,15 @@
-"""One thread, as tests share the machine, and a cache of their own."""
+"""One thread, as tests share the machine, a cache of their own, and a Ray on the loopback interface."""
 
 import os
 
 import pytest
 import torch
 
+from pdiff_ray import distributed
+from pdiff_ray.config import Resources
+
 torch.set_num_threads(1)
+distributed.prepare(Resources())  # before any test imports Ray
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,7 @@ import time
 import pytest
 from helpers import build, tiny
 
-from pdiff_ray import distributed, pipeline
+from pdiff_ray import pipeline
 from pdiff_ray.config import Resources
 from pdiff_ray.console import Display
 from pdiff_ray.errors import ConfigError, PdiffError
@@ -20,7 +20,6 @@ TWO = ("resources.workers=2", "resources.actors=2")
 
 @pytest.fixture(scope="module", autouse=True)
 def ray():
-    distributed.prepare(Resources())
     import ray
 
     ray.init(include_dashboard=False, num_cpus=4)
