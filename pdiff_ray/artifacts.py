@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -117,10 +118,7 @@ class Storage:
                     file.flush()
                     os.fsync(file.fileno())
                 if exclusive:
-                    with contextlib.suppress(FileExistsError):
-                        os.link(temporary, target)
-                        return True
-                    return False
+                    return _place_new(temporary, target)
                 temporary.replace(target)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -156,7 +154,20 @@ class Storage:
             for file in (self.local / "tmp").glob("*"):
                 with contextlib.suppress(OSError):
                     if time.time() - file.stat().st_mtime > STALE_TEMPORARY_S:
-                        file.unlink()
+                        shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def _place_new(temporary: Path, target: Path) -> bool:
+    """Gives a file its name unless that is taken."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links; the moment between the two lines is the price
+        if target.exists():
+            return False
+        temporary.replace(target)
+    return True
 
 
 def _without_secrets(text: str) -> str:

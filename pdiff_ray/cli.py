@@ -40,6 +40,7 @@ def guarded(command: click.Command, arguments: Sequence[str] | None = None) -> N
 
 def main() -> None:
     """The console command `pdiff`."""
+    sys.path.insert(0, "")  # as with `python -m`: a network of one's own may lie in the current folder
     guarded(cli)
 
 
@@ -190,7 +191,7 @@ def _print_result(plan: Plan) -> None:
     console.print(f"\nreport     {report.report_location(artifacts)}")
     samples = artifacts["samples"]
     console.print(f"networks   {samples.location}  (uv run pdiff export {samples.key} FOLDER)")
-    storage = f" --storage {plan.experiment.storage}" if plan.experiment.storage else ""
+    storage = f" --storage {plan.storage.place}" if plan.experiment.storage else ""
     console.print(f"MLflow     uv run pdiff ui{storage}")
 
 

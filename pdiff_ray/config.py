@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -148,7 +148,7 @@ class Zoo(Section):
     batchnorm: Literal["frozen", "included", "recalibrated"] = Field(
         "frozen", description="running statistics: the base's, part of the vector, or measured anew before evaluation"
     )
-    warmup_steps: int = Field(100, ge=0, description="steps before the first member")
+    warmup_steps: int = Field(100, ge=0, description="steps before those of the first member")
     steps_per_member: int | Literal["epoch"] = Field(10, description="steps between members")
     batch_size: int = Field(128, ge=2, description="images per step of a run")
     optimizer: Optimizer = Optimizer(lr=0.03, weight_decay=5e-4)
@@ -179,7 +179,9 @@ class Zoo(Section):
 class Autoencoder(Section):
     """The 1D convolutional autoencoder of the flattened parameters."""
 
-    channels: tuple[int, ...] = Field((8, 16, 32, 32), min_length=1, description="of the encoder's layers")
+    channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (8, 16, 32, 32), min_length=1, description="of the encoder's layers"
+    )
     kernel_size: int = Field(5, ge=3, description="odd")
     stride: int = Field(2, ge=1, description="of every layer")
     latent_dim: int = Field(32, ge=1, description="numbers that a vector is encoded into")
@@ -273,7 +275,7 @@ class Evaluation(Section):
 
     batch_size: int = Field(500, ge=1, description="images per forward pass")
     stack: int = Field(20, ge=1, description="networks sent to an actor, or written, at a time")
-    noise_sigmas: tuple[float, ...] = Field(
+    noise_sigmas: tuple[Annotated[float, Field(ge=0)], ...] = Field(
         (0.15, 0.5), description="noise-added baseline: sigmas, in standard deviations of each tensor's values"
     )
     noise_networks: int = Field(20, ge=0, description="networks per sigma")
@@ -291,10 +293,12 @@ class Resources(Section):
     address: str | None = Field(None, description="Ray cluster; default: RAY_ADDRESS, else a local Ray")
     workers: int = Field(1, ge=1, description="Ray Train workers for base and zoo")
     cpus_per_worker: int = Field(1, ge=1, description="cores and threads of each")
-    gpus_per_worker: float | Literal["auto"] = Field("auto", description="auto: 1 where the cluster has GPUs")
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="auto: one, or a share such that all find a place, where the cluster has GPUs"
+    )
     actors: int = Field(2, ge=1, description="evaluation actors")
     cpus_per_actor: int = Field(1, ge=1, description="cores and threads of each")
-    gpus_per_actor: float | Literal["auto"] = Field("auto", description="auto: a GPU's share, where there are GPUs")
+    gpus_per_actor: Annotated[float, Field(ge=0)] | Literal["auto"] = Field("auto", description="likewise")
     max_failures: int = Field(3, ge=0, description="restarts of lost workers")
 
 
@@ -337,6 +341,12 @@ class Experiment(Section):
             raise ValueError(
                 f"generator.members is {self.generator.members}, but the zoo has {self.zoo.members} (zoo.members); "
                 "lower the first or raise the second"
+            )
+        workers, batch_size = self.resources.workers, self.training.batch_size
+        if workers > 1 and (batch_size % workers or batch_size < 2 * workers):
+            raise ValueError(
+                f"training.batch_size is {batch_size}, which {workers} workers (resources.workers) cannot share "
+                "equally, two images each at least; change one of them"
             )
         steps, timesteps = self.sampling.steps, self.generator.diffusion.num_timesteps
         if steps and steps > timesteps:

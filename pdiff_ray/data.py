@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +37,6 @@ from pdiff_ray.sources import (
     open_samples,
     parquet_files,
 )  # fmt: skip
-
-if TYPE_CHECKING:
-    pass
 
 ON_DEVICE_BYTES = 4 * 2**30  # sets up to this size are kept in an accelerator's memory whole
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pdiff_ray.sources import describe
 from pdiff_ray.stages import Context, Progress, silent
 from pdiff_ray.stages.base import NETWORK_FILE, describe_base, open_dataset
 from pdiff_ray.stages.zoo import finish, zoo_subset
-from pdiff_ray.store import ParameterStore, Record, stamp
+from pdiff_ray.store import PARTS, ParameterStore, Record, stamp
 from pdiff_ray.subset import Subset
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -39,18 +39,22 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_tree(path.read_bytes(), str(path))
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, Mapping):
+            raise ValueError(f"holds a {type(content).__name__}, not tensors by name")
     except pickle.UnpicklingError:
         raise PdiffError(
             f"{path}: holds pickled objects that are not tensors, and unpickling could run code; refused. Save its "
             "weights alone: torch.save(network.state_dict(), FILE), or as safetensors"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except StorageError:
+        raise
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise PdiffError(f"{path}: cannot be read as a checkpoint: {reason}") from None
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
-    tensors = {k.removeprefix("module."): v for k, v in dict(content).items() if isinstance(v, Tensor)}
+    tensors = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor) and isinstance(k, str)}
     if not tensors:
         raise PdiffError(f"{path}: holds no tensors by name; a state dict is wanted")
     return tensors
@@ -94,10 +98,15 @@ def import_zoo(
     except RuntimeError as error:
         raise PdiffError(f"{base_checkpoint or files[0]}: {str(error).splitlines()[-1].strip()}") from None
     # All are read before anything is stored.
-    others = [name for name in parameters if name not in set(subset.names)]
+    others = set(parameters) - set(subset.names)
+    if experiment.zoo.batchnorm == "frozen":  # statistics that are neither in the vector nor measured anew
+        others |= {name for name, _ in network.named_buffers() if name.endswith(("running_mean", "running_var"))}
     vectors = [_vector(file, subset, base, others) for file in files]
     context = Context(torch.device("cpu"), default_cache(), progress=progress)
     info = describe_base(experiment, network, open_dataset(experiment, context), context)
+    storage = artifacts["zoo"].storage
+    for name in storage.list(f"{artifacts['zoo'].folder}/{PARTS}"):  # of an import that was interrupted
+        storage.delete(name)
     store = ParameterStore(artifacts["zoo"])
     for start in range(0, count, IMPORT_STACK):
         stack = range(start, min(start + IMPORT_STACK, count))
@@ -108,13 +117,13 @@ def import_zoo(
     finish(artifacts["zoo"], subset, count, time.monotonic() - started)
 
 
-def _vector(file: Path, subset: Subset, base: Mapping[str, Tensor], others: Sequence[str]) -> Tensor:
+def _vector(file: Path, subset: Subset, base: Mapping[str, Tensor], others: Collection[str]) -> Tensor:
     tensors = read_checkpoint(file)
-    for name in others:
+    for name in sorted(others):
         if name in tensors and not torch.equal(tensors[name], base[name]):
             raise PdiffError(
-                f"{file}: {name} is not in zoo.subset but differs from the base's; widen the subset (all) or "
-                "remove the file"
+                f"{file}: {name} is not in zoo.subset but differs from the base's; widen the subset (all), set "
+                "zoo.batchnorm to included if it is a running statistic, or remove the file"
             )
     try:
         vector = subset.flatten(tensors)
@@ -147,8 +156,18 @@ def export(
     artifact = Artifact(storage, manifest["stage"], manifest["config"], manifest["inputs"])
     store = ParameterStore(artifact)
     subset = store.subset()
+    lineage_of = dict(lineage(storage, name))
+    zoo = next(m for f, m in lineage_of.items() if f.startswith("zoo/"))
+    if not subset_only and zoo is not None and zoo["config"]["batchnorm"] == "recalibrated":
+        raise ConfigError(
+            f"{name}: zoo.batchnorm is recalibrated, so these networks have no running statistics of their own; export "
+            "with --subset-only, and measure them on training images"
+        )
     base = {} if subset_only else _base_tensors(storage, manifest)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PdiffError(f"{folder}: cannot be made: {error.strerror}; choose another folder") from None
     for id_ in store.ids if ids is None else ids:
         (record,) = store.records([id_], vectors=True)
         assert record.vector is not None

@@ -30,13 +30,12 @@ def accuracy_by_group(records: Sequence[Record]) -> bytes:
     groups = _by_label(records)
     figure, axes = _figure(7, 4)
     random = np.random.default_rng(0)
-    for column, (name, members) in enumerate(groups.items()):
+    for column, members in enumerate(groups.values()):
         accuracies = 100 * np.array([r.test_accuracy for r in members])
         spread = random.uniform(-0.25, 0.25, len(members))
         axes.scatter(column + spread, accuracies, s=12, alpha=0.5, color=COLOURS[members[0].group], linewidths=0)
         axes.hlines(accuracies.mean(), column - 0.35, column + 0.35, color="black", linewidth=1.5)
         axes.annotate(f"{accuracies.mean():.1f}", (column + 0.37, accuracies.mean()), fontsize=8, va="center")
-        del name
     axes.set_xticks(range(len(groups)), [f"{n}\n({len(m)})" for n, m in groups.items()], fontsize=8)
     axes.set_xlim(-0.5, len(groups) - 0.2)
     axes.set_ylabel("test accuracy (%)")
@@ -105,7 +104,9 @@ def latent_map(latents: Mapping[str, np.ndarray], seed: int) -> bytes:
     chosen = {group: values[:MAX_POINTS] for group, values in latents.items()}
     points = np.concatenate(list(chosen.values()))
     perplexity = min(30.0, (len(points) - 1) / 3)
-    placed = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points)
+    placed = TSNE(
+        perplexity=perplexity, init="pca" if points.shape[1] > 1 else "random", random_state=seed
+    ).fit_transform(points)
     figure, axes = _figure(5, 4.2)
     start = 0
     for group, values in chosen.items():

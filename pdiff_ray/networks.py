@@ -5,10 +5,13 @@ Shapes: B images of a batch, C channels, S the edge in pixels.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,6 +95,39 @@ def build_network(config: Network, info: DataInfo, *seed: int | str) -> nn.Modul
         if config.cifar_stem:
             _cifar_stem(network, config.name)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def fingerprint(config: Network) -> str:
+    """A hash of the source file of the user's own network: what it builds changes with it."""
+    try:
+        spec = importlib.util.find_spec(config.name.partition(":")[0])
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.origin or not Path(spec.origin).is_file():
+        return "missing"  # building it says so
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:16]
+
+
+def check_network(config: Network, info: DataInfo) -> nn.Module:
+    """A new network that has taken two blank images in training mode, as its first step will.
+
+    Raises:
+        ConfigError: it cannot be built, or cannot take the data.
+    """
+    network = build_network(config.model_copy(update={"pretrained": False}), info)
+    images = torch.zeros(2, info.channels, info.image_size, info.image_size)
+    try:
+        logits = network.train()(images.contiguous(memory_format=torch.channels_last))
+        if not isinstance(logits, Tensor) or logits.shape != (2, info.num_classes):
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"it returns {found}, not logits of shape (2, {info.num_classes})")
+    except Exception as error:  # the network's own code
+        size, reason = info.image_size, str(error).partition("\n")[0]
+        raise ConfigError(
+            f"network.name: {config.name} cannot take images of {info.channels} x {size} x {size} ({reason}); set "
+            "data.image_size, network.args or another network"
+        ) from None
+    return network
 
 
 def _source(config: Network) -> str:

@@ -38,7 +38,8 @@ def make_plan(experiment: Experiment, target: str = "report") -> Plan:
     storage = Storage(experiment.storage_uri)
     artifacts = artifacts_of(experiment, storage)
     missing: list[str] = []
-    wanted = {target}
+    # The result table is read from samples and evaluation as well.
+    wanted = {target, "evaluation", "samples"} if target == "report" else {target}
     for stage in reversed(STAGES[: STAGES.index(target) + 1]):
         if stage in wanted and not artifacts[stage].exists():
             missing.insert(0, stage)
@@ -55,9 +56,11 @@ def check(plan: Plan) -> None:
     """
     from pdiff_ray import sources
     from pdiff_ray.generators.autoencoder import Autoencoder
-    from pdiff_ray.stages.zoo import zoo_subset
+    from pdiff_ray.networks import check_network
+    from pdiff_ray.stages.zoo import subset_of
 
-    subset = zoo_subset(plan.experiment)
+    network = check_network(plan.experiment.network, sources.describe(plan.experiment.data))
+    subset = subset_of(plan.experiment, network)
     if plan.experiment.generator.name == "latent_diffusion":
         import torch
 

@@ -153,6 +153,8 @@ def _page(
                 (stage, m["key"], f"{m['seconds']:.1f}", m["seed"], m["created_at"]) for stage, m in manifests.items()
             ],
             versions=manifests["evaluation"]["versions"],
-            configuration=yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False),
+            configuration=yaml.safe_dump(
+                experiment.model_dump(mode="json", exclude={"storage", "tracking"}), sort_keys=False
+            ),
         )
     )

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+CHUNK_VALUES = 2**22
+
 
 def unpack_wrong(packed: Sequence[bytes], num_images: int) -> np.ndarray:
     """Wrong predictions (n, T), bool, from what `np.packbits` made of each network's."""
@@ -37,4 +39,10 @@ def mean_within(wrong: np.ndarray) -> float | None:
 
 def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """L2 distances (n, m) of vectors (n, D) and (m, D), in float64: close vectors would lose digits otherwise."""
-    return np.stack([np.sqrt(np.square(second - row, dtype=np.float64).sum(1)) for row in first])
+    squares = np.zeros((len(first), len(second)))
+    width = max(1, CHUNK_VALUES // len(second))  # of columns at a time: whole differences may not fit into memory
+    for start in range(0, first.shape[1], width):
+        columns = second[:, start : start + width].astype(np.float64)
+        for row, vector in enumerate(first[:, start : start + width]):
+            squares[row] += np.square(columns - vector).sum(1)
+    return np.sqrt(squares)

@@ -74,7 +74,10 @@ def describe(config: Data) -> DataInfo:
         if config.source not in ("parquet", "folder"):
             raise ConfigError(f"data.source: {config.source!r} cannot be read as custom data; choose parquet or folder")
         samples = open_samples(config, "train")
-        image, _ = next(iter(samples))
+        try:
+            image, _ = next(iter(samples))
+        except (OSError, SyntaxError, TypeError) as error:  # PIL's errors, or a null
+            raise ConfigError(f"data.root: the first image under {config.root!r} cannot be read: {error}") from None
         channels: int = config.channels or (1 if image.mode == "L" else 3)
         size = config.image_size or min(image.size)
         # Pixels in -1..1, the usual choice where nothing is known about a data set.
@@ -100,14 +103,25 @@ def keyed(config: Data) -> dict[str, Any]:
     """What of the configuration, the table, and custom files determines the images."""
     info = describe(config)
     content = {**config.keyed(), "mean": info.mean, "std": info.std}
-    if config.name == "custom":
-        content["fingerprint"] = _fingerprint(config)
+    if config.source in ("parquet", "folder"):
+        try:
+            content["fingerprint"] = _fingerprint(config)
+        except ConfigError:  # `check` says so; a plan may be for another machine
+            content["fingerprint"] = "missing"
     return content
 
 
 def check(config: Data) -> None:
     """Raises ConfigError unless both splits can be opened and their labels are those of the data set."""
     info = describe(config)
+    if config.source == "folder":
+        first, second = (open_samples(config, split).classes for split in SPLITS)  # type: ignore[attr-defined]
+        if first != second:
+            odd = min(set(first) ^ set(second))
+            raise ConfigError(
+                f"data.root: the class folder {odd!r} is not in both splits under {config.root!r}, which would number "
+                "the classes differently; add an image of it or remove it"
+            )
     for split in SPLITS:
         labels = np.asarray(getattr(open_samples(config, split), "targets", (0,)))
         if labels.min() < 0 or labels.max() >= info.num_classes:

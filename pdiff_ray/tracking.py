@@ -74,7 +74,8 @@ def record(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> bool:
     storage = artifacts["report"].storage
     uri, name = tracking_uri(experiment, storage), experiment.tracking.experiment or experiment.name
     mark = hashlib.sha256(f"{uri}|{name}|{artifacts['report'].key}".encode()).hexdigest()[:16]
-    if storage.exists(f"tracking/{mark}.json"):
+    deleted = uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
+    if storage.exists(f"tracking/{mark}.json") and not deleted:
         return False
     try:
         # MLflow imports half a second of packages, so only where there is something to write.

@@ -32,4 +32,4 @@ def test_site_files_fit_every_experiment(path, monkeypatch):
         experiment = config.load(file)
         assert experiment.resources.gpus_per_worker == 1
         assert experiment.storage_uri.startswith("s3://")
-        assert config.load(file, ["resources.workers=3"]).resources.workers == 3
+        assert config.load(file, ["resources.workers=4"]).resources.workers == 4

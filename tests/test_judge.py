@@ -278,3 +278,11 @@ def test_noise_is_grouped_by_sigma():
     lines = groups_of(summary_of([*noised, *generated]))
     assert list(lines) == ["original", "noise-added 0.5", "noise-added 0.15", "generated"]
     assert lines["noise-added 0.5"]["networks"] == 2
+
+
+def test_distances_are_those_of_whole_vectors(monkeypatch):
+    monkeypatch.setattr("pdiff_ray.similarity.CHUNK_VALUES", 50)  # several chunks, the last one shorter
+    random = np.random.default_rng(0)
+    first, second = random.standard_normal((3, 23)), random.standard_normal((4, 23))
+    expected = np.linalg.norm(first[:, None] - second[None], axis=2)
+    np.testing.assert_allclose(distances(first, second), expected, rtol=1e-12)

@@ -17,6 +17,8 @@ def prepare(resources: Resources) -> None:
     if not ray_address(resources):
         # A local Ray then listens on the loopback interface alone, as it does by default on macOS and Windows.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Under `uv run`, Ray would build the environment again for its workers, from a copy of the current folder.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     # How long a group that lost a worker waits for the others to say goodbye; Ray's default is 30 s.
     os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "3")
     # The default of Ray's next version, set to be spared the notice.

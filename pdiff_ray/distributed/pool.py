@@ -7,12 +7,12 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayTaskError
 
 from pdiff_ray.artifacts import Artifact
 from pdiff_ray.config import Experiment
 from pdiff_ray.data import default_cache
-from pdiff_ray.distributed.session import num_gpus, report_progress
+from pdiff_ray.distributed.session import gpu_share, report_progress
 from pdiff_ray.errors import PdiffError
 from pdiff_ray.stages import Context, generate
 from pdiff_ray.stages.evaluate import Evaluator, Stack
@@ -44,14 +44,14 @@ class Pool:
 
     def __init__(self, experiment: Experiment, artifacts: Mapping[str, Artifact], events: str) -> None:
         resources = experiment.resources
-        gpus = resources.gpus_per_actor
-        if gpus == "auto":
-            gpus = min(1.0, num_gpus() / resources.actors)
+        gpus = gpu_share(resources.gpus_per_actor, resources.actors)
         self.max_failures = resources.max_failures
         actor = ray.remote(_Worker).options(
             num_cpus=resources.cpus_per_actor, num_gpus=gpus, max_restarts=resources.max_failures
         )
         self.actors: list[Any] = [actor.remote(experiment, artifacts, events) for _ in range(resources.actors)]
+
+        self.deaths = dict.fromkeys(self.actors, 0)
 
     def build(self, stage: str) -> None:
         """Builds a stage ("generator" or "samples") on one actor."""
@@ -76,12 +76,13 @@ class Pool:
                 running[getattr(actor, method).remote(item)] = (actor, item, failures)
             (done, *_), _ = ray.wait(list(running))
             actor, item, failures = running.pop(done)
-            # To the end of the line: an actor that is being restarted is asked last.
-            idle.append(actor)
             try:
-                yield ray.get(done)
-            except (RayActorError, ActorUnavailableError) as error:
-                if failures == self.max_failures:
+                result = ray.get(done)
+            except (RayActorError, ActorUnavailableError, OutOfMemoryError) as error:
+                self.deaths[actor] += 1
+                if self.deaths[actor] <= self.max_failures:  # it is restarted, and asked last, as that takes a while
+                    idle.append(actor)
+                if failures == self.max_failures or not (idle or running):
                     reason = str(error).partition("\n")[0]
                     raise PdiffError(
                         f"evaluation: an actor died {failures + 1} times at the same work ({reason}); lower "
@@ -92,3 +93,6 @@ class Pool:
                 if isinstance(error.cause, PdiffError):
                     raise error.cause from None
                 raise
+            else:
+                idle.append(actor)
+                yield result

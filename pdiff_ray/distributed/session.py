@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import socket
 import threading
 import time
@@ -96,16 +97,17 @@ def _init(resources: Resources) -> None:
 
 
 def check_resources(resources: Resources, available: Mapping[str, float]) -> None:
-    """Raises ConfigError if a machine that will not grow has too few cores: Ray would wait for more for ever."""
-    for what, count, each in (
-        ("worker", resources.workers, resources.cpus_per_worker),
-        ("actor", resources.actors, resources.cpus_per_actor),
+    """Raises ConfigError if a machine that will not grow has too little: Ray would wait for more for ever."""
+    for what, count, cpus, gpus in (
+        ("worker", resources.workers, resources.cpus_per_worker, resources.gpus_per_worker),
+        ("actor", resources.actors, resources.cpus_per_actor, resources.gpus_per_actor),
     ):
-        if count * each > available.get("CPU", 0):
-            raise ConfigError(
-                f"resources.{what}s: {count} {what}s with {each} cores each, but this machine has "
-                f"{available.get('CPU', 0):g}; lower resources.{what}s or resources.cpus_per_{what}"
-            )
+        for kind, each, name in (("CPU", cpus, "cores"), ("GPU", 0 if gpus == "auto" else float(gpus), "GPUs")):
+            if count * each > available.get(kind, 0):
+                raise ConfigError(
+                    f"resources.{what}s: {count} {what}s with {each:g} {name} each, but this machine has "
+                    f"{available.get(kind, 0):g}; lower resources.{what}s or resources.{kind.lower()}s_per_{what}"
+                )
 
 
 def _reach(address: str) -> None:
@@ -127,9 +129,12 @@ def cluster_resources() -> dict[str, float]:
     return ray.cluster_resources()
 
 
-def num_gpus() -> float:
-    """GPUs of the connected cluster."""
-    return ray.cluster_resources().get("GPU", 0)
+def gpu_share(configured: float | str, processes: int) -> float:
+    """GPUs for each of some processes; "auto": one, or a fraction such that all find a place on the cluster's."""
+    if configured != "auto":
+        return float(configured)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    return 1 / math.ceil(processes / gpus) if gpus else 0.0
 
 
 def report_progress(events: str) -> Progress:

@@ -9,13 +9,15 @@ from typing import Any
 
 import ray.train
 import torch
+import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from pdiff_ray.artifacts import Artifact
 from pdiff_ray.config import Experiment
 from pdiff_ray.data import default_cache
-from pdiff_ray.distributed.session import failure, num_gpus, report_failure, report_progress
+from pdiff_ray.distributed.session import failure, gpu_share, report_failure, report_progress
 from pdiff_ray.errors import PdiffError
 from pdiff_ray.stages import Context, base, zoo
 
@@ -34,14 +36,15 @@ def train(experiment: Experiment, artifacts: Mapping[str, Artifact], stages: Seq
     """
     resources, storage = experiment.resources, artifacts["base"].storage
     workers = useful_workers(experiment, stages)
-    gpus = resources.gpus_per_worker if resources.gpus_per_worker != "auto" else float(num_gpus() > 0)
+    gpus = gpu_share(resources.gpus_per_worker, workers)
     per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     name = f"ray-train-{uuid.uuid4().hex[:8]}"
     trainer = TorchTrainer(
         _work,
         train_loop_config={"experiment": experiment, "artifacts": dict(artifacts), "stages": stages, "events": events},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=per_worker),
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        # NCCL takes one process per GPU.
+        torch_config=TorchConfig("nccl" if gpus >= 1 else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         run_config=RunConfig(
             name=name,
             storage_filesystem=storage.fs,
@@ -51,6 +54,9 @@ def train(experiment: Experiment, artifacts: Mapping[str, Artifact], stages: Seq
     )
     try:
         trainer.fit()
+    except TrainingFailedError:
+        if not failure(events):
+            raise
     finally:
         with contextlib.suppress(OSError):  # Ray's marker files; the results are artifacts
             storage.fs.delete_dir(storage.path(f"tmp/{name}"))
@@ -75,8 +81,17 @@ def _work(config: dict[str, Any]) -> None:
     )
     try:
         for stage in config["stages"]:
-            BUILDERS[stage](experiment, artifacts, context)
+            if not _finished(artifacts[stage], context):  # by the group that was there before a restart
+                BUILDERS[stage](experiment, artifacts, context)
     except PdiffError as error:
         report_failure(events, str(error))
         if context.world > 1:  # the others may wait for this worker: only a restart ends them
             raise
+
+
+def _finished(artifact: Artifact, context: Context) -> bool:
+    """Whether rank 0 sees the artifact: all ranks have to go the same way."""
+    seen = [artifact.exists()]
+    if context.world > 1:
+        dist.broadcast_object_list(seen)
+    return seen[0]

@@ -5,6 +5,8 @@ Shapes: K vectors of D values, Z latent dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from pdiff_ray.seeds import derive_seed
 from pdiff_ray.subset import Subset
 
 GATE_MEMBERS = 10
+CHUNK = 50  # vectors that pass the autoencoder together, outside of training
 
 
 class LatentDiffusion:
@@ -49,8 +52,8 @@ class LatentDiffusion:
             fitting,
         )
         with torch.inference_mode():
-            latents = self.autoencoder.encode(normalized)
-            decoded = self.autoencoder.decode(latents)
+            latents = _in_chunks(self.autoencoder.encode, normalized)
+            decoded = _in_chunks(self.autoencoder.decode, latents)
         fitting.notes["unexplained_variance"] = float(
             (decoded - normalized).square().mean() / (normalized - normalized.mean(0)).square().mean().clamp(min=1e-12)
         )
@@ -91,12 +94,12 @@ class LatentDiffusion:
         self._to(device)
         latents = self.diffusion.sample(count, sampling, device)
         with torch.inference_mode():
-            return self.normalizer.unnormalize(self.autoencoder.decode(self.latents.unnormalize(latents)))
+            return self.normalizer.unnormalize(_in_chunks(self.autoencoder.decode, self.latents.unnormalize(latents)))
 
     @torch.inference_mode()
     def encode(self, vectors: Tensor) -> Tensor:
         self._to(vectors.device)
-        return self.latents.normalize(self.autoencoder.encode(self.normalizer.normalize(vectors)))
+        return self.latents.normalize(_in_chunks(self.autoencoder.encode, self.normalizer.normalize(vectors)))
 
     def state(self) -> State:
         return {
@@ -118,3 +121,7 @@ class LatentDiffusion:
         self.diffusion.to(device)
         for part in (self.normalizer, self.latents):
             part.mean, part.std = part.mean.to(device), part.std.to(device)
+
+
+def _in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    return torch.cat([function(chunk) for chunk in rows.split(CHUNK)])

@@ -51,7 +51,8 @@ def fit_model(
     ema = EMA(model, ema_decay) if ema_decay else None
     losses = torch.zeros(num_steps, device=fitting.device)
     first = 0
-    if (saved := fitting.load(name)) is not None:
+    saved = fitting.load(name)
+    if saved is not None and saved["device"] == fitting.device.type:  # another device has other random numbers
         first = saved["step"]
         model.load_state_dict(saved["model"])
         trainer.load_state(saved.get("optimizer", {}))
@@ -61,7 +62,13 @@ def fit_model(
             ema.average = {key: saved["ema"][key].to(fitting.device) for key in ema.average}
 
     def save(step: int) -> None:
-        state = {"step": step, "model": model.state_dict(), "optimizer": trainer.state(), "random": random.get_state()}
+        state = {
+            "step": step,
+            "device": fitting.device.type,
+            "model": model.state_dict(),
+            "optimizer": trainer.state(),
+            "random": random.get_state(),
+        }
         fitting.save(name, {**state, "losses": losses[:step], **({"ema": ema.average} if ema else {})})
 
     last_saved = time.monotonic()

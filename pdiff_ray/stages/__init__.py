@@ -45,28 +45,36 @@ class Context:
 
 def artifacts_of(experiment: Experiment, storage: Storage) -> dict[str, Artifact]:
     """The artifact of every stage: what the experiment's results are stored under, whether they are there or not."""
-    from pdiff_ray import sources
+    from pdiff_ray import networks, sources
 
     found: dict[str, Artifact] = {}
 
     def add(stage: str, config: dict[str, Any], *inputs: str) -> None:
         found[stage] = Artifact(storage, stage, config, {name: found[name].key for name in inputs})
 
-    zoo = experiment.zoo.keyed()
-    images, network, training = sources.keyed(experiment.data), experiment.network.keyed(), experiment.training.keyed()
-    if experiment.zoo.imported:  # base and zoo came together, from files
-        training, zoo = (
-            {"imported": experiment.zoo.imported},
-            {k: zoo[k] for k in ("members", "subset", "batchnorm", "imported")},
-        )
-    add("base", {"data": images, "network": network, "training": training, "seed": experiment.training.seed})
+    zoo, evaluation = experiment.zoo.keyed(), experiment.evaluation.keyed()
+    base: dict[str, Any] = {
+        "data": sources.keyed(experiment.data),
+        "network": experiment.network.keyed(),
+        "training": experiment.training.keyed(),
+        "seed": experiment.training.seed,
+    }
+    if ":" in experiment.network.name:
+        base["code"] = networks.fingerprint(experiment.network)
+    if experiment.resources.workers > 1:  # their BatchNorm layers see shares of the batches
+        base["workers"] = experiment.resources.workers
+    if experiment.zoo.imported:  # base and zoo came together, from files; training is for the fine-tuned baseline only
+        kept = {key: zoo[key] for key in ("members", "subset", "batchnorm", "imported")}
+        evaluation["fine_tuning"] = {key: zoo[key] for key in zoo if key not in kept}
+        base, zoo = {"data": base["data"], "network": base["network"], "imported": experiment.zoo.imported}, kept
+    add("base", base)
     add("zoo", zoo, "base")
     generator = experiment.generator.keyed()
     generator["members"] = experiment.num_members
     del generator["recipe"]  # its values are filled in
     add("generator", generator, "zoo")
     add("samples", experiment.sampling.keyed(), "generator")
-    add("evaluation", experiment.evaluation.keyed(), "samples")
-    add("report", {}, "evaluation")
+    add("evaluation", evaluation, "samples")
+    add("report", {"name": experiment.name}, "evaluation")
     assert tuple(found) == STAGES
     return found

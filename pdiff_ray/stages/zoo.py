@@ -52,7 +52,11 @@ def zoo_subset(experiment: Experiment) -> Subset:
         ConfigError: the network cannot be built or the rule does not fit it.
     """
     plain = experiment.network.model_copy(update={"pretrained": False})
-    network = build_network(plain, describe(experiment.data))
+    return subset_of(experiment, build_network(plain, describe(experiment.data)))
+
+
+def subset_of(experiment: Experiment, network: nn.Module) -> Subset:
+    """The generated subset of a network of the experiment."""
     return resolve(experiment.zoo.subset, network, experiment.zoo.batchnorm)
 
 
@@ -64,8 +68,10 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     subset = zoo_subset(experiment)
     store = ParameterStore(artifact)
     present = set(store.ids)
-    missing = [run for run in runs_of(config) if not present.issuperset(run.member_ids)]
-    for run in missing[context.rank :: context.world]:
+    # Shared out before looking at what is there: workers look at different times.
+    for run in runs_of(config)[context.rank :: context.world]:
+        if present.issuperset(run.member_ids):
+            continue
         members = (
             _independent(experiment, dataset, subset, run, context)
             if config.regime == "independent"
@@ -128,6 +134,8 @@ def _from_base(
     seed = derive_seed(config.seed or 0, "zoo", run.index)
     training = SubsetTraining(experiment, network, subset, num_steps, context.device)
     judge = make_judge(experiment, load_network(experiment, artifacts), subset, dataset, context)
+    shared = f"runs whole: {judge.split.reason}" if judge.split.reason else f"{judge.split.shared:.0%} shared"
+    context.progress("zoo", 0, config.members, shared)
     saved = artifacts["zoo"].load_work(f"run-{run.index}.safetensors")
     kept = training.restore(load_tree(saved, f"zoo run {run.index}")) if saved is not None else 0
     pending: list[Record] = []
