@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, build, tiny
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from pdiff_ray.cli import cli, guarded
 from pdiff_ray.stages.base import load_network
-from pdiff_ray.store import ParameterStore
+from pdiff_ray.store import ParameterStore, Record
 
 
 def pdiff(*arguments, code=0):
@@ -224,3 +225,50 @@ def test_no_ray_at_the_address(tmp_path):
 
 def test_ui_before_the_first_run(tmp_path):
     assert "nothing is recorded yet" in pdiff("ui", "--storage", tmp_path, code=2)
+
+
+def test_an_interrupted_import_leaves_nothing_in_the_next(storage, tmp_path):
+    key = next((storage / "zoo").iterdir()).name
+    pdiff("export", key, tmp_path / "files", "--storage", storage)
+    options = ("--storage", tmp_path / "s", "--set", "zoo.imported=x")
+    _experiment, artifacts = tiny(tmp_path / "s", "zoo.imported=x")
+    subset = ParameterStore(tiny(storage)[1]["zoo"]).subset()
+    other = Record(3, "original", vector=np.zeros(subset.size, dtype=np.float32))
+    ParameterStore(artifacts["zoo"]).append([other], subset)  # what an import of other files has left
+    pdiff("import", tmp_path / "files", TINY, *options)
+    assert np.abs(ParameterStore(artifacts["zoo"]).vectors([3])).max() > 0
+
+
+def test_import_refuses_statistics_that_would_be_lost(storage, tmp_path):
+    pdiff("export", next((storage / "zoo").iterdir()).name, tmp_path, "--storage", storage)
+    file = tmp_path / "original-0002.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "layers.0.bn.running_mean": tensors["layers.0.bn.running_mean"] + 1}, file)
+    text = pdiff("import", tmp_path, TINY, "--storage", tmp_path / "s", "--set", "zoo.imported=x", code=1)
+    assert "running_mean" in text
+    assert "zoo.batchnorm" in text
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), None, {1: torch.zeros(2)}])
+def test_checkpoints_that_are_no_state_dicts(content, tmp_path):
+    for index in range(12):
+        torch.save(content, tmp_path / f"{index}.pth")
+    text = pdiff("import", tmp_path, TINY, "--storage", tmp_path / "s", "--set", "zoo.imported=x", code=1)
+    assert "0.pth" in text
+
+
+def test_recalibrated_networks_are_not_exported_whole(tmp_path):
+    experiment, artifacts = tiny(tmp_path, "zoo.batchnorm=recalibrated", "zoo.members=4")
+    build(experiment, artifacts, "base", "zoo")
+    key = artifacts["zoo"].key
+    assert "--subset-only" in pdiff("export", key, tmp_path / "out", "--storage", tmp_path, code=2)
+    assert "4 networks" in pdiff("export", key, tmp_path / "out", "--subset-only", "--storage", tmp_path)
+
+
+def test_reports_hold_no_credentials(storage, tmp_path):
+    options = ("--storage", storage, "--tracking-uri", "http://me:hunter2@127.0.0.1:1", "--in-process")
+    text = pdiff("sweep", TINY, *options, "--set", "name=secretive")
+    assert "hunter2" not in text
+    pages = list(storage.glob("report/*/report-*.html"))
+    assert len(pages) == 2, "another name is another report"
+    assert not any("hunter2" in page.read_text() for page in pages)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -35,6 +36,12 @@ def here(tmp_path_factory):
     return experiment, artifacts
 
 
+def test_workers_use_this_environment(ray):
+    """Under `uv run`, Ray would build another one for them."""
+    assert ray.get(ray.remote(lambda: sys.executable).remote()) == sys.executable
+    assert os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
+
+
 def test_a_local_ray_listens_on_loopback_alone(ray):
     assert ray.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"
 
@@ -56,7 +63,7 @@ def test_base_training_is_data_parallel(here, tmp_path):
     build(one, its, "base")
     two_workers, one_worker = (a["base"].manifest()["info"]["validation_accuracy"] for a in (artifacts, its))
     assert two_workers == pytest.approx(one_worker, abs=0.12)  # BatchNorm sees half batches
-    assert artifacts["base"].key == its["base"].key
+    assert artifacts["base"].key != its["base"].key, "results differ, so keys must"
 
 
 def test_what_a_worker_finds_wrong_reaches_the_user(tmp_path):
@@ -71,23 +78,26 @@ def test_a_lost_zoo_worker_costs_the_members_in_flight(here, tmp_path, ray):
     whole, its = tiny(here[0].storage, *overrides)
     build(whole, its, "base", "zoo")
     experiment, artifacts = tiny(tmp_path, *overrides)
-    build(experiment, artifacts, "base")
-    killed = []
+    plan = pipeline.make_plan(experiment, target="zoo")
+    assert plan.missing == ("base", "zoo")
+    build(experiment, artifacts, "base")  # the workers are told to build it, and find it finished
+    killed, tasks = [], set()
 
     class Killer(Display):
         """Kills a worker once there are parts of the zoo."""
 
         def __call__(self, task, done, total, note=""):
             kept = ParameterStore(artifacts["zoo"])
+            tasks.add(task)
             if task == "zoo" and not killed and kept.ids:
                 killed.append(
                     {"pid": int((kept.records([kept.ids[0]])[0].worker or "").split(":")[1]), "ids": kept.ids}
                 )
                 os.kill(killed[0]["pid"], signal.SIGKILL)
 
-    plan = pipeline.make_plan(experiment, target="zoo")
     pipeline._run_on_ray(plan, Killer(None))
     assert killed
+    assert "base" not in tasks, "a finished stage was run again"
     assert len(killed[0]["ids"]) < 120
     vectors = [ParameterStore(a["zoo"]).vectors().tobytes() for a in (artifacts, its)]
     assert vectors[0] == vectors[1]
@@ -118,6 +128,19 @@ def test_more_than_this_machine_has(tmp_path, ray):
 
     with pytest.raises(ConfigError, match=r"resources\.workers"):
         check_resources(Resources(workers=1000), {"CPU": 4.0})
+
+
+def test_gpus_are_shared_such_that_all_find_a_place(monkeypatch):
+    from pdiff_ray.distributed import session
+
+    monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    assert session.gpu_share("auto", 1) == session.gpu_share("auto", 2) == 1
+    assert session.gpu_share("auto", 3) == 0.5
+    assert session.gpu_share(0.25, 3) == 0.25
+    with pytest.raises(ConfigError, match="GPUs each"):
+        session.check_resources(Resources(workers=3, gpus_per_worker=1), session.ray.cluster_resources())
+    monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 8.0})
+    assert session.gpu_share("auto", 2) == 0
 
 
 def test_progress_reaches_the_driver(ray):

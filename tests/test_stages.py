@@ -1,6 +1,7 @@
 """The stages in this process: what they store, and that they repeat nothing and depend on nothing but their inputs."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from helpers import build, context, tiny
 
+from pdiff_ray import pipeline
 from pdiff_ray.errors import ConfigError, PdiffError
 from pdiff_ray.judge import Judge
 from pdiff_ray.report import load_summary, table_rows
@@ -207,3 +209,41 @@ def test_dropout_is_seeded(tmp_path):
         build(experiment, artifacts, "base")
         vectors.append(torch.cat([p.flatten() for p in base.load_network(experiment, artifacts).parameters()]))
     assert torch.equal(*vectors)
+
+
+def test_workers_that_look_at_different_times_make_all_members(tmp_path, monkeypatch):
+    """The second worker starts when the first has finished its share."""
+    monkeypatch.setattr(zoo.dist, "barrier", lambda: None)
+    experiment, artifacts = tiny(tmp_path, "zoo.branches=4")
+    build(experiment, artifacts, "base")
+    for rank in (1, 0):
+        zoo.build(experiment, artifacts, context(rank=rank, world=2))
+    assert ParameterStore(artifacts["zoo"]).ids == list(range(12))
+
+
+def test_a_deleted_evaluation_is_made_again(tmp_path):
+    experiment, artifacts = tiny(tmp_path)
+    pipeline.run(pipeline.make_plan(experiment), in_process=True)
+    assert pipeline.make_plan(experiment).missing == ()
+    shutil.rmtree(tmp_path / artifacts["evaluation"].folder)
+    plan = pipeline.make_plan(experiment)
+    assert plan.missing == ("evaluation",)
+    pipeline.run(plan, in_process=True)
+    assert load_summary(artifacts)["groups"]
+
+
+def test_a_network_that_cannot_take_the_images_is_refused_before_work(tmp_path):
+    overrides = ["network={name: googlenet, source: torchvision, args: {}}", "data.channels=3"]
+    experiment, _artifacts = tiny(tmp_path, *overrides)
+    with pytest.raises(ConfigError, match="cannot take images of 3 x 8 x 8"):
+        pipeline.run(pipeline.make_plan(experiment), in_process=True)
+
+
+def test_code_of_ones_own_network_is_part_of_the_key(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for width in (1, 2):
+        (tmp_path / "own_network.py").write_text(f"def build(**kwargs):\n    return {width}\n")
+        _, artifacts = tiny(tmp_path, "network={name: 'own_network:build', args: {}}")
+        keys.append(artifacts["base"].key)
+    assert keys[0] != keys[1]
