@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,8 +22,9 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        # A subset is one rule, and arguments are of one network: the later ones replace the earlier.
-        both = isinstance(old, dict) and isinstance(value, dict) and key not in ("subset", "args")
+        # A subset is one rule, arguments are of one network, swept parameters of one question: the later replace the
+        # earlier.
+        both = isinstance(old, dict) and isinstance(value, dict) and key not in ("subset", "args", "parameters")
         merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
     return merged
 
@@ -299,6 +300,10 @@ class Resources(Section):
     actors: int = Field(2, ge=1, description="evaluation actors")
     cpus_per_actor: int = Field(1, ge=1, description="cores and threads of each")
     gpus_per_actor: Annotated[float, Field(ge=0)] | Literal["auto"] = Field("auto", description="likewise")
+    cpus_per_trial: int = Field(1, ge=1, description="cores and threads of each trial of a sweep")
+    gpus_per_trial: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="of a sweep; auto: one, or a share such that sweep.max_concurrent find a place"
+    )
     max_failures: int = Field(3, ge=0, description="restarts of lost workers")
 
 
@@ -366,35 +371,70 @@ class Experiment(Section):
         return self.storage or os.environ.get("PDIFF_STORAGE") or "pdiff-storage"
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Reads an experiment file, the files it inherits from, the site's file, and `path=value` overrides.
-
-    The site's file (PDIFF_SITE) says what is so on this machine or cluster whatever the experiment: resources, storage,
-    tracking. It is laid over the experiment's.
+def load(path: str | Path, overrides: Sequence[str] = (), preset: str | None = None) -> Experiment:
+    """The experiment of a file; of a sweep's, what it varies is as the file has it.
 
     Raises:
         ConfigError: naming the file, the dotted path of the field, its value and the remedy.
     """
+    raw = read(path, overrides, preset)
+    raw.pop("sweep", None)
+    return parse_experiment(raw, where=str(path))
+
+
+def read(path: str | Path, overrides: Sequence[str] = (), preset: str | None = None) -> dict[str, Any]:
+    """The content of an experiment file and those it inherits from, with a preset of theirs, the site's file, and
+    `path=value` overrides laid over it, in this order.
+
+    The site's file (PDIFF_SITE) says what is so on this machine or cluster whatever the experiment: resources, storage,
+    tracking.
+
+    Raises:
+        ConfigError
+    """
     raw = _read(Path(path), seen=())
+    presets = raw.pop("presets", {})
+    if preset is not None:
+        raw = merge(raw, _preset(presets, preset, path))
     if site := os.environ.get("PDIFF_SITE"):
         raw = merge(raw, _read(Path(site), seen=()))
     for override in overrides:
         raw = merge(raw, _parse_override(override))
-    experiment = parse(raw, where=str(path))
-    # Workers may have another current folder.
+    return raw
+
+
+def _preset(presets: Any, name: str, path: str | Path) -> dict[str, Any]:
+    if not isinstance(presets, dict) or not isinstance(presets.get(name), dict):
+        known = ", ".join(presets) if isinstance(presets, dict) and presets else "it has none"
+        raise ConfigError(f"{path}: presets: no preset {name!r} among the mappings there ({known})")
+    return presets[name]
+
+
+def parse_experiment(raw: dict[str, Any], where: str) -> Experiment:
+    """Validates the mapping of an experiment; data.root becomes absolute, as workers have another current folder."""
+    experiment = parse(Experiment, raw, where)
     data = experiment.data.model_copy(update={"root": str(Path(experiment.data.root).expanduser().absolute())})
     return experiment.model_copy(update={"data": data})
 
 
-def parse(raw: dict[str, Any], where: str) -> Experiment:
-    """Validates a mapping; `where` names its origin in messages."""
+S = TypeVar("S", bound=Section)
+
+
+def parse(model: type[S], raw: Any, where: str, at: str = "") -> S:
+    """Validates a mapping as a `model`.
+
+    Args:
+        where: names its origin in messages.
+        at: dotted path of the mapping in the file.
+    """
     try:
-        return Experiment.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
         by_path: dict[str, list[Any]] = {}
         for problem in error.errors():
-            by_path.setdefault(_path(problem["loc"]), []).append(problem)
-        lines = [_explain(path, problems) for path, problems in by_path.items()]
+            by_path.setdefault(_path(model, problem["loc"]), []).append(problem)
+        prefix = f"{at}." if at else ""
+        lines = [_explain(model, path, prefix, problems) for path, problems in by_path.items()]
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
@@ -425,47 +465,51 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 def _parse_override(text: str) -> dict[str, Any]:
     path, equals, value = text.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
+    if not equals or not all(path.strip().split(".")):
         raise ConfigError(f"--set {text}: expected path=value, for example --set zoo.members=50")
     try:
         # PyYAML reads 1e-3 as text (YAML 1.1 wants 1.0e-3); pydantic turns it into a number.
         tree = yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError(f"--set {text}: {value!r} is not a YAML value") from None
-    for key in reversed(keys):
-        tree = {key: tree}
-    return tree
+    return nested(path.strip(), tree)
 
 
-def _path(location: Sequence[int | str]) -> str:
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """The mapping that holds `value` at a dotted path."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def _path(model: type[BaseModel], location: Sequence[int | str]) -> str:
     """The dotted path of a problem's location, without the alternative that pydantic tried, where there are some."""
     kept: list[str] = []
     for part in location:
-        if kept and isinstance(part, str) and not _fields_at(kept):
+        if kept and isinstance(part, str) and not _fields_at(model, kept):
             break
         kept.append(str(part))
     return ".".join(kept)
 
 
-def _explain(path: str, problems: Sequence[Any]) -> str:
+def _explain(model: type[BaseModel], path: str, prefix: str, problems: Sequence[Any]) -> str:
     """One line for pydantic's problems with one field: path, value, remedy. Several are of alternatives."""
     problem = problems[0]
     if problem["type"] == "extra_forbidden":
         parent, _, key = path.rpartition(".")
-        known = _fields_at(parent.split(".") if parent else [])
+        known = _fields_at(model, parent.split(".") if parent else [])
         near = did_you_mean(key, known) or f"; known here: {', '.join(known)}"
-        return f"{path}: unknown key{near}"
+        return f"{prefix}{path}: unknown key{near}"
     if problem["type"] == "missing":
-        return f"{path}: required but not given"
+        return f"{prefix}{path}: required but not given"
     if problem["type"] == "value_error":
         message = problem["msg"].removeprefix("Value error, ")
-        return f"{path}: {message}" if path else message
-    return f"{path}: {problem['input']!r} is not accepted: {'; or: '.join(p['msg'] for p in problems)}"
+        named = f"{prefix}{path}".rstrip(".")
+        return f"{named}: {message}" if named else message
+    return f"{prefix}{path}: {problem['input']!r} is not accepted: {'; or: '.join(p['msg'] for p in problems)}"
 
 
-def _fields_at(location: Sequence[str]) -> list[str]:
-    model: Any = Experiment
+def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
     for part in location:
         field = model.model_fields.get(part)
         if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):

@@ -21,7 +21,7 @@ FLOORS = [
     {"store", "networks", "split"},
     {"data", "subset", "similarity", "optimization"},
     {"sources"},
-    {"artifacts", "console"},
+    {"artifacts", "console", "space"},
     {"config", "seeds"},
     {"errors", "__init__"},
 ]
