@@ -9,7 +9,7 @@ from pdiff_ray.config import Generator, Optimizer, Sampling
 from pdiff_ray.errors import ConfigError, PdiffError
 from pdiff_ray.generators import GENERATORS, Fitting, make_generator
 from pdiff_ray.generators.autoencoder import Autoencoder
-from pdiff_ray.generators.diffusion import Diffusion, make_scheduler
+from pdiff_ray.generators.diffusion import Diffusion, GraphStep, linear_steps, make_scheduler
 from pdiff_ray.generators.normalizer import Normalizer
 from pdiff_ray.generators.training import EMA, fit_model
 from pdiff_ray.optimization import Trainer, lr_factor
@@ -129,6 +129,9 @@ class Exact(torch.nn.Module):
         super().__init__()
         self.diffusion, self.mean, self.std = diffusion, mean, std
 
+    def embedding(self, t):
+        return t
+
     def forward(self, x, t):
         a = self.diffusion.alphas_cumprod[t][:, None]
         eps = (1 - a).sqrt() * (x - a.sqrt() * self.mean) / (a * self.std**2 + 1 - a)
@@ -148,6 +151,72 @@ def test_samplers_with_the_exact_denoiser(sampler, steps, prediction):
     drawn = diffusion.sample(4000, Sampling(sampler=sampler, steps=steps, seed=1), CPU)
     torch.testing.assert_close(drawn.mean(0), mean, rtol=0, atol=0.04)
     torch.testing.assert_close(drawn.std(0), torch.full((2,), std), rtol=0.08, atol=0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("denoiser", ["mlp", "cnn"])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", None), ("ddpm", 30), ("ddim", 50), ("dpmsolver++", 20)])
+def test_sampling_is_what_diffusers_does_step_by_step(sampler, steps, denoiser, prediction):
+    settings = config.Diffusion(denoiser=denoiser, prediction=prediction, width=16, num_timesteps=200)
+    diffusion, sampling = Diffusion(settings, 4), Sampling(sampler=sampler, steps=steps)
+    x = expected = draw(20, 4)
+    random, again = (torch.Generator().manual_seed(1) for _ in range(2))
+    drawn = diffusion.denoise(x, sampling, lambda: torch.randn(x.shape, generator=random))
+    scheduler = make_scheduler(settings, sampling)
+    scheduler.set_timesteps(steps or 200)
+    kwargs = {} if sampler == "dpmsolver++" else {"generator": again}
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            predicted = diffusion.denoiser(expected, diffusion.denoiser.embedding(t.expand(20)))
+            expected = scheduler.step(predicted, t, expected, **kwargs).prev_sample
+    torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 1000), ("ddpm", 7), ("ddim", 1000), ("ddim", 7)])
+def test_linear_steps_are_those_of_diffusers(sampler, steps, prediction):
+    scheduler = make_scheduler(config.Diffusion(prediction=prediction), Sampling(sampler=sampler))
+    scheduler.set_timesteps(steps)
+    x, predicted = draw(1, 4).double(), draw(1, 4, seed=1).double()
+    for t, (of_x, of_prediction, of_noise) in zip(scheduler.timesteps, linear_steps(scheduler), strict=True):
+        random, again = (torch.Generator().manual_seed(1) for _ in range(2))
+        found = of_x * x + of_prediction * predicted
+        if of_noise:
+            found += of_noise * torch.randn(x.shape, generator=again, dtype=x.dtype)
+        expected = scheduler.step(predicted, t, x, generator=random).prev_sample
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("denoiser", ["mlp", "cnn"])
+def test_step_on_fixed_memory_is_the_same(denoiser):
+    """What a CUDA graph captures, run here without one."""
+    settings = config.Diffusion(denoiser=denoiser, width=16, num_timesteps=30)
+    diffusion, x, noise = Diffusion(settings, 4), draw(20, 4), draw(30, 20, 4, seed=1)
+    drawn = iter(noise)
+    expected = diffusion.denoise(x, Sampling(), lambda: next(drawn))
+    scheduler = make_scheduler(settings, Sampling())
+    scheduler.set_timesteps(30)
+    with torch.inference_mode():
+        times = diffusion.denoiser.embedding(scheduler.timesteps)
+        step = GraphStep(diffusion.denoiser, x, times, linear_steps(scheduler))
+        step()
+        step.restart(x)
+        for row in noise:
+            step.noise.copy_(row)
+            step()
+    torch.testing.assert_close(step.x, expected)
+
+
+def test_samples_of_a_batch_are_those_drawn_one_at_a_time():
+    diffusion = Diffusion(config.Diffusion(width=64, num_timesteps=50), 4)
+    x, noise = draw(32, 4), draw(50, 32, 4, seed=1)
+
+    def samples(rows):
+        drawn = iter(noise[:, rows])
+        return diffusion.denoise(x[rows], Sampling(), lambda: next(drawn))
+
+    one_at_a_time = torch.cat([samples(slice(row, row + 1)) for row in range(32)])
+    torch.testing.assert_close(samples(slice(None)), one_at_a_time, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++"])

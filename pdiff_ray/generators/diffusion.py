@@ -6,6 +6,8 @@ Shapes: B latents of Z dimensions.
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from pdiff_ray.config import Diffusion as Settings
 from pdiff_ray.config import Sampling
 from pdiff_ray.seeds import generator
 
+ONEDNN, ONEDNN_BATCH = torch.backends.mkldnn.is_available(), 16  # for fewer rows MKL takes less time
 
 class TimestepEmbedding(nn.Module):
     """Sinusoidal embedding of t (B,) and a small MLP: (B, width)."""
@@ -33,28 +36,44 @@ class TimestepEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.sin(), angles.cos()], 1))
 
 
+class Linear(nn.Linear):
+    """A linear layer that oneDNN computes for batches on CPUs, outside of training.
+
+    PyTorch's own choice there is MKL, which takes about twice as long on processors that are not Intel's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) < ONEDNN_BATCH or torch.is_grad_enabled() or x.device.type != "cpu" or not ONEDNN:
+            return super().forward(x)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return y
+
+
 class MLPDenoiser(nn.Module):
-    """Residual MLP blocks, each shifted by the timestep's embedding: (B, Z) to (B, Z)."""
+    """Residual MLP blocks, each shifted by the timestep's embedding.
+
+    `forward` takes x (B, Z) and `embedding(t)`, (B, width) or (1, width), and returns (B, Z).
+    """
 
     def __init__(self, latent_dim: int, width: int, depth: int) -> None:
         super().__init__()
         self.embedding = TimestepEmbedding(width)
-        self.first = nn.Linear(latent_dim, width)
+        self.first = Linear(latent_dim, width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            nn.Sequential(nn.LayerNorm(width), Linear(width, width), nn.SiLU(), Linear(width, width))
             for _ in range(depth)
         )
-        self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, latent_dim))
+        self.last = nn.Sequential(nn.LayerNorm(width), Linear(width, latent_dim))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        time, hidden = self.embedding(t), self.first(x)
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        hidden = self.first(x)
         for block in self.blocks:
             hidden = hidden + block(hidden + time)
         return self.last(hidden)
 
 
 class CNNDenoiser(nn.Module):
-    """The paper's kind: residual 1D convolutions over the latent's dimensions, (B, Z) to (B, Z).
+    """The paper's kind: residual 1D convolutions over the latent's dimensions; called as `MLPDenoiser` is.
 
     A learned code per position tells the convolutions, which are alike everywhere, one dimension from another.
     """
@@ -77,8 +96,8 @@ class CNNDenoiser(nn.Module):
         )
         self.last = nn.Sequential(nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv1d(width, 1, 7, padding=3))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        time, hidden = self.embedding(t)[:, :, None], self.first(x[:, None]) + self.positions
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        time, hidden = time[:, :, None], self.first(x[:, None]) + self.positions
         for block in self.blocks:
             hidden = hidden + block(hidden + time)
         return self.last(hidden)[:, 0]
@@ -113,21 +132,118 @@ class Diffusion(nn.Module):
         """Mean squared error of the denoiser at random timesteps; x_start (B, Z)."""
         t = torch.randint(self.settings.num_timesteps, (len(x_start),), generator=random, device=x_start.device)
         eps = torch.randn(x_start.shape, generator=random, device=x_start.device)
-        return functional.mse_loss(self.denoiser(self.q_sample(x_start, t, eps), t), self.target(x_start, t, eps))
+        prediction = self.denoiser(self.q_sample(x_start, t, eps), self.denoiser.embedding(t))
+        return functional.mse_loss(prediction, self.target(x_start, t, eps))
 
     @torch.inference_mode()
     def sample(self, count: int, sampling: Sampling, device: torch.device) -> Tensor:
         """New latents (count, Z) from noise, all in one batch, determined by `sampling.seed`."""
         random = generator(device, sampling.seed or 0, "samples")
-        scheduler = make_scheduler(self.settings, sampling)
-        scheduler.set_timesteps(sampling.steps or self.settings.num_timesteps, device=device)
         x = torch.randn(count, self.latent_dim, generator=random, device=device)
-        # DPM-Solver++ is deterministic and takes no generator.
-        kwargs = {} if sampling.sampler == "dpmsolver++" else {"generator": random}
-        for t in scheduler.timesteps:
-            prediction = self.denoiser(x, t.expand(count))
-            x = scheduler.step(prediction, t, x, **kwargs).prev_sample
+        draw = lambda: torch.randn(x.shape, generator=random, device=device)  # noqa: E731
+        return self.denoise(x, sampling, draw)
+
+    @torch.inference_mode()
+    def denoise(self, x: Tensor, sampling: Sampling, draw: Callable[[], Tensor]) -> Tensor:
+        """Noise x (B, Z) to latents (B, Z); `draw` gives the noise (B, Z) that a step of DDPM adds."""
+        scheduler = make_scheduler(self.settings, sampling)
+        scheduler.set_timesteps(sampling.steps or self.settings.num_timesteps)
+        times = self.denoiser.embedding(scheduler.timesteps.to(x.device))
+        if sampling.sampler == "dpmsolver++":  # looks back at earlier steps
+            for t, time in zip(scheduler.timesteps, times.split(1), strict=True):
+                x = scheduler.step(self.denoiser(x, time), t, x).prev_sample
+            return x
+        steps = linear_steps(scheduler)
+        if x.device.type == "cuda":
+            try:
+                return self._denoise_graphed(x, times, steps, draw)
+            except RuntimeError as error:  # before the first draw, so that nothing is lost
+                warnings.warn(f"sampling without a CUDA graph, which is slower: {error}", stacklevel=2)
+        for time, (of_x, of_prediction, of_noise) in zip(times.split(1), steps.tolist(), strict=True):
+            x = torch.add(x * of_x, self.denoiser(x, time), alpha=of_prediction)
+            if of_noise:
+                x.add_(draw(), alpha=of_noise)
         return x
+
+    def _denoise_graphed(self, x: Tensor, times: Tensor, steps: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+        """The same steps, each a replay of one CUDA graph: launching their many small kernels takes longer than they.
+
+        Raises:
+            RuntimeError: the step cannot be captured.
+        """
+        step = GraphStep(self.denoiser, x, times, steps)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries set themselves up on a first call, which no graph may hold
+            step()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        step.restart(x)
+        for of_noise in steps[:, 2].tolist():
+            if of_noise:
+                step.noise.copy_(draw())
+            graph.replay()
+        return step.x
+
+
+class GraphStep:
+    """A sampling step that works on the same memory each time, and finds by itself which one it is.
+
+    Args:
+        x: noise (B, Z) to start from.
+        times: embeddings (steps, width).
+        steps: of `linear_steps`.
+    """
+
+    def __init__(self, denoiser: nn.Module, x: Tensor, times: Tensor, steps: Tensor) -> None:
+        self.denoiser, self.times, self.steps = denoiser, times, steps.to(x)
+        self.x, self.noise = x.clone(), torch.zeros_like(x)
+        self.index = torch.zeros(1, dtype=torch.long, device=x.device)
+
+    def __call__(self) -> None:
+        of_x, of_prediction, of_noise = self.steps[self.index].split(1, 1)  # (1, 1) each
+        prediction = self.denoiser(self.x, self.times[self.index])
+        self.x.copy_(of_x * self.x + of_prediction * prediction + of_noise * self.noise)
+        self.index.add_(1)
+
+    def restart(self, x: Tensor) -> None:
+        self.x.copy_(x)
+        self.index.zero_()
+
+
+def linear_steps(scheduler: Any) -> Tensor:
+    """The steps of DDPM or DDIM (eta 0) as what they are: sums of x_t, the prediction and fresh noise.
+
+    Ho et al. 2020, equation 7, and Song et al. 2020, equation 12, with the prediction's own x_0 and eps put in. diffusers
+    computes the same from the schedule at each step, which takes longer than a small denoiser.
+
+    Args:
+        scheduler: of `make_scheduler`, its timesteps set.
+
+    Returns:
+        Factors of the three (steps, 3), float64, on the CPU.
+    """
+    ddpm, t = "DDPM" in type(scheduler).__name__, scheduler.timesteps
+    following = torch.cat([t[1:], t.new_tensor([-1])])
+    if not ddpm:
+        following = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    alphas_cumprod = scheduler.alphas_cumprod.double()
+    a = alphas_cumprod[t]
+    a_next = torch.where(following >= 0, alphas_cumprod[following.clamp(min=0)], 1.0)
+    zero, one = torch.zeros_like(a), torch.ones_like(a)
+    # Factors of x_t and the prediction.
+    if scheduler.config.prediction_type == "epsilon":
+        x_start, eps = torch.stack([one, -(1 - a).sqrt()]) / a.sqrt(), torch.stack([zero, one])
+    else:
+        x_start, eps = torch.stack([a.sqrt(), -(1 - a).sqrt()]), torch.stack([(1 - a).sqrt(), a.sqrt()])
+    if not ddpm:
+        return torch.cat([a_next.sqrt() * x_start + (1 - a_next).sqrt() * eps, zero[None]]).T
+    alpha = a / a_next
+    mean = a_next.sqrt() * (1 - alpha) / (1 - a) * x_start
+    mean[0] += alpha.sqrt() * (1 - a_next) / (1 - a)
+    return torch.cat([mean, ((1 - a_next) / (1 - a) * (1 - alpha)).sqrt()[None]]).T
 
 
 def make_scheduler(settings: Settings, sampling: Sampling) -> Any:
