@@ -20,6 +20,7 @@ from pdiff_ray.seeds import generator
 
 ONEDNN, ONEDNN_BATCH = torch.backends.mkldnn.is_available(), 16  # for fewer rows MKL takes less time
 
+
 class TimestepEmbedding(nn.Module):
     """Sinusoidal embedding of t (B,) and a small MLP: (B, width)."""
 
@@ -111,8 +112,8 @@ class Diffusion(nn.Module):
     def __init__(self, settings: Settings, latent_dim: int) -> None:
         super().__init__()
         self.settings, self.latent_dim = settings, latent_dim
-        kind = {"mlp": MLPDenoiser, "cnn": CNNDenoiser}[settings.denoiser]
-        self.denoiser = kind(latent_dim, settings.width, settings.depth)
+        kind = MLPDenoiser if settings.denoiser == "mlp" else CNNDenoiser
+        self.denoiser: MLPDenoiser | CNNDenoiser = kind(latent_dim, settings.width, settings.depth)
         betas = torch.linspace(settings.beta_start, settings.beta_end, settings.num_timesteps)
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
 
@@ -216,7 +217,7 @@ class GraphStep:
 def linear_steps(scheduler: Any) -> Tensor:
     """The steps of DDPM or DDIM (eta 0) as what they are: sums of x_t, the prediction and fresh noise.
 
-    Ho et al. 2020, equation 7, and Song et al. 2020, equation 12, with the prediction's own x_0 and eps put in. diffusers
+    Ho et al. 2020, equation 7, and Song et al. 2020, equation 12, with the prediction's x_0 and eps put in. diffusers
     computes the same from the schedule at each step, which takes longer than a small denoiser.
 
     Args:
