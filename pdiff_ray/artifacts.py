@@ -33,7 +33,7 @@ from pdiff_ray.errors import StorageError
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1  # part of every key: raise it when a stage's meaning changes
+FORMAT = 2  # part of every key: raise it when a stage's meaning changes
 STAGES = ("base", "zoo", "generator", "samples", "evaluation", "report")
 STALE_TEMPORARY_S = 24 * 3600
 

@@ -14,6 +14,7 @@ from pdiff_ray.errors import ConfigError, PdiffError
 if TYPE_CHECKING:
     from pdiff_ray.config import Experiment
     from pdiff_ray.pipeline import Plan
+    from pdiff_ray.space import SweepFile
 
 STAGE_NAMES = ("base", "zoo", "generator", "samples", "evaluation", "report")
 INTERRUPTED = 130
@@ -55,6 +56,7 @@ def experiment_options(function: Any) -> Any:
     for decorate in (
         click.argument("file", type=click.Path()),
         click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a field; repeatable."),
+        click.option("--preset", metavar="NAME", help="Lay one of the file's presets over it, for example small."),
         click.option("--storage", metavar="URI", help="Folder or URI of results (field storage)."),
         click.option("--tracking-uri", metavar="URI", help="MLflow (field tracking.uri)."),
         click.option("--address", metavar="ADDRESS", help="Ray cluster (field resources.address)."),
@@ -66,32 +68,38 @@ def experiment_options(function: Any) -> Any:
 in_process_option = click.option("--in-process", is_flag=True, help="Run without Ray, in this process; to debug.")
 
 
-def load_experiment(
-    file: str, overrides: tuple[str, ...], storage: str | None, tracking_uri: str | None, address: str | None
-) -> Experiment:
+def load_experiment(file: str, **options: Any) -> Experiment:
+    """The experiment of a file; of a sweep's, what it varies is as the file has it."""
     from pdiff_ray import config
 
+    return config.load(file, _overrides(**options), options["preset"])
+
+
+def _overrides(
+    overrides: tuple[str, ...], storage: str | None, tracking_uri: str | None, address: str | None, **_: Any
+) -> list[str]:
     given = {"storage": storage, "tracking.uri": tracking_uri, "resources.address": address}
-    return config.load(file, [*overrides, *(f"{path}={value}" for path, value in given.items() if value)])
+    return [*overrides, *(f"{path}={value}" for path, value in given.items() if value)]
 
 
 @cli.command()
 @experiment_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @in_process_option
-def sweep(
-    file: str,
-    overrides: tuple[str, ...],
-    storage: str | None,
-    tracking_uri: str | None,
-    address: str | None,
-    dry_run: bool,
-    in_process: bool,
-) -> None:
-    """Run the experiment of FILE from data to report; what is there already is used again."""
+def sweep(file: str, dry_run: bool, in_process: bool, **options: Any) -> None:
+    """Run the experiment of FILE, or all trials of its sweep, from data to report; what is there is used again."""
+    from pdiff_ray import space
+
+    loaded = space.load(file, _overrides(**options), options["preset"])
+    if isinstance(loaded, space.SweepFile):
+        _sweep_trials(loaded, dry_run, in_process)
+    else:
+        _sweep_one(loaded, dry_run, in_process)
+
+
+def _sweep_one(experiment: Experiment, dry_run: bool, in_process: bool) -> None:
     from pdiff_ray import pipeline
 
-    experiment = load_experiment(file, overrides, storage, tracking_uri, address)
     plan = pipeline.make_plan(experiment)
     if dry_run:
         print_plan(plan)
@@ -102,23 +110,25 @@ def sweep(
     _print_result(plan)
 
 
+def _sweep_trials(file: SweepFile, dry_run: bool, in_process: bool) -> None:
+    from pdiff_ray import sweeping
+    from pdiff_ray.trials import Ledger
+
+    ledger = Ledger(file)
+    sweeping.run(ledger, in_process=in_process)
+    if sweeping.print_failures(ledger):
+        raise PdiffError("trials failed; the same command tries them again")
+
+
 @cli.command()
 @click.argument("stage", type=click.Choice(STAGE_NAMES))
 @experiment_options
 @in_process_option
-def run(
-    stage: str,
-    file: str,
-    overrides: tuple[str, ...],
-    storage: str | None,
-    tracking_uri: str | None,
-    address: str | None,
-    in_process: bool,
-) -> None:
-    """Build one STAGE of the experiment of FILE and what it needs."""
+def run(stage: str, file: str, in_process: bool, **options: Any) -> None:
+    """Build one STAGE of the experiment of FILE and what it needs; of a sweep's, with what varies as FILE has it."""
     from pdiff_ray import pipeline
 
-    plan = pipeline.make_plan(load_experiment(file, overrides, storage, tracking_uri, address), target=stage)
+    plan = pipeline.make_plan(load_experiment(file, **options), target=stage)
     _start(plan)
     pipeline.run(plan, in_process=in_process)
     click.echo(f"{stage}: {plan.artifacts[stage].location}")
@@ -278,15 +288,7 @@ def verify_artifacts(keys: tuple[str, ...], storage_uri: str) -> None:
 @click.option(
     "--base", type=click.Path(exists=True, dir_okay=False), help="Whole network, if FOLDER holds subsets alone."
 )
-def import_command(
-    folder: str,
-    file: str,
-    overrides: tuple[str, ...],
-    storage: str | None,
-    tracking_uri: str | None,
-    address: str | None,
-    base: str | None,
-) -> None:
+def import_command(folder: str, file: str, base: str | None, **options: Any) -> None:
     """Make the zoo of FILE (which names it in zoo.imported) from the checkpoints in FOLDER: .pth, .pt or .safetensors.
 
     Weights only: files that would run code when loaded are refused.
@@ -297,7 +299,7 @@ def import_command(
     from pdiff_ray.console import display
     from pdiff_ray.exchange import import_zoo
 
-    plan = pipeline.make_plan(load_experiment(file, overrides, storage, tracking_uri, address), target="zoo")
+    plan = pipeline.make_plan(load_experiment(file, **options), target="zoo")
     if not plan.missing:
         click.echo(f"zoo: there already, {plan.artifacts['zoo'].location}")
         return

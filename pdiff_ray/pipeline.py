@@ -10,7 +10,7 @@ from pdiff_ray.artifacts import STAGES, Artifact, Storage
 from pdiff_ray.config import Experiment
 from pdiff_ray.console import Display, console, display
 from pdiff_ray.errors import ConfigError, PdiffError
-from pdiff_ray.stages import Context, artifacts_of
+from pdiff_ray.stages import Context, Progress, artifacts_of
 
 TRAINED, POOLED = ("base", "zoo"), ("generator", "samples")
 
@@ -95,22 +95,22 @@ def run(plan: Plan, *, in_process: bool = False) -> None:
 def _run_here(plan: Plan, progress: Display) -> None:
     import torch
 
-    from pdiff_ray.data import default_cache
-    from pdiff_ray.stages import base, evaluate, generate, zoo
+    from pdiff_ray.trials import BUILDERS
 
-    builders = {
-        "base": base.build,
-        "zoo": zoo.build,
-        "generator": generate.build_generator,
-        "samples": generate.build_samples,
-        "evaluation": evaluate.build,
-    }
     torch.set_num_threads(plan.experiment.resources.cpus_per_worker)
-    context = Context(torch.device("cuda" if torch.cuda.is_available() else "cpu"), default_cache(), progress=progress)
     for stage in plan.missing:
-        if stage in builders:
-            builders[stage](plan.experiment, plan.artifacts, context)
+        if stage in BUILDERS:
+            BUILDERS[stage](plan.experiment, plan.artifacts, here(progress))
             _announce(plan, stage)
+
+
+def here(progress: Progress) -> Context:
+    """This process as the place where stages run."""
+    import torch
+
+    from pdiff_ray.data import default_cache
+
+    return Context(torch.device("cuda" if torch.cuda.is_available() else "cpu"), default_cache(), progress=progress)
 
 
 def _run_on_ray(plan: Plan, progress: Display) -> None:
@@ -124,9 +124,10 @@ def _run_on_ray(plan: Plan, progress: Display) -> None:
         progress("Ray", 1, 1, "running")
         trained = [stage for stage in plan.missing if stage in TRAINED]
         if trained:
-            from pdiff_ray.distributed.train import train
+            from pdiff_ray.distributed.train import Job, train
 
-            train(plan.experiment, plan.artifacts, trained, events)
+            if problems := train([Job(plan.experiment, plan.artifacts, trained)], events):
+                raise PdiffError(next(iter(problems.values())))
             _announce(plan, *trained)
         if any(stage in (*POOLED, "evaluation") for stage in plan.missing):
             _run_on_pool(plan, progress, events)

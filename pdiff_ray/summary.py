@@ -63,6 +63,8 @@ def summarize(
                 "std": float(accuracies.std()),
                 "failed": float(np.mean([(r.validation_accuracy or 0) < halfway for r in members])),
                 "mean_loss": float(np.mean([r.test_loss for r in members])),
+                "train_loss_mean": float(np.mean([r.train_loss for r in members])),
+                "validation_loss_mean": float(np.mean([r.validation_loss for r in members])),
                 "train_mean": float(np.mean([r.train_accuracy for r in members])),
                 "validation_mean": float(np.mean([r.validation_accuracy for r in members])),
                 "similarity": mean_within(wrong),

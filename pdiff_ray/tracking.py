@@ -40,6 +40,8 @@ METRICS = {
     "std": "std_test_accuracy",
     "train_mean": "mean_train_accuracy",
     "validation_mean": "mean_validation_accuracy",
+    "train_loss_mean": "mean_train_loss",
+    "validation_loss_mean": "mean_validation_loss",
     "failed": "failed",
     "similarity": "similarity",
     "similarity_to_originals": "similarity_to_originals",

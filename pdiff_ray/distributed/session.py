@@ -28,7 +28,7 @@ class _Events:
 
     def __init__(self) -> None:
         self.updates: dict[str, tuple[str, int, int, str]] = {}
-        self.failure: str | None = None
+        self.failures: dict[str, str] = {}
 
     def update(self, task: str, done: int, total: int, note: str) -> None:
         # Only the newest of each task: a slow driver must not fall behind. Parallel runs report out of order.
@@ -40,11 +40,11 @@ class _Events:
         updates, self.updates = list(self.updates.values()), {}
         return updates
 
-    def fail(self, message: str) -> None:
-        self.failure = self.failure or message
+    def fail(self, key: str, message: str) -> None:
+        self.failures.setdefault(key, message)
 
-    def failed(self) -> str | None:
-        return self.failure
+    def failed(self) -> dict[str, str]:
+        return self.failures
 
 
 @contextlib.contextmanager
@@ -151,12 +151,12 @@ def report_progress(events: str) -> Progress:
     return progress
 
 
-def report_failure(events: str, message: str) -> None:
-    """Tells the driver what a user can mend."""
-    ray.get(ray.get_actor(events).fail.remote(message))
+def report_failure(events: str, key: str, message: str) -> None:
+    """Tells the driver what a user can mend about the artifact (or trial) `key`."""
+    ray.get(ray.get_actor(events).fail.remote(key, message))
 
 
-def failure(events: str) -> str | None:
-    """The first message of `report_failure`."""
-    message: Any = ray.get(ray.get_actor(events).failed.remote())
-    return message
+def failures(events: str) -> dict[str, str]:
+    """The first message of `report_failure` for each key."""
+    actor: Any = ray.get_actor(events)
+    return ray.get(actor.failed.remote())

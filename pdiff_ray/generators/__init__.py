@@ -24,6 +24,8 @@ GENERATORS = {
 
 State = dict[str, Any]
 
+NUM_RUNGS = 7  # at which an unfinished generator may be judged
+
 
 @dataclass(frozen=True)
 class Fitting:
@@ -33,6 +35,8 @@ class Fitting:
         judge: validation accuracies (n,) of the networks with given vectors (n, D); for gates, on held-out data.
         load, save: unfinished work by name, for resuming; `load` gives None where there is none.
         progress: task, steps done, steps in all, note.
+        preview: is given a rung (1 to NUM_RUNGS) and vectors (n, D), float32, that the generator gives so far: decoded
+            members while an autoencoder is trained, then samples. May raise to end the fitting.
     """
 
     device: torch.device
@@ -41,6 +45,7 @@ class Fitting:
     load: Callable[[str], State | None] = lambda name: None
     save: Callable[[str, State], None] = lambda name, state: None
     progress: Callable[[str, int, int, str], None] = lambda task, done, total, note: None
+    preview: Callable[[int, Tensor], None] | None = None
     checkpoint_s: float = 10.0
     history: dict[str, list[float]] = field(default_factory=dict)  # losses per step, by model; filled in
     notes: dict[str, Any] = field(default_factory=dict)  # findings for the record, such as the gate's; filled in

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pdiff_ray import config
 from pdiff_ray.config import Optimizer
-from pdiff_ray.generators import Fitting, State
+from pdiff_ray.generators import NUM_RUNGS, Fitting, State
 from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.generators.diffusion import Diffusion
 from pdiff_ray.generators.normalizer import Normalizer
@@ -21,6 +21,9 @@ from pdiff_ray.seeds import derive_seed
 from pdiff_ray.subset import Subset
 
 GATE_MEMBERS = 10
+AUTOENCODER_RUNGS = range(1, 4)
+DIFFUSION_RUNGS = range(4, NUM_RUNGS + 1)
+PREVIEW_SAMPLES, PREVIEW_STEPS = 10, 20
 CHUNK = 50  # vectors that pass the autoencoder together, outside of training
 
 
@@ -50,6 +53,10 @@ class LatentDiffusion:
             ae.steps,
             ae.batch_size,
             fitting,
+            rungs=AUTOENCODER_RUNGS,
+            preview=lambda: self.normalizer.unnormalize(
+                self.autoencoder.decode(self.autoencoder.encode(normalized[_spread(len(vectors))]))
+            ),
         )
         with torch.inference_mode():
             latents = _in_chunks(self.autoencoder.encode, normalized)
@@ -64,6 +71,8 @@ class LatentDiffusion:
             self.latents = Normalizer(latents.mean(0), std.clamp(min=1e-6))
         else:
             self.latents = Normalizer(torch.zeros_like(latents[0]), torch.ones_like(latents[0]))
+        steps = min(PREVIEW_STEPS, diffusion.num_timesteps)
+        few_steps = config.Sampling(sampler="dpmsolver++", steps=steps, seed=fitting.seed % 2**31)
         fit_model(
             "diffusion",
             self.diffusion.to(fitting.device),
@@ -74,17 +83,18 @@ class LatentDiffusion:
             diffusion.batch_size,
             fitting,
             ema_decay=diffusion.ema_decay,
+            rungs=DIFFUSION_RUNGS,
+            preview=lambda: self.sample(PREVIEW_SAMPLES, few_steps, fitting.device),
         )
 
     def _gate(self, vectors: Tensor, decoded: Tensor, fitting: Fitting) -> None:
         """Notes whether decoded members keep their validation accuracy: diffusion cannot be better than the decoder."""
         if fitting.judge is None:
             return
-        count = min(GATE_MEMBERS, len(vectors))
-        chosen = torch.linspace(0, len(vectors) - 1, count).round().long().to(vectors.device)
+        chosen = _spread(len(vectors)).to(vectors.device)
         before, after = (float(fitting.judge(v[chosen]).mean()) for v in (vectors, decoded))
         fitting.notes["gate"] = {
-            "members": count,
+            "members": len(chosen),
             "validation_accuracy": before,
             "decoded_validation_accuracy": after,
             "passed": 100 * (before - after) <= self.settings.gate_points,
@@ -121,6 +131,11 @@ class LatentDiffusion:
         self.diffusion.to(device)
         for part in (self.normalizer, self.latents):
             part.mean, part.std = part.mean.to(device), part.std.to(device)
+
+
+def _spread(count: int) -> Tensor:
+    """Indices of a few members, from the first to the last."""
+    return torch.linspace(0, count - 1, min(GATE_MEMBERS, count)).round().long()
 
 
 def _in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ def fit_model(
     batch_size: int,
     fitting: Fitting,
     ema_decay: float = 0.0,
+    rungs: range = range(0),
+    preview: Callable[[], Tensor] | None = None,
 ) -> None:
     """Trains `model` in place on rows drawn from `data` (K, ...).
 
@@ -45,6 +47,7 @@ def fit_model(
         name: of the model, for progress, messages and the history of losses.
         loss_of: the loss of a batch (B, ...), with the random numbers of the given generator.
         ema_decay: above 0, the model ends with the average of its weights.
+        rungs: at which `fitting.preview` is shown the vectors that `preview` gives; spread evenly over the steps.
     """
     trainer = Trainer(list(model.parameters()), settings, num_steps, f"training of the {name}")
     random = generator(fitting.device, fitting.seed, name)
@@ -71,6 +74,21 @@ def fit_model(
         }
         fitting.save(name, {**state, "losses": losses[:step], **({"ema": ema.average} if ema else {})})
 
+    due = {num_steps * (i + 1) // len(rungs): rung for i, rung in enumerate(rungs)} if fitting.preview else {}
+
+    def show(rung: int) -> None:
+        assert fitting.preview is not None
+        assert preview is not None
+        current = {name: p.detach().clone() for name, p in model.named_parameters()}
+        if ema:
+            model.load_state_dict(ema.average, strict=False)
+        model.eval()
+        with torch.inference_mode():
+            vectors = preview()
+        fitting.preview(rung, vectors)
+        model.load_state_dict(current, strict=False)
+        model.train()
+
     last_saved = time.monotonic()
     model.train()
     for step in range(first, num_steps):
@@ -90,6 +108,8 @@ def fit_model(
             if time.monotonic() - last_saved >= fitting.checkpoint_s:
                 save(step + 1)
                 last_saved = time.monotonic()
+        if step + 1 in due:
+            show(due[step + 1])
     # A model that is done is kept too: the next one's training may be interrupted.
     if first < num_steps:
         save(num_steps)

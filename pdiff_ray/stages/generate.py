@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,8 +23,17 @@ GENERATOR_FILE = "generator.safetensors"
 LATENTS_FILE = "latents.safetensors"
 
 
-def build_generator(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
-    """Fits the generator to the first K members of the zoo."""
+def build_generator(
+    experiment: Experiment,
+    artifacts: Mapping[str, Artifact],
+    context: Context,
+    preview: Callable[[int, Tensor], None] | None = None,
+) -> None:
+    """Fits the generator to the first K members of the zoo.
+
+    Args:
+        preview: see `generators.Fitting`.
+    """
     artifact, settings = artifacts["generator"], experiment.generator
     started = time.monotonic()
     zoo = ParameterStore(artifacts["zoo"])
@@ -48,6 +57,7 @@ def build_generator(experiment: Experiment, artifacts: Mapping[str, Artifact], c
         load=load,
         save=lambda name, state: artifact.save_work(f"{name}.safetensors", save_tree(state)),
         progress=context.progress,
+        preview=preview,
         checkpoint_s=context.checkpoint_s,
     )
     generator = make_generator(settings, subset)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -60,8 +59,14 @@ def subset_of(experiment: Experiment, network: nn.Module) -> Subset:
     return resolve(experiment.zoo.subset, network, experiment.zoo.batchnorm)
 
 
-def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
-    """Trains the missing members and stores each with its judgement."""
+def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context, shift: int = 0) -> None:
+    """Trains this worker's share of the missing members and stores each with its judgement.
+
+    The worker that sees the zoo complete commits it.
+
+    Args:
+        shift: the worker that the first run falls to, so that workers share several zoos.
+    """
     artifact, config = artifacts["zoo"], experiment.zoo
     started = time.monotonic()
     dataset = open_dataset(experiment, context)
@@ -69,7 +74,7 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     store = ParameterStore(artifact)
     present = set(store.ids)
     # Shared out before looking at what is there: workers look at different times.
-    for run in runs_of(config)[context.rank :: context.world]:
+    for run in runs_of(config)[(context.rank - shift) % context.world :: context.world]:
         if present.issuperset(run.member_ids):
             continue
         members = (
@@ -81,12 +86,8 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
             store.append(records, subset)
             if state is not None:
                 artifact.save_work(f"run-{run.index}.safetensors", save_tree(state))
-    if context.world > 1:
-        dist.barrier()
-    if context.rank == 0:
+    if set(ParameterStore(artifact).ids).issuperset(range(config.members)):
         finish(artifact, subset, config.members, time.monotonic() - started)
-    if context.world > 1:
-        dist.barrier()
 
 
 def finish(artifact: Artifact, subset: Subset, members: int, seconds: float) -> None:

@@ -1,0 +1,268 @@
+"""Trials of a sweep on Ray Tune: it places and reuses actors, retries, stops by ASHA and keeps the time budget.
+
+What to try comes from the ledger, and what came out goes there: a sweep that goes on is a new Tune experiment with the
+trials that are left, so nothing depends on Tune's own snapshots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from pdiff_ray.artifacts import Artifact, Storage
+from pdiff_ray.data import default_cache
+from pdiff_ray.distributed.session import failures, gpu_share, report_failure, report_progress
+from pdiff_ray.errors import PdiffError
+from pdiff_ray.search import Trial
+from pdiff_ray.stages import Context
+from pdiff_ray.trials import FINAL_RUNG, Ledger, run_trial
+
+LEASE_S = 30.0
+POLL_S = 0.5
+
+OnChange = Callable[[Trial], None]
+
+
+def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnChange) -> None:
+    """Runs the trials that are left, until there is none or the time budget is used up.
+
+    Args:
+        unbuildable: keys of bases and zoos that could not be built, and why; trials that need them fail.
+        on_change: is given every trial as it begins and as it ends.
+    """
+    sweep, resources = ledger.sweep, ledger.file.experiment.resources
+    claims = f"pdiff-claims-{uuid.uuid4().hex[:8]}"
+    # Held here: a named actor lives as long as its handle.
+    keeper: Any = ray.remote(_Claims).options(num_cpus=0, name=claims).remote()
+    shared = {
+        "storage": ledger.storage.uri,
+        "metric": sweep.metric,
+        "events": events,
+        "claims": claims,
+        "threads": resources.cpus_per_trial,
+        "rungs": sweep.scheduler == "asha",
+    }
+    gpus = gpu_share(resources.gpus_per_trial, sweep.max_concurrent or 1)
+    scheduler = _ASHA(ledger) if sweep.scheduler == "asha" else None
+    searcher = _Ledger(ledger, unbuildable, shared, on_change)
+    storage, name = ledger.storage, f"ray-tune-{uuid.uuid4().hex[:8]}"
+    tuner = tune.Tuner(
+        tune.with_resources(_trial, {"cpu": resources.cpus_per_trial, "gpu": gpus}),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=-1,  # until the ledger has no more
+            max_concurrent_trials=sweep.max_concurrent,
+            time_budget_s=sweep.time_budget,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_filesystem=storage.fs,
+            storage_path=storage.path("tmp"),
+            failure_config=tune.FailureConfig(max_failures=sweep.max_retries),
+            callbacks=[_Recorder(ledger, searcher, scheduler, on_change)],
+            verbose=0,
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        ray.kill(keeper)
+        with contextlib.suppress(OSError):  # Tune's snapshots; the ledger has all of it
+            storage.fs.delete_dir(storage.path(f"tmp/{name}"))
+
+
+def _trial(config: dict[str, Any]) -> None:
+    """A trial, in an actor that runs one after another."""
+    torch.set_num_threads(config["threads"])
+    number, progress = config["number"], report_progress(config["events"])
+    context = Context(
+        torch.device("cuda" if ray.get_gpu_ids() else "cpu"),
+        default_cache(),
+        progress=lambda task, *rest: progress(f"trial {number}|{task}", *rest),
+    )
+
+    def report_rung(rung: int, objective: float) -> None:
+        tune.report({"rung": rung, "objective": objective})
+
+    try:
+        objective = run_trial(
+            config["experiments"],
+            Storage(config["storage"]),
+            context,
+            config["metric"],
+            lambda artifact: _claimed(artifact, config["claims"]),
+            report_rung if config["rungs"] else None,
+        )
+    except PdiffError as error:  # another attempt would find the same
+        tune.report({"rung": FINAL_RUNG, "failed": str(error)})
+    except Exception as error:
+        report_failure(config["events"], f"trial {number}", f"{type(error).__name__}: {error}")
+        raise
+    else:
+        tune.report({"rung": FINAL_RUNG, "objective": objective, "finished": True})
+
+
+class _Ledger(Searcher):
+    """Gives Tune the ledger's trials, one at a time."""
+
+    def __init__(
+        self, ledger: Ledger, unbuildable: dict[str, str], shared: dict[str, Any], on_change: OnChange
+    ) -> None:
+        super().__init__()
+        self.ledger, self.unbuildable, self.shared, self.on_change = ledger, unbuildable, shared, on_change
+        self.trials: dict[str, Trial] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        while trial := self.ledger.ask():
+            try:
+                experiments = self.ledger.experiments(trial)
+                for experiment in experiments:
+                    for artifact in self.ledger.artifacts(experiment).values():
+                        if reason := self.unbuildable.get(artifact.key):
+                            raise PdiffError(reason)
+            except PdiffError as error:
+                failed = replace(trial, state="failed", reason=str(error), seconds=0.0)
+                self.ledger.record(failed)
+                self.on_change(failed)
+                continue
+            self.trials[trial_id] = trial
+            return {**self.shared, "number": trial.number, "experiments": experiments}
+        return Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        pass  # `_Recorder` hears of it
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        pass
+
+
+class _ASHA(ASHAScheduler):
+    """ASHA over the rungs of a generator's fitting, with the decisions of earlier launches in mind."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(
+            time_attr="rung",
+            metric="objective",
+            mode="max" if ledger.sweep.maximize else "min",
+            max_t=FINAL_RUNG,
+            reduction_factor=ledger.sweep.reduction_factor,
+        )
+        self.stopped: set[str] = set()
+        for trial in ledger.done():
+            known: Any = SimpleNamespace(trial_id=f"earlier-{trial.number}")
+            nobody: Any = None  # the controller, which ASHA does not use
+            self.on_trial_add(nobody, known)
+            for rung, objective in trial.curve:
+                super().on_trial_result(nobody, known, {"rung": rung, "objective": objective})
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        return True
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP and result["rung"] < FINAL_RUNG:
+            self.stopped.add(trial.trial_id)
+        return decision
+
+
+class _Recorder(tune.Callback):
+    """Writes what comes out into the ledger."""
+
+    def __init__(self, ledger: Ledger, searcher: _Ledger, scheduler: _ASHA | None, on_change: OnChange) -> None:
+        self.ledger, self.searcher, self.scheduler, self.on_change = ledger, searcher, scheduler, on_change
+        self.started: dict[str, float] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.started.setdefault(trial.trial_id, time.monotonic())
+        self.on_change(self.searcher.trials[trial.trial_id])
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if result["rung"] < FINAL_RUNG:
+            known = self.searcher.trials[trial.trial_id]
+            point = (result["rung"], result["objective"])
+            self.searcher.trials[trial.trial_id] = replace(known, curve=(*known.curve, point))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        result = trial.last_result
+        if reason := result.get("failed"):
+            self._end(trial, state="failed", reason=reason)
+        elif result.get("finished"):
+            self._end(trial, state="finished", objective=result["objective"])
+        elif self.scheduler and trial.trial_id in self.scheduler.stopped:
+            self._end(trial, state="stopped", objective=result["objective"])
+        # else the time budget has ended it: it stays open
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        known = failures(self.searcher.shared["events"])
+        told = known.get(f"trial {self.searcher.trials[trial.trial_id].number}")
+        last = (trial.get_error() or "its process died").strip().splitlines()[-1]
+        self._end(trial, state="failed", reason=told or last)
+
+    def _end(self, trial: Any, **outcome: Any) -> None:
+        seconds = round(time.monotonic() - self.started[trial.trial_id], 3)
+        ended = replace(self.searcher.trials[trial.trial_id], seconds=seconds, **outcome)
+        self.ledger.record(ended)
+        self.on_change(ended)
+
+
+class _Claims:
+    """Who builds which artifact: leases that run out when their holder has died."""
+
+    def __init__(self) -> None:
+        self.leases: dict[str, tuple[str, float]] = {}
+
+    def claim(self, key: str, holder: str) -> bool:
+        """Whether `holder` has the lease from now on."""
+        other, until = self.leases.get(key, (holder, 0.0))
+        if other != holder and time.monotonic() < until:
+            return False
+        self.leases[key] = (holder, time.monotonic() + LEASE_S)
+        return True
+
+    def release(self, key: str) -> None:
+        self.leases.pop(key, None)
+
+
+@contextlib.contextmanager
+def _claimed(artifact: Artifact, claims: str) -> Iterator[bool]:
+    """Waits while another trial builds the artifact; gives whether it is to be built here."""
+    actor: Any = ray.get_actor(claims)
+    holder = uuid.uuid4().hex
+    while not artifact.exists():
+        if not ray.get(actor.claim.remote(artifact.key, holder)):
+            time.sleep(POLL_S)
+            continue
+        done = threading.Event()
+
+        threading.Thread(target=_renew, args=(actor, artifact.key, holder, done), daemon=True).start()
+        try:
+            yield not artifact.exists()  # it may have come between the two questions
+        finally:
+            done.set()
+            ray.get(actor.release.remote(artifact.key))
+        return
+    yield False
+
+
+def _renew(actor: Any, key: str, holder: str, done: threading.Event) -> None:
+    while not done.wait(LEASE_S / 3):
+        actor.claim.remote(key, holder)

@@ -1,0 +1,252 @@
+"""The trials of a sweep: which are to be run, what is known of them, and how one is run.
+
+A sweep keeps a small file per trial in `sweeps/<key>/trials/` of its storage: what was chosen and what came out. The
+results themselves are ordinary artifacts. These files are all that a search and a scheduler remember, so that a sweep
+that was killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from pdiff_ray import report, search
+from pdiff_ray.artifacts import STAGES, Artifact, Storage
+from pdiff_ray.config import Experiment
+from pdiff_ray.errors import StorageError
+from pdiff_ray.generators import NUM_RUNGS
+from pdiff_ray.search import Trial
+from pdiff_ray.space import OBJECTIVES, Assignment, Parameter, SweepFile
+from pdiff_ray.stages import Context, artifacts_of, base, evaluate, generate, zoo
+from pdiff_ray.stages.base import load_network, open_dataset
+
+BUILDERS: dict[str, Callable[..., None]] = {
+    "base": base.build,
+    "zoo": zoo.build,
+    "generator": generate.build_generator,
+    "samples": generate.build_samples,
+    "evaluation": evaluate.build,
+}
+FINAL_RUNG = NUM_RUNGS + 1  # after the generator's: the evaluation
+
+
+class Ledger:
+    """All trials of a sweep, in storage."""
+
+    def __init__(self, file: SweepFile) -> None:
+        self.file, self.sweep = file, file.sweep
+        self.storage = Storage(file.experiment.storage_uri)
+        plain = artifacts_of(file.experiment, self.storage)["report"].key
+        text = json.dumps([plain, file.sweep.keyed()], sort_keys=True)
+        self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.trials: dict[int, Trial] = {}
+        for name in self.storage.list(f"{self.folder}/trials"):
+            trial = _read(self.storage, name)
+            self.trials[trial.number] = trial
+        self._combinations = list(_combinations(file)) if file.sweep.search == "grid" else []
+        self._again = self.open_trials()
+
+    @property
+    def folder(self) -> str:
+        return f"sweeps/{self.key}"
+
+    @property
+    def total(self) -> int:
+        """Trials in all, done and to come."""
+        return len(self._combinations) or self.sweep.num_trials or 0
+
+    def open_trials(self) -> list[Trial]:
+        """Trials that were begun: interrupted or, in a grid, failed. A search has learned from its failures."""
+        again = ("running", "failed") if self.sweep.search == "grid" else ("running",)
+        return [t for _, t in sorted(self.trials.items()) if t.state in again and t.number < self.total]
+
+    def planned(self) -> list[Trial]:
+        """The trials that are known to be run; of a search, those that were begun."""
+        new = [Trial(n, *c) for n, c in enumerate(self._combinations) if n not in self.trials]
+        return sorted([*self.open_trials(), *new], key=lambda trial: trial.number)
+
+    def done(self) -> list[Trial]:
+        """Trials with a result, in order."""
+        return [t for _, t in sorted(self.trials.items()) if t.state != "running" and t.number < self.total]
+
+    def ask(self) -> Trial | None:
+        """The next trial to run, None if there is none."""
+        if self._again:
+            trial = replace(self._again.pop(0), state="running", reason=None, curve=())
+        else:
+            number = next(n for n in itertools.count() if n not in self.trials)
+            if number >= self.total:
+                return None
+            if self._combinations:
+                trial = Trial(number, *self._combinations[number])
+            else:
+                assignment = search.suggest(self.sweep, number, self.done())
+                trial = Trial(number, assignment, tuple(range(self.sweep.repeats)))
+        self.record(trial)
+        return trial
+
+    def record(self, trial: Trial) -> None:
+        """Remembers what is known of a trial."""
+        self.trials[trial.number] = trial
+        content = json.dumps(asdict(trial), indent=1).encode()
+        self.storage.write(f"{self.folder}/trials/{trial.number:05d}.json", content)
+
+    def experiments(self, trial: Trial) -> list[Experiment]:
+        """The experiments of a trial, one per repeat.
+
+        Raises:
+            ConfigError: a search has combined values that do not fit together.
+        """
+        found = [self.file.vary(trial.assignment, repeat) for repeat in trial.repeats]
+        if self.varies_zoos and self.sweep.search != "grid":
+            # A trial trains its zoo alone, and a base's key says how many workers trained it.
+            alone = {"resources": self.file.experiment.resources.model_copy(update={"workers": 1})}
+            found = [experiment.model_copy(update=alone) for experiment in found]
+        return found
+
+    @property
+    def varies_zoos(self) -> bool:
+        """Whether trials may need different zoos, repeats apart."""
+        paths = [p for name, q in self.sweep.parameters.items() for p in _paths(name, q)]
+        return any(path.split(".")[0] in ("seed", "data", "network", "training", "zoo") for path in paths)
+
+    def artifacts(self, experiment: Experiment) -> dict[str, Artifact]:
+        return artifacts_of(experiment, self.storage)
+
+    def best(self) -> Trial | None:
+        """The finished trial with the best objective."""
+        finished = [t for t in self.done() if t.state == "finished" and t.objective is not None]
+        sign = 1 if self.sweep.maximize else -1
+        return max(finished, key=lambda t: sign * (t.objective or 0.0), default=None)
+
+
+def _read(storage: Storage, name: str) -> Trial:
+    try:
+        content = json.loads(storage.read(name))
+        return Trial(**{**content, "repeats": tuple(content["repeats"]), "curve": tuple(map(tuple, content["curve"]))})
+    except (ValueError, TypeError, KeyError) as error:
+        raise StorageError(f"{storage.location(name)}: damaged ({error}); delete it to run its trial again") from None
+
+
+def _combinations(file: SweepFile) -> Iterator[tuple[Assignment, tuple[int, ...]]]:
+    """A grid's trials: all combinations with the first seeds, then all with the next."""
+    for repeat in range(file.sweep.repeats):
+        for assignment in file.sweep.grid():
+            yield assignment, (repeat,)
+
+
+Claim = Callable[[Artifact], AbstractContextManager[bool]]
+
+
+@contextlib.contextmanager
+def unclaimed(artifact: Artifact) -> Iterator[bool]:
+    """Where nothing else runs: whether the artifact is missing."""
+    yield not artifact.exists()
+
+
+def run_trial(
+    experiments: list[Experiment],
+    storage: Storage,
+    context: Context,
+    metric: str,
+    claim: Claim = unclaimed,
+    report_rung: Callable[[int, float], None] | None = None,
+) -> float:
+    """Builds all that a trial lacks.
+
+    Args:
+        claim: holds other trials off while this one builds an artifact; gives whether it is to be built.
+        report_rung: is given the objective of the unfinished generator at each rung, and may raise to stop the trial;
+            only with one experiment.
+
+    Returns:
+        The objective, mean over the experiments.
+    """
+    objectives = []
+    for experiment in experiments:
+        artifacts = artifacts_of(experiment, storage)
+        for stage in STAGES:
+            if artifacts["report"].exists():
+                break
+            with claim(artifacts[stage]) as missing:
+                if missing and stage == "report":
+                    report.build(experiment, artifacts)
+                elif missing and stage == "generator" and report_rung and len(experiments) == 1:
+                    preview = _preview(experiment, artifacts, context, metric, report_rung)
+                    generate.build_generator(experiment, artifacts, context, preview)
+                elif missing:
+                    BUILDERS[stage](experiment, artifacts, context)
+        objectives.append(objective(artifacts, metric))
+    return float(np.mean(objectives))
+
+
+def objective(artifacts: Mapping[str, Artifact], metric: str) -> float:
+    """The metric of a finished evaluation."""
+    groups = {g["group"]: g for g in report.load_summary(artifacts)["groups"]}
+    return float(groups["generated"][OBJECTIVES[metric]])
+
+
+def _preview(
+    experiment: Experiment,
+    artifacts: Mapping[str, Artifact],
+    context: Context,
+    metric: str,
+    report_rung: Callable[[int, float], None],
+) -> Callable[[int, Tensor], None]:
+    """Judges the vectors of an unfinished generator as the metric does those of the finished one."""
+    field_of = metric.partition("/mean_")[2]  # such as train_accuracy
+    split = "selection" if field_of.startswith("train") else "validation"
+    subset = zoo.zoo_subset(experiment)
+    dataset, network = open_dataset(experiment, context), load_network(experiment, artifacts)
+    judge = zoo.make_judge(experiment, network, subset, dataset, context)
+
+    def preview(rung: int, vectors: Tensor) -> None:
+        values = [getattr(judgement, field_of) for judgement in judge.judge(vectors, [split])]
+        report_rung(rung, float(np.mean(values)))
+
+    return preview
+
+
+def _paths(name: str, parameter: Parameter) -> list[str]:
+    """The fields that a parameter changes."""
+    return [path for fields in parameter.variants.values() for path in fields] if parameter.variants else [name]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The distinct artifacts that trials need, as far as they are known beforehand.
+
+    Attributes:
+        jobs: an experiment for each distinct zoo that is missing, with its missing stages of base and zoo. A search
+            over zoos has none: its trials build what they need.
+        counts: by stage: how many distinct ones, and how many of them are there.
+    """
+
+    jobs: list[tuple[Experiment, list[str]]]
+    counts: dict[str, tuple[int, int]]
+
+
+def needs(ledger: Ledger) -> Needs:
+    """What the trials to be run need."""
+    trials = ledger.planned()
+    if ledger.sweep.search != "grid" and not ledger.varies_zoos and len(ledger.done()) < ledger.total:
+        trials.append(Trial(-1, {}, tuple(range(ledger.sweep.repeats))))  # all have the zoos of this one
+    jobs: dict[str, tuple[Experiment, list[str]]] = {}
+    seen: dict[str, dict[str, bool]] = {stage: {} for stage in STAGES}
+    for experiment in itertools.chain.from_iterable(ledger.experiments(trial) for trial in trials):
+        artifacts = ledger.artifacts(experiment)
+        for stage, artifact in artifacts.items():
+            if artifact.key not in seen[stage]:
+                seen[stage][artifact.key] = artifact.exists()
+        if not seen["zoo"][artifacts["zoo"].key] and (ledger.sweep.search == "grid" or not ledger.varies_zoos):
+            stages = [stage for stage in ("base", "zoo") if not seen[stage][artifacts[stage].key]]
+            jobs.setdefault(artifacts["zoo"].key, (experiment, stages))
+    return Needs(list(jobs.values()), {stage: (len(keys), sum(keys.values())) for stage, keys in seen.items()})
