@@ -2,16 +2,19 @@
 
 One format serves zoos, generated samples and evaluations (which leave the vectors out). A row has a row group of its
 own, so that one network, or one column, is read without the rest; pages carry checksums. Part files are written whole,
-under a name that holds their digest, by any number of workers at once.
+under a name that holds their digest, by any number of workers at once. A store keeps the files that it has read open,
+their footers parsed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
 import platform
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -27,6 +30,7 @@ from pdiff_ray.subset import Subset
 
 PARTS = "networks"  # folder of the part files in an artifact
 METADATA_KEY = b"pdiff_ray"
+MAX_OPEN_FILES = 256  # of a store; systems allow a process about 1000
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,66 @@ def encode(records: Sequence[Record], subset: Subset, about: dict[str, Any]) -> 
     metadata = {METADATA_KEY: json.dumps({"format": 1, "subset": json.loads(subset.to_json()), **about})}
     table = pa.table(columns).replace_schema_metadata(metadata)
     sink = io.BytesIO()
-    # Random floats neither repeat nor compress: a dictionary makes them larger, a codec only slower.
-    pq.write_table(table, sink, row_group_size=1, use_dictionary=False, compression="none", write_page_checksum=True)
+    # Random floats neither repeat nor compress: a dictionary makes them larger, a codec only slower. Statistics of a
+    # single row say nothing, and a vector in one page can be read without Parquet's machinery.
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=1,
+        use_dictionary=False,
+        compression="none",
+        write_statistics=False,
+        data_page_size=2**30,
+        write_page_checksum=True,
+    )
     return sink.getvalue()
+
+
+class _Part:
+    """An open part file."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self.stream = storage.open(name)
+        self._remote = storage.local is None
+
+    @functools.cached_property
+    def file(self) -> pq.ParquetFile:
+        # An object store answers few large requests sooner than many small ones.
+        return pq.ParquetFile(self.stream, page_checksum_verification=True, pre_buffer=self._remote)
+
+    def chunks(self) -> list[tuple[int, int, int]]:
+        """Of each row's vector, the last column: its place in the file, its size there, and where its floats begin."""
+        metadata, floats = self.file.metadata, self.file.schema_arrow.field("vector").type.list_size
+        columns = [metadata.row_group(i).column(metadata.num_columns - 1) for i in range(metadata.num_row_groups)]
+        return [(c.data_page_offset, c.total_compressed_size, c.total_compressed_size - 4 * floats) for c in columns]
+
+
+def _whole_page(chunk: bytes) -> bool:
+    """Whether a column chunk is one uncompressed data page that fits its checksum.
+
+    Its header, in Thrift's compact encoding, begins with four 32-bit integers, each after a byte 0x15: the page's kind
+    (0), its size uncompressed and compressed, and its CRC-32. Its data end the chunk.
+    """
+    if not chunk.startswith(b"\x15\x00\x15"):
+        return False
+    size, end = _zigzag(chunk, 3)
+    again = end + 1 + end - 3
+    if chunk[end : again + 1] != b"\x15" + chunk[3:end] + b"\x15":
+        return False
+    checksum, _ = _zigzag(chunk, again + 1)
+    return zlib.crc32(memoryview(chunk)[-size:]) == checksum & 0xFFFFFFFF
+
+
+def _zigzag(chunk: bytes, position: int) -> tuple[int, int]:
+    """A signed integer of variable length, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = chunk[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value >> 1 ^ -(value & 1), position
+        shift += 7
 
 
 class ParameterStore:
@@ -114,8 +175,11 @@ class ParameterStore:
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self.storage: Storage = artifact.storage
+        self._local = self.storage.local is not None
         self._rows: dict[int, tuple[str, int]] = {}  # id to part and row
         self._parts: dict[str, list[int]] = {}  # part to ids
+        self._opened: dict[str, _Part] = {}
+        self._chunks: dict[str, list[tuple[int, int, int]]] = {}
         if artifact.exists():
             for name, entry in artifact.manifest()["files"].items():
                 if name.startswith(f"{PARTS}/"):
@@ -123,8 +187,8 @@ class ParameterStore:
         else:
             for path in self.storage.list(f"{artifact.folder}/{PARTS}"):
                 name = path.removeprefix(f"{artifact.folder}/")
-                with self._reader(name) as file:
-                    self._add(name, file.read(columns=["id"])["id"].to_pylist())
+                with self._naming(name):
+                    self._add(name, self._open(name).file.read(columns=["id"])["id"].to_pylist())
 
     def _add(self, part: str, ids: list[int]) -> None:
         self._parts[part] = ids
@@ -158,54 +222,90 @@ class ParameterStore:
         part = next(iter(self._parts), None)
         if part is None:
             raise StorageError(f"{self.artifact.location}: holds no networks")
-        with self._reader(part) as file:
-            about = json.loads(file.schema_arrow.metadata[METADATA_KEY])
+        with self._naming(part):
+            about = json.loads(self._open(part).file.schema_arrow.metadata[METADATA_KEY])
         return Subset.from_json(json.dumps(about["subset"]))
 
     def records(self, ids: Sequence[int] | None = None, *, vectors: bool = False) -> list[Record]:
         """Rows in the order of `ids` (default: all, by id)."""
-        table, ids = self._read(ids, [*COLUMNS, "vector"] if vectors else list(COLUMNS))
+        table, order = self._read(self._places(ids), [*COLUMNS, "vector"] if vectors else list(COLUMNS))
         rows = table.drop_columns(["vector"]).to_pylist() if vectors else table.to_pylist()
         if vectors:
             for row, vector in zip(rows, _matrix(table), strict=True):
                 row["vector"] = vector
-        by_id = {row["id"]: Record(**row) for row in rows}
-        return [by_id[id_] for id_ in ids]
+        records = [Record(**row) for row in rows]
+        return [records[position] for position in order]
 
     def vectors(self, ids: Sequence[int] | None = None) -> np.ndarray:
         """Flattened parameters (len(ids), D), float32, in the order of `ids` (default: all, by id)."""
-        table, ids = self._read(ids, ["id", "vector"])
-        matrix, rows = _matrix(table), {id_: row for row, id_ in enumerate(table["id"].to_pylist())}
-        return matrix[[rows[id_] for id_ in ids]]
+        places = self._places(ids)
+        if self._local:
+            try:
+                return np.concatenate([self._vector(part, row) for part, row in places]).reshape(len(places), -1)
+            except (pa.ArrowException, OSError, IndexError):
+                pass  # pyarrow reads it, or says what is wrong
+        table, order = self._read(places, ["vector"])
+        return _matrix(table)[order]
 
-    def _read(self, ids: Sequence[int] | None, columns: list[str]) -> tuple[pa.Table, Sequence[int]]:
-        ids = self.ids if ids is None else ids
-        wanted: dict[str, list[int]] = {}
-        for id_ in ids:
-            if id_ not in self._rows:
-                raise StorageError(f"{self.artifact.location}: holds no network {id_}; its ids are {_span(self.ids)}")
-            part, row = self._rows[id_]
-            wanted.setdefault(part, []).append(row)
-        tables = []
-        for part, rows in wanted.items():
-            with self._reader(part) as file:
-                tables.append(file.read_row_groups(sorted(rows), columns=columns))
-        if not tables:
+    def _vector(self, part: str, row: int) -> np.ndarray:
+        """One vector (D,), straight from its page, which takes a tenth of pyarrow's time.
+
+        Raises:
+            ArrowException, OSError, IndexError: it is damaged, or not as `encode` writes it.
+        """
+        opened = self._opened.get(part) or self._open(part)
+        chunks = self._chunks.get(part)
+        if chunks is None:
+            chunks = self._chunks[part] = opened.chunks()
+        offset, size, begin = chunks[row]
+        chunk = opened.stream.read_at(size, offset)
+        if begin < 0 or len(chunk) < size or not _whole_page(chunk):
+            raise OSError("not a whole page")
+        return np.frombuffer(chunk, np.float32, offset=begin)
+
+    def _places(self, ids: Sequence[int] | None) -> list[tuple[str, int]]:
+        """Part and row of each network."""
+        try:
+            places = [self._rows[id_] for id_ in (self.ids if ids is None else ids)]
+        except KeyError as error:
+            raise StorageError(
+                f"{self.artifact.location}: holds no network {error}; its ids are {_span(self.ids)}"
+            ) from None
+        if not places:
             raise StorageError(f"{self.artifact.location}: holds no networks")
-        return pa.concat_tables(tables), ids
+        return places
+
+    def _read(self, places: Sequence[tuple[str, int]], columns: list[str]) -> tuple[pa.Table, list[int]]:
+        """The rows at `places`, each once, and which of them each place is."""
+        wanted: dict[str, set[int]] = {}
+        for part, row in places:
+            wanted.setdefault(part, set()).add(row)
+        tables: list[pa.Table] = []
+        positions: dict[tuple[str, int], int] = {}
+        for part, rows in wanted.items():
+            with self._naming(part):
+                tables.append(self._open(part).file.read_row_groups(sorted(rows), columns=columns))
+            positions.update({(part, row): len(positions) + i for i, row in enumerate(sorted(rows))})
+        return pa.concat_tables(tables), [positions[place] for place in places]
+
+    def _open(self, part: str) -> _Part:
+        if part not in self._opened:
+            if len(self._opened) == MAX_OPEN_FILES:
+                del self._opened[next(iter(self._opened))]
+            self._opened[part] = _Part(self.storage, f"{self.artifact.folder}/{part}")
+        return self._opened[part]
 
     @contextlib.contextmanager
-    def _reader(self, part: str) -> Iterator[pq.ParquetFile]:
-        name = f"{self.artifact.folder}/{part}"
+    def _naming(self, part: str) -> Iterator[None]:
+        """Says of an error which file it is about, and what to do."""
         try:
-            with self.storage.open(name) as stream:
-                yield pq.ParquetFile(stream, page_checksum_verification=True)
+            yield
         except StorageError:
             raise
         except (pa.ArrowException, OSError) as error:
             raise StorageError(
-                f"{self.storage.location(name)}: damaged Parquet file ({error}); delete {self.artifact.location} "
-                "and run again to build it anew"
+                f"{self.storage.location(f'{self.artifact.folder}/{part}')}: damaged Parquet file ({error}); delete "
+                f"{self.artifact.location} and run again to build it anew"
             ) from None
 
 

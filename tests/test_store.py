@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+import pdiff_ray.store
 from pdiff_ray import artifacts
 from pdiff_ray.artifacts import Artifact, Storage, artifact_key, load_tree, save_tree
 from pdiff_ray.config import SubsetRule
@@ -116,6 +117,42 @@ def test_one_network_is_read_without_the_rest(store, artifact):
     assert len(store.vectors([0, 1, 3])) == 3
     with pytest.raises(StorageError):
         store.vectors([2])
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {},
+        {"write_statistics": False, "data_page_size": 2**30},  # as the store writes, with row groups of one row
+        {"data_page_size": 16, "write_batch_size": 4},  # a vector in several pages
+        {"compression": "snappy"},
+        {"use_dictionary": True},
+        {"data_page_version": "2.0"},
+        {"write_page_checksum": False},
+    ],
+)
+def test_vectors_however_their_pages_were_written(store, artifact, written):
+    records = make_records(range(4))
+    store.append(records, SUBSET)
+    (part,) = parts_of(artifact)
+    plain = {"row_group_size": 1, "use_dictionary": False, "compression": "none", "write_page_checksum": True}
+    pq.write_table(pq.read_table(part), part, **{**plain, **written})
+    vectors = np.stack([record.vector for record in records])
+    opened = ParameterStore(artifact)
+    np.testing.assert_array_equal(opened.vectors([2, 0, 2]), vectors[[2, 0, 2]])
+    assert_same(opened.records([3, 1], vectors=True), [records[3], records[1]])
+
+
+def test_more_parts_than_files_are_kept_open(store, artifact, monkeypatch):
+    monkeypatch.setattr(pdiff_ray.store, "MAX_OPEN_FILES", 2)
+    records = make_records(range(6))
+    for record in records:
+        store.append([record], SUBSET)
+    opened = ParameterStore(artifact)
+    for ids in (range(6), [5, 0, 3], range(6)):
+        np.testing.assert_array_equal(opened.vectors(ids), np.stack([records[i].vector for i in ids]))
+        assert len(opened._opened) == 2
+    assert_same(opened.records(vectors=True), records)
 
 
 def test_unknown_id(store, artifact):
