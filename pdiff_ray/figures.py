@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ def accuracy_by_group(records: Sequence[Record]) -> bytes:
     axes.set_xticks(range(len(groups)), [f"{n}\n({len(m)})" for n, m in groups.items()], fontsize=8)
     axes.set_xlim(-0.5, len(groups) - 0.2)
     axes.set_ylabel("test accuracy (%)")
-    return _png(figure)
+    return png(figure)
 
 
 def similarity_bars(summary: Mapping[str, Any]) -> bytes:
@@ -66,7 +66,7 @@ def similarity_bars(summary: Mapping[str, Any]) -> bytes:
     axes.set_ylabel("IoU of wrong predictions")
     axes.set_ylim(0, 1.18)
     axes.legend(fontsize=7, ncols=3, loc="upper center", frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def accuracy_against_similarity(records: Sequence[Record], num_test: int) -> bytes:
@@ -94,7 +94,7 @@ def accuracy_against_similarity(records: Sequence[Record], num_test: int) -> byt
     axes.set_xlabel("largest similarity with an original (IoU of wrong predictions)")
     axes.set_ylabel("test accuracy (%)")
     axes.legend(fontsize=7)
-    return _png(figure)
+    return png(figure)
 
 
 def latent_map(latents: Mapping[str, np.ndarray], seed: int) -> bytes:
@@ -116,7 +116,7 @@ def latent_map(latents: Mapping[str, np.ndarray], seed: int) -> bytes:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.legend(fontsize=7)
-    return _png(figure)
+    return png(figure)
 
 
 def loss_curves(histories: Mapping[str, Sequence[float]]) -> bytes:
@@ -134,7 +134,7 @@ def loss_curves(histories: Mapping[str, Sequence[float]]) -> bytes:
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("epoch" if name == "base" else "step", fontsize=8)
         axes.tick_params(labelsize=7, which="both")
-    return _png(figure)
+    return png(figure)
 
 
 def _by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -146,13 +146,19 @@ def _by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
+    return figure, bare(figure.add_subplot())
+
+
+def bare(axes: Any, grid: Literal["x", "y"] = "y") -> Any:
+    """The axes with thin lines along their quantity, and nothing else around what they show."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", linewidth=0.4, alpha=0.6)
-    return figure, axes
+    axes.grid(axis=grid, linewidth=0.4, alpha=0.6)
+    axes.set_axisbelow(True)
+    return axes
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a file."""
     sink = io.BytesIO()
     # Without the version of matplotlib in it, the same numbers give the same file.
     figure.savefig(sink, format="png", dpi=150, metadata={"Software": None})

@@ -8,7 +8,6 @@ import io
 import json
 import time
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from pdiff_ray import figures
@@ -132,29 +131,30 @@ def _page(
     rows: Sequence[Sequence[str]],
     pngs: Mapping[str, bytes],
 ) -> str:
-    import jinja2
     import yaml
 
-    template = resources.files("pdiff_ray").joinpath("report.html.jinja").read_text(encoding="utf-8")
     manifests = {stage: artifacts[stage].manifest() for stage in STAGES if stage != "report"}
-    return (
-        jinja2.Environment(autoescape=True)
-        .from_string(template)
-        .render(
-            name=experiment.name,
-            rows=rows,
-            legend=LEGEND,
-            verdict=summary["verdict"]["text"],
-            paper=paper_row(summary),
-            gate=manifests["generator"]["info"].get("gate"),
-            spread=manifests["samples"]["info"]["relative_latent_std"],
-            figures=[(FIGURES[name], base64.b64encode(png).decode()) for name, png in pngs.items()],
-            stages=[
-                (stage, m["key"], f"{m['seconds']:.1f}", m["seed"], m["created_at"]) for stage, m in manifests.items()
-            ],
-            versions=manifests["evaluation"]["versions"],
-            configuration=yaml.safe_dump(
-                experiment.model_dump(mode="json", exclude={"storage", "tracking"}), sort_keys=False
-            ),
-        )
+    return render(
+        "report.html.jinja",
+        name=experiment.name,
+        rows=rows,
+        legend=LEGEND,
+        verdict=summary["verdict"]["text"],
+        paper=paper_row(summary),
+        gate=manifests["generator"]["info"].get("gate"),
+        spread=manifests["samples"]["info"]["relative_latent_std"],
+        figures=[(FIGURES[name], base64.b64encode(png).decode()) for name, png in pngs.items()],
+        stages=[(stage, m["key"], f"{m['seconds']:.1f}", m["seed"], m["created_at"]) for stage, m in manifests.items()],
+        versions=manifests["evaluation"]["versions"],
+        configuration=yaml.safe_dump(
+            experiment.model_dump(mode="json", exclude={"storage", "tracking"}), sort_keys=False
+        ),
     )
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from one of the package's templates."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, loader=jinja2.PackageLoader("pdiff_ray", "."))
+    return environment.get_template(template).render(**values)
