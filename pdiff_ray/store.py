@@ -14,6 +14,7 @@ import io
 import json
 import os
 import platform
+import resource
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -30,7 +31,7 @@ from pdiff_ray.subset import Subset
 
 PARTS = "networks"  # folder of the part files in an artifact
 METADATA_KEY = b"pdiff_ray"
-MAX_OPEN_FILES = 256  # of a store; systems allow a process about 1000
+MAX_OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # of a store
 
 
 @dataclass(frozen=True)
