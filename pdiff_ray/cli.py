@@ -111,11 +111,12 @@ def _sweep_one(experiment: Experiment, dry_run: bool, in_process: bool) -> None:
 
 
 def _sweep_trials(file: SweepFile, dry_run: bool, in_process: bool) -> None:
-    from pdiff_ray import sweeping
+    from pdiff_ray import sweeping, tracking
     from pdiff_ray.trials import Ledger
 
     ledger = Ledger(file)
-    sweeping.run(ledger, in_process=in_process)
+    with tracking.follow(ledger) as tell:
+        sweeping.run(ledger, in_process=in_process, on_result=tell)
     if sweeping.print_failures(ledger):
         raise PdiffError("trials failed; the same command tries them again")
 
@@ -165,14 +166,11 @@ def print_plan(plan: Plan) -> None:
 
 def _track(plan: Plan) -> None:
     from pdiff_ray import tracking
-    from pdiff_ray.console import console
 
     try:
         tracking.record(plan.experiment, plan.artifacts)
     except tracking.TrackingError as error:
-        console.print(
-            f"[bold yellow]warning:[/] {error}\n  results are safe in storage; the same command logs them later"
-        )
+        tracking.warn(error)
 
 
 def _print_result(plan: Plan) -> None:
@@ -330,6 +328,28 @@ def export_command(key: str, folder: str, ids: str | None, subset_only: bool, st
     click.echo(f"{count} networks in {folder}")
 
 
+@cli.command("log")
+@experiment_options
+def log_command(file: str, **options: Any) -> None:
+    """Write to MLflow what it lacks of the results of FILE, for example of a server that was away."""
+    from pdiff_ray import pipeline, space, tracking
+    from pdiff_ray.trials import Ledger
+
+    loaded = space.load(file, _overrides(**options), options["preset"])
+    if isinstance(loaded, space.SweepFile):
+        ledger = Ledger(loaded)
+        if not ledger.done():
+            raise PdiffError(f"no trial has ended yet in {ledger.storage.location(ledger.folder)}")
+        written = tracking.log(ledger)
+        click.echo(f"{written} of {len(ledger.done())} trials written; the others were there")
+        return
+    plan = pipeline.make_plan(loaded)
+    if plan.missing:
+        raise PdiffError(f"not finished: {', '.join(plan.missing)} missing in {plan.storage.place}")
+    written = tracking.record(plan.experiment, plan.artifacts, anew=True)
+    click.echo("written" if written else "was there already")
+
+
 @cli.command()
 @click.option("--storage", "storage_uri", envvar="PDIFF_STORAGE", help="Folder whose SQLite file is shown.")
 @click.option("--tracking-uri", help="MLflow database, if it is elsewhere.")
@@ -350,8 +370,10 @@ def ui(storage_uri: str | None, tracking_uri: str | None, port: int) -> None:
             f"{uri.removeprefix('sqlite:///')}: nothing is recorded yet; run `pdiff sweep FILE`, or name --storage"
         )
     tracking.reachable(uri)
-    for name, link in tracking.pages(uri, uri.rstrip("/") if remote else f"http://127.0.0.1:{port}"):
-        click.echo(f"{name}: {link}")
+    for links in tracking.links(uri, uri.rstrip("/") if remote else f"http://127.0.0.1:{port}"):
+        click.echo(links.experiment)
+        for name, address in links.pages.items():
+            click.echo(f"  {name:8} {address}")
     if not remote:
         click.echo("serving until Ctrl-C")
         tracking.serve(uri, port)

@@ -1,0 +1,177 @@
+"""The MLflow that runs go to: where it is, whether it answers, and a server for its pages."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from pdiff_ray.artifacts import Storage
+from pdiff_ray.config import Experiment
+from pdiff_ray.console import console
+from pdiff_ray.errors import PdiffError
+
+# A dead server must not hold up the work: MLflow's defaults retry for minutes. Nor does it report on its users here.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+SQLITE = "sqlite:///"
+
+
+class TrackingError(PdiffError):
+    """MLflow cannot be reached or refuses; results are in storage nevertheless."""
+
+
+def tracking_uri(experiment: Experiment, storage: Storage) -> str:
+    """The configured MLflow, or a SQLite file in the storage folder (beside it, in the current folder, if remote)."""
+    uri = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return uri or f"{SQLITE}{_folder(storage) / 'mlflow.db'}"
+
+
+def experiment_name(experiment: Experiment) -> str:
+    return experiment.tracking.experiment or experiment.name
+
+
+def database(uri: str) -> Path | None:
+    """The file, if MLflow's database is one of this machine."""
+    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+
+
+def _folder(storage: Storage) -> Path:
+    return storage.local or Path("pdiff-storage").resolve()
+
+
+def without_secret(text: str) -> str:
+    """The text, its URIs without user names and passwords."""
+    return re.sub(r"//[^/@\s]+@", "//", text)
+
+
+def warn(error: PdiffError) -> None:
+    """Tells that runs could not be written, and what to do."""
+    console.print(
+        f"[bold yellow]warning:[/] {escape(str(error))}\n  results are safe in storage; `pdiff log`, or the same "
+        "command again, logs them later"
+    )
+
+
+@contextlib.contextmanager
+def translated(uri: str) -> Iterator[None]:
+    """Turns whatever MLflow, its database or the network raise into a TrackingError of one line."""
+    try:
+        yield
+    except PdiffError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise TrackingError(without_secret(f"MLflow at {uri}: {reason}")) from None
+
+
+@dataclass(frozen=True)
+class Connection:
+    """An experiment on an MLflow."""
+
+    client: Any
+    experiment_id: str
+
+    def search(self, condition: str, **options: Any) -> list[Any]:
+        """All runs that meet a condition; `max_results` and `order_by` as MLflow has them."""
+        found: list[Any] = []
+        token = None
+        while True:
+            page = self.client.search_runs([self.experiment_id], condition, page_token=token, **options)
+            found += page
+            token = page.token
+            if not token or "max_results" in options:
+                return found
+
+
+def connect(uri: str, name: str, storage: Storage) -> Connection:
+    """Opens the experiment `name`, or makes it; call it within `translated`."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    for noisy, level in (("mlflow", logging.WARNING), ("alembic", logging.WARNING), ("urllib3", logging.ERROR)):
+        logging.getLogger(noisy).setLevel(level)
+    # Left behind by a surrounding MLflow job, it would make every run here a child of that one.
+    os.environ.pop("MLFLOW_RUN_ID", None)
+    if file := database(uri):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return Connection(client, found.experiment_id)
+    location = (_folder(storage) / "mlflow-artifacts").as_uri() if uri.startswith("sqlite:") else None
+    tags = {"mlflow.experimentKind": "custom_model_development"}  # else it opens on pages for language models
+    try:
+        return Connection(client, client.create_experiment(name, artifact_location=location, tags=tags))
+    except MlflowException:  # another process made it in between
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return Connection(client, found.experiment_id)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A note in storage that something has been written to an MLflow, which saves looking there.
+
+    Attributes:
+        content: what was written, by key.
+    """
+
+    storage: Storage
+    uri: str
+    experiment: str
+    content: str
+
+    @property
+    def _file(self) -> str:
+        text = f"{self.uri}|{self.experiment}|{self.content}"
+        return f"tracking/{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+    def is_there(self) -> bool:
+        file = database(self.uri)
+        return self.storage.exists(self._file) and (file is None or file.exists())
+
+    def leave(self) -> None:
+        note = {"uri": without_secret(self.uri), "experiment": self.experiment, "content": self.content}
+        self.storage.write(self._file, json.dumps(note).encode())
+
+
+def reachable(uri: str) -> str:
+    """A few words on the MLflow at `uri`.
+
+    Raises:
+        TrackingError
+    """
+    if file := database(uri):
+        return "there" if file.exists() else "created by the first run"
+    import mlflow
+
+    try:
+        with translated(uri):
+            mlflow.MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except TrackingError as error:
+        raise TrackingError(f"{error}; start the server or correct tracking.uri") from None
+    return "answers"
+
+
+def serve(uri: str, port: int) -> None:
+    """Runs MLflow's own server on `uri` until interrupted, on the loopback interface."""
+    # One worker without a job queue takes a quarter of the memory of MLflow's defaults.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port",
+               str(port), "--workers", "1"]  # fmt: skip
+    subprocess.run(command, env=environment, check=False)
