@@ -15,3 +15,13 @@ distributed.prepare(Resources())  # before any test imports Ray
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory):
     os.environ["PDIFF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def ray():
+    """One local Ray for all tests that want one."""
+    import ray
+
+    ray.init(include_dashboard=False, num_cpus=4)
+    yield ray
+    ray.shutdown()

@@ -19,13 +19,7 @@ from pdiff_ray.store import ParameterStore
 TWO = ("resources.workers=2", "resources.actors=2")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray():
-    import ray
-
-    ray.init(include_dashboard=False, num_cpus=4)
-    yield ray
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("ray")
 
 
 @pytest.fixture(scope="module")

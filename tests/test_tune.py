@@ -1,0 +1,192 @@
+"""Sweeps on Ray Tune: the same results as in this process, each zoo once, and trials that fail, stop or die."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+import yaml
+from helpers import TINY
+
+from pdiff_ray import space, sweeping
+from pdiff_ray.errors import PdiffError
+from pdiff_ray.report import load_summary
+from pdiff_ray.trials import Ledger, needs
+
+pytestmark = pytest.mark.usefixtures("ray")
+
+GRID = {"parameters": {"generator.members": [6, 12], "sampling.sampler": ["ddpm", "ddim"]}, "repeats": 2}
+
+
+def ledger_of(storage, sweep, **more):
+    path = storage.parent / f"{storage.name}.yaml"
+    path.write_text(yaml.safe_dump({"name": "s", "base": str(TINY), "sweep": sweep, **more}, sort_keys=False))
+    return Ledger(space.load(path, [f"storage={storage}"]))
+
+
+def groups(ledger):
+    """The tables of all trials."""
+    return {
+        trial.number: [load_summary(ledger.artifacts(e))["groups"] for e in ledger.experiments(trial)]
+        for trial in ledger.done()
+    }
+
+
+def made(ledger, stage):
+    """When each artifact of a stage was written."""
+    return {p.parent.name: p.stat().st_mtime_ns for p in ledger.storage.local.glob(f"{stage}/*/manifest.json")}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """The grid, run in this process."""
+    ledger = ledger_of(tmp_path_factory.mktemp("here") / "storage", GRID)
+    sweeping.run(ledger, in_process=True)
+    return ledger
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_grid_gives_the_same_however_many_run_at_a_time(here, tmp_path, concurrency):
+    ledger = ledger_of(tmp_path / "storage", {**GRID, "max_concurrent": concurrency})
+    needed = needs(ledger)
+    assert len(needed.jobs) == 2
+    assert needed.counts == {
+        "base": (2, 0), "zoo": (2, 0), "generator": (4, 0), "samples": (8, 0), "evaluation": (8, 0), "report": (8, 0)
+    }  # fmt: skip
+    heard = []
+    sweeping.run(ledger, on_result=heard.append)
+    assert [t.state for t in ledger.done()] == ["finished"] * 8
+    assert sorted(t.number for t in heard) == list(range(8))
+    assert groups(ledger) == groups(here)
+    assert [t.objective for t in ledger.done()] == [t.objective for t in here.done()]
+    counts = {stage: len(made(ledger, stage)) for stage in ("base", "zoo", "generator", "samples")}
+    assert counts == {"base": 2, "zoo": 2, "generator": 4, "samples": 8}, "shared work was done more than once"
+    before = [made(ledger, stage) for stage in counts]
+    again = ledger_of(tmp_path / "storage", {**GRID, "max_concurrent": 3})
+    assert again.key == ledger.key
+    sweeping.run(again, on_result=lambda trial: pytest.fail("a finished trial was run again"))
+    assert [made(again, stage) for stage in counts] == before
+    assert not list((tmp_path / "storage" / "tmp").iterdir())
+
+
+def test_what_cannot_be_built_fails_its_trials_alone(tmp_path):
+    optimizers = {
+        "good": {"zoo.optimizer.lr": 0.01},
+        "too large": {"zoo.optimizer": {"name": "sgd", "lr": 1.0e30}},
+    }
+    sweep = {"parameters": {"optimizer": {"variants": optimizers}, "generator.members": [6, 12]}}
+    ledger = ledger_of(tmp_path / "storage", sweep)
+    sweeping.run(ledger)
+    assert [t.state for t in ledger.done()] == ["finished", "finished", "failed", "failed"]
+    assert all("zoo.optimizer.lr" in t.reason for t in ledger.done()[2:])
+    again, ran = ledger_of(tmp_path / "storage", sweep), []
+    sweeping.run(again, on_result=ran.append)
+    assert sorted(t.number for t in ran) == [2, 3], "only what has failed is tried again"
+
+
+def test_values_that_do_not_fit_together_fail_a_trial_of_a_search(tmp_path):
+    sweep = {
+        "search": "random",
+        "num_trials": 6,
+        "parameters": {"generator.diffusion.num_timesteps": [5, 20], "sampling.steps": [5, 10]},
+    }
+    with pytest.raises(PdiffError, match=r"sampling\.steps is 10"):
+        ledger_of(tmp_path / "storage", {**sweep, "search": "grid", "num_trials": None})
+    ledger = ledger_of(tmp_path / "storage", sweep)
+    sweeping.run(ledger)
+    wrong = [t for t in ledger.done() if t.assignment == {"generator.diffusion.num_timesteps": 5, "sampling.steps": 10}]
+    assert wrong
+    assert all(t.state == "failed" and "sampling.steps is 10" in t.reason for t in wrong)
+    assert all(t.state == "finished" for t in ledger.done() if t not in wrong)
+
+
+def test_a_killed_trial_is_taken_up_again(here, tmp_path):
+    sweep = {**GRID, "max_concurrent": 1}
+    ledger, killed = ledger_of(tmp_path / "storage", sweep), []
+
+    class Killer(sweeping.SweepDisplay):
+        """Kills the actor in the middle of the second trial."""
+
+        def __call__(self, task, done, total, note=""):
+            if task.startswith("trial 1|") and not killed:
+                for process in psutil.Process().children(recursive=True):
+                    if "ImplicitFunc" in " ".join(process.cmdline()):
+                        killed.append(process.pid)
+                        os.kill(process.pid, signal.SIGKILL)
+
+    shown = Killer(8, "", True, (), live=False)
+    sweeping._run_on_ray(ledger, needs(ledger), shown, lambda trial: None)
+    assert killed
+    assert [t.state for t in ledger.done()] == ["finished"] * 8
+    assert groups(ledger) == groups(here)
+
+
+def test_a_trial_that_always_dies_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
+    (tmp_path / "deadly.py").write_text(
+        "import os, sys\n"
+        "from pdiff_ray.networks import build_network\n"
+        "from pdiff_ray.config import Network\n"
+        "from pdiff_ray.sources import DATASETS\n"
+        "def build(num_classes, in_channels, deadly=False, **_):\n"
+        "    if deadly and 'ImplicitFunc' in open('/proc/self/cmdline').read():\n"
+        "        os._exit(1)\n"
+        "    return build_network(Network(args={'widths': [4, 8]}), DATASETS['digits'], 0)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    sweep = {"parameters": {"network.args": [{"deadly": True}, {"deadly": False}]}, "max_retries": 1}
+    ledger = ledger_of(tmp_path / "storage", sweep, network={"name": "deadly:build", "args": {}})
+    sweeping.run(ledger)
+    assert [t.state for t in ledger.done()] == ["failed", "finished"]
+    assert "die" in ledger.done()[0].reason
+
+
+def test_asha_stops_the_hopeless_and_remembers_after_a_restart(tmp_path):
+    sweep = {
+        "search": "random",
+        "num_trials": 8,
+        "max_concurrent": 1,
+        "scheduler": "asha",
+        "metric": "generated/mean_train_loss",
+        "parameters": {"generator.autoencoder.lr": {"loguniform": [1.0e-7, 1.0e-1]}},
+    }
+    more = {"zoo": {"optimizer": {"lr": 0.3}}}
+    whole = ledger_of(tmp_path / "whole", sweep, **more)
+    sweeping.run(whole)
+    states = [t.state for t in whole.done()]
+    assert set(states) == {"finished", "stopped"}
+    for trial in whole.done():
+        assert [rung for rung, _ in trial.curve] == list(range(1, len(trial.curve) + 1))
+        assert (trial.state == "finished") == (len(trial.curve) == 7)
+    halves = ledger_of(tmp_path / "halves", {**sweep, "num_trials": 4}, **more)
+    sweeping.run(halves)
+    halves = ledger_of(tmp_path / "halves", sweep, **more)
+    sweeping.run(halves)
+    assert [(t.state, t.curve) for t in halves.done()] == [(t.state, t.curve) for t in whole.done()]
+
+
+def test_a_time_budget_ends_a_sweep_that_can_go_on(here, tmp_path):
+    sweep = {**GRID, "max_concurrent": 1, "time_budget": 2}
+    ledger = ledger_of(tmp_path / "storage", sweep)
+    started = time.monotonic()
+    sweeping.run(ledger)
+    assert time.monotonic() - started < 120
+    assert len(ledger.done()) < 8
+    assert all(t.state == "finished" for t in ledger.done())
+    rest = ledger_of(tmp_path / "storage", {**sweep, "time_budget": None})
+    sweeping.run(rest)
+    assert groups(rest) == groups(here)
+
+
+def test_a_search_over_zoos_builds_each_once_in_its_trials(tmp_path):
+    sweep = {"search": "random", "num_trials": 6, "max_concurrent": 3, "parameters": {"zoo.batch_size": [16, 32]}}
+    ledger = ledger_of(tmp_path / "storage", sweep)
+    assert not needs(ledger).jobs
+    sweeping.run(ledger)
+    assert [t.state for t in ledger.done()] == ["finished"] * 6
+    assert (len(made(ledger, "base")), len(made(ledger, "zoo"))) == (1, 2)
+    zoos = ledger.storage.local.glob("zoo/*/networks/*.parquet")
+    assert sum(1 for _ in zoos) == sum(
+        len(__import__("json").loads(p.read_text())["files"]) - 1
+        for p in ledger.storage.local.glob("zoo/*/manifest.json")
+    ), "two trials made the same members"
