@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -115,6 +115,11 @@ def _sweep_trials(file: SweepFile, dry_run: bool, in_process: bool) -> None:
     from pdiff_ray.trials import Ledger
 
     ledger = Ledger(file)
+    if dry_run:
+        from pdiff_ray import sweep_plan
+
+        sweep_plan.show(ledger)
+        return
     with tracking.follow(ledger) as tell:
         sweeping.run(ledger, in_process=in_process, on_result=tell)
     if sweeping.print_failures(ledger):
@@ -149,12 +154,27 @@ def print_plan(plan: Plan) -> None:
 
     from pdiff_ray import distributed, pipeline
     from pdiff_ray.console import console
+    from pdiff_ray.estimate import Estimator, duration
 
-    table = Table("stage", "key", "state", "what", title=f"plan of {plan.experiment.name}", title_justify="left")
-    for row in pipeline.describe(plan):
+    e, estimator = plan.experiment, Estimator(plan.storage)
+    table = Table(title=f"plan of {e.name}", title_justify="left")
+    for column in ("stage", "key", "state", "what", "time", "memory"):
+        table.add_column(column, justify="right" if column in ("time", "memory") else "left")
+    for row in pipeline.describe(plan, estimator):
         table.add_row(*row)
     console.print(table)
-    r = plan.experiment.resources
+    if plan.missing:
+        costs = pipeline.costs(plan, estimator).values()
+        known = sum(cost.source == "earlier runs" for cost in costs)
+        console.print(
+            f"shared: {estimator.sharing(e)}\n"
+            f"time: {duration(_sum(cost.device_s for cost in costs))} of devices, "
+            f"{duration(_sum(cost.seconds for cost in costs))} with the processes below, one stage after another\n"
+            f"[dim]Times are {estimator.about}"
+            + (f"; {known} stages as long as earlier runs with other seeds" if known else "")
+            + "; the start of Ray is not in them. Memory is of one process.[/]"
+        )
+    r = e.resources
     console.print(
         f"storage {plan.storage.place}\n"
         f"Ray {distributed.ray_address(r) or 'local'}: {r.workers} workers x {r.cpus_per_worker} cores and "
@@ -162,6 +182,12 @@ def print_plan(plan: Plan) -> None:
     )
     for note in pipeline.notes(plan):
         console.print(f"[bold yellow]missing:[/] {note}")
+
+
+def _sum(seconds: Iterable[float | None]) -> float | None:
+    """None, if one of them is unknown."""
+    known = list(seconds)
+    return None if None in known else sum(s for s in known if s is not None)
 
 
 def _track(plan: Plan) -> None:

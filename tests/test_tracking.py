@@ -47,7 +47,7 @@ def test_nothing_is_recorded_twice(recorded):
     for name in storage.list("tracking"):  # as if the process had died before noting it down
         storage.delete(name)
     before = {run.info.run_id for run in runs(client).values()}
-    assert tracking.record(experiment, artifacts)
+    assert not tracking.record(experiment, artifacts)
     assert {run.info.run_id for run in runs(client).values()} == before
 
 

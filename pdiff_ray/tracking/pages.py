@@ -20,6 +20,7 @@ from pdiff_ray.tracking.server import Connection, translated, without_secret
 from pdiff_ray.trials import Ledger
 
 VIEW = "mlflow.sharedViewState."
+TRAINING = "workflowType=machine_learning"  # MLflow's pages for it, not those for language models
 MAX_COMPARED = 100  # runs on a compare page: the best
 RESULTS = ("objective", "generated/best_test_accuracy", "generated/mean_test_accuracy", "generated/similarity")
 
@@ -40,6 +41,7 @@ def view(condition: str, order: str, ascending: bool, shown: Sequence[str], **mo
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
         "selectedColumns": shown,
+        "columnOrder": shown,
         "runsHiddenMode": "SHOW_ALL",
         **more,
     }
@@ -111,6 +113,7 @@ def _charts(varied: Sequence[str], curves: Sequence[str]) -> dict[str, Any]:
             {"uuid": section, "name": "Sweep", "display": True, "isReordered": False, "deleted": False,
              "isGenerated": False}
         ],
+        "isAccordionReordered": True,  # else the section comes after MLflow's own
     }  # fmt: skip
 
 
@@ -119,7 +122,7 @@ def _charts(varied: Sequence[str], curves: Sequence[str]) -> dict[str, Any]:
 
 def view_address(experiment_id: str, name: str, *, charts: bool = False) -> str:
     mode = "&compareRunsMode=CHART" if charts else ""
-    return f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={name}{mode}"
+    return f"#/experiments/{experiment_id}/runs?{TRAINING}&viewStateShareKey={name}{mode}"
 
 
 def sweep_addresses(experiment_id: str, key: str, parent: str, children: Sequence[str]) -> dict[str, str]:
@@ -131,13 +134,15 @@ def sweep_addresses(experiment_id: str, key: str, parent: str, children: Sequenc
         children: runs of trials with a result, the best first.
     """
     found = {
-        "sweep": f"#/experiments/{experiment_id}/runs/{parent}",
+        "sweep": f"#/experiments/{experiment_id}/runs/{parent}?{TRAINING}",
         "trials": view_address(experiment_id, f"{key}-trials"),
         "charts": view_address(experiment_id, f"{key}-charts", charts=True),
     }
     if len(children) > 1:
         runs = quote(json.dumps(list(children[:MAX_COMPARED]), separators=(",", ":")), safe="")
-        found["compare"] = f"#/compare-runs?runs={runs}&experiments={quote(json.dumps([experiment_id]), safe='')}"
+        found["compare"] = (
+            f"#/compare-runs?runs={runs}&experiments={quote(json.dumps([experiment_id]), safe='')}&{TRAINING}"
+        )
     return found
 
 

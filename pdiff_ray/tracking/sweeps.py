@@ -284,9 +284,9 @@ class _Writer:
         experiment = experiments[0]
         ended = max((run.ended for run in results), default=now())
         seconds = trial.seconds or 0.0
-        metrics = _means([run.metrics for run in results]) | {"seconds/trial": seconds}
-        if trial.objective is not None:
-            metrics["objective"] = trial.objective
+        # The first is the one that a compare page shows.
+        metrics = {"objective": trial.objective} if trial.objective is not None else {}
+        metrics |= _means([run.metrics for run in results]) | {"seconds/trial": seconds}
         curves = _mean_curves([run.curves for run in results])
         if trial.curve:
             curves["rung/objective"] = trial.curve
