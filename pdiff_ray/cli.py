@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from pdiff_ray.config import Experiment
     from pdiff_ray.pipeline import Plan
     from pdiff_ray.space import SweepFile
+    from pdiff_ray.trials import Ledger
 
 STAGE_NAMES = ("base", "zoo", "generator", "samples", "evaluation", "report")
 INTERRUPTED = 130
+MAX_TRIALS = 15  # of a search that are printed
 
 
 def guarded(command: click.Command, arguments: Sequence[str] | None = None) -> None:
@@ -111,7 +113,6 @@ def _sweep_one(experiment: Experiment, dry_run: bool, in_process: bool) -> None:
 
 
 def _sweep_trials(file: SweepFile, dry_run: bool, in_process: bool) -> None:
-    from pdiff_ray import sweeping, tracking
     from pdiff_ray.trials import Ledger
 
     ledger = Ledger(file)
@@ -120,8 +121,11 @@ def _sweep_trials(file: SweepFile, dry_run: bool, in_process: bool) -> None:
 
         sweep_plan.show(ledger)
         return
+    from pdiff_ray import sweeping, tracking
+
     with tracking.follow(ledger) as tell:
         sweeping.run(ledger, in_process=in_process, on_result=tell)
+        print_sweep(ledger)  # MLflow takes what that writes
     if sweeping.print_failures(ledger):
         raise PdiffError("trials failed; the same command tries them again")
 
@@ -225,7 +229,44 @@ def _print_result(plan: Plan) -> None:
     console.print(f"\nreport     {report.report_location(artifacts)}")
     samples = artifacts["samples"]
     console.print(f"networks   {samples.location}  (uv run pdiff export {samples.key} FOLDER)")
-    storage = f" --storage {plan.storage.place}" if plan.experiment.storage else ""
+    _print_ui(plan.experiment)
+
+
+def print_sweep(ledger: Ledger) -> None:
+    """Writes a sweep's report, and prints its table and where it is."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from pdiff_ray import sweep_report
+    from pdiff_ray.console import console
+
+    rows = sweep_report.write(ledger)
+    shown = rows if ledger.sweep.search == "grid" else rows[:MAX_TRIALS]
+    head, *body = sweep_report.cells(ledger, shown, console.width)
+    console.print(f"\n[bold]{ledger.file.experiment.name}[/]: {sweep_report.headline(ledger)}\n")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    for index, column in enumerate(head):
+        table.add_column(Text(sweep_report.broken(column)), justify="right" if index else "left", overflow="fold")
+    for row in body:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    if len(shown) < len(rows):
+        console.print(f"{len(rows) - len(shown)} more trials in the report")
+    console.print(f"\n{sweep_report.legend(ledger)}", style="dim")
+    if verdict := sweep_report.verdict(ledger, rows):
+        console.print(f"verdict: {verdict}", markup=False)
+    place = ledger.storage.location(ledger.folder)
+    console.print(f"\nreport     {place}/{sweep_report.REPORT_FILE}")
+    console.print(f"tables     {place}/{sweep_report.SUMMARY_FILE}, {sweep_report.TRIALS_FILE}")
+    _print_ui(ledger.file.experiment)
+
+
+def _print_ui(experiment: Experiment) -> None:
+    from pdiff_ray.artifacts import Storage
+    from pdiff_ray.console import console
+
+    storage = f" --storage {Storage(experiment.storage_uri).place}" if experiment.storage else ""
     console.print(f"MLflow     uv run pdiff ui{storage}")
 
 

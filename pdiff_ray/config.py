@@ -274,8 +274,11 @@ class Evaluation(Section):
 
     unkeyed = frozenset({"batch_size", "stack"})
 
-    batch_size: int = Field(500, ge=1, description="images per forward pass")
+    batch_size: int | None = Field(None, ge=1, description="images per forward pass; default: by memory")
     stack: int = Field(20, ge=1, description="networks sent to an actor, or written, at a time")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="autocast of what is judged here; the predictions it changes are counted"
+    )
     noise_sigmas: tuple[Annotated[float, Field(ge=0)], ...] = Field(
         (0.15, 0.5), description="noise-added baseline: sigmas, in standard deviations of each tensor's values"
     )

@@ -44,8 +44,8 @@ ON_DEVICE_BYTES = 4 * 2**30  # sets up to this size are kept in an accelerator's
 class _Cached:
     """All images of a split in one memory-mapped array."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
+    def __init__(self, images: np.ndarray, labels: np.ndarray, key: str) -> None:
+        self.images, self.labels, self.key = torch.from_numpy(images), torch.from_numpy(labels), key
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,8 +63,8 @@ class _Cached:
 class _Streamed(torch.utils.data.Dataset):
     """Images decoded by DataLoader processes each time they are wanted."""
 
-    def __init__(self, samples: Samples, info: DataInfo, num_workers: int) -> None:
-        self.samples, self.info, self.num_workers = samples, info, num_workers
+    def __init__(self, samples: Samples, info: DataInfo, num_workers: int, key: str) -> None:
+        self.samples, self.info, self.num_workers, self.key = samples, info, num_workers, key
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -99,6 +99,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def key(self) -> str:
+        """Names the images and their order."""
+        return _hash([self.source.key, hashlib.sha256(self.indices.tobytes()).hexdigest()])
 
     def batches(self, index_batches: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         """Raw images (B, C, S, S) and labels (B,) for each array of positions (B,) in this split."""
@@ -156,20 +161,21 @@ class Dataset:
         Args:
             batch_size: images per step over all `world` ranks; this rank gets every world-th of them.
         """
-        per_epoch = steps_per_epoch(len(self.train), batch_size)
-
-        def positions() -> Iterator[np.ndarray]:
-            epoch, order = -1, np.empty(0, dtype=np.int64)
-            for step in range(start, stop):
-                if step // per_epoch != epoch:
-                    epoch = step // per_epoch
-                    order = np.random.default_rng(derive_seed(*seed, "epoch", epoch)).permutation(len(self.train))
-                first = step % per_epoch * batch_size
-                yield order[first : first + batch_size][rank::world]
-
-        for step, (images, labels) in enumerate(self.train.batches(positions()), start):
+        positions = (batch[rank::world] for batch in self.training_positions(batch_size, start, stop, *seed))
+        for step, (images, labels) in enumerate(self.train.batches(positions), start):
             random = generator(device, *seed, "augment", step, rank)
             yield self._augment(self.prepare(images, device), random), labels.to(device)
+
+    def training_positions(self, batch_size: int, start: int, stop: int, *seed: int | str) -> Iterator[np.ndarray]:
+        """Of the images of each training batch in `train` (B,)."""
+        per_epoch = steps_per_epoch(len(self.train), batch_size)
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(start, stop):
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                order = np.random.default_rng(derive_seed(*seed, "epoch", epoch)).permutation(len(self.train))
+            first = step % per_epoch * batch_size
+            yield order[first : first + batch_size]
 
     def _augment(self, images: Tensor, random: torch.Generator) -> Tensor:
         count, device = len(images), images.device
@@ -239,7 +245,8 @@ def _open_source(
         "root": states or str(Path(config.root).resolve()),
         "split": split,
     }
-    folder = cache / f"{config.name}-{split}-{_hash(what)}"
+    key = _hash(what)
+    folder = cache / f"{config.name}-{split}-{key}"
     if not folder.exists():
         samples = open_samples(config, split)
         width = 4 if config.pixel_noise else 1
@@ -252,20 +259,20 @@ def _open_source(
                 )
             if isinstance(samples, ParquetImages):
                 encoded, write = cache / f"{config.name}-{split}-encoded-{_hash(states)}", samples.write_arrow
-                _build_once(encoded, lambda temporary: write(temporary / "images.arrow", progress))
+                build_once(encoded, lambda temporary: write(temporary / "images.arrow", progress))
                 samples.arrow = encoded / "images.arrow"
-            return _Streamed(samples, info, config.loader_workers)
-        _build_once(folder, lambda temporary: _decode_all(config, info, split, samples, temporary, progress))
+            return _Streamed(samples, info, config.loader_workers, key)
+        build_once(folder, lambda temporary: _decode_all(config, info, split, samples, temporary, progress))
     # Copy-on-write mapping: torch refuses read-only arrays, and nobody writes.
     images = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
-    return _Cached(images, np.load(folder / "labels.npy", allow_pickle=False))
+    return _Cached(images, np.load(folder / "labels.npy", allow_pickle=False), key)
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _build_once(folder: Path, build: Callable[[Path], None]) -> None:
+def build_once(folder: Path, build: Callable[[Path], None]) -> None:
     """Lets `build` fill a folder of the cache, unless another worker of this node has done so or does it now."""
     from filelock import FileLock
 
@@ -274,6 +281,8 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> None:
         with FileLock(f"{folder}.lock"):
             if folder.exists():
                 return
+            for left in folder.parent.glob(f"{folder.name}.*.tmp"):  # by a worker that was killed
+                shutil.rmtree(left, ignore_errors=True)
             temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
             temporary.mkdir()
             try:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pdiff_ray.data import Dataset
+from pdiff_ray.frontier import Frontier, keep
+from pdiff_ray.optimization import autocast
 from pdiff_ray.split import SplitNetwork, split_network
 from pdiff_ray.store import Record
 from pdiff_ray.subset import Subset
@@ -26,6 +32,11 @@ from pdiff_ray.subset import Subset
 JUDGED_SPLITS = ("selection", "validation", "test")
 CALIBRATION_IMAGES, CALIBRATION_BATCH = 2048, 128
 EXAMPLE_IMAGES = 4  # to trace a network with
+# Images of a chunk. On a CPU their largest tensor stays in its caches, without which prefixes and wide suffixes take up
+# to twice as long; an accelerator wants much work at a time.
+CPU_IMAGES, CPU_TENSOR_BYTES = (32, 500), 16 * 2**20
+GPU_IMAGES, GPU_SHARE = 4096, 0.25
+LIVE_TENSORS = 4  # of the largest size, at a time: input, output, shortcut and workspace of a layer
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,15 @@ class Judgement:
     wrong: bytes | None = None
 
 
+@dataclass
+class Seconds:
+    """Time spent judging, and what it would have been without sharing: a prefix for each network, as measured."""
+
+    prefix: float = 0.0
+    suffix: float = 0.0
+    unshared: float = 0.0
+
+
 class Judge:
     """Evaluates networks that share everything but a subset.
 
@@ -48,7 +68,11 @@ class Judge:
         network: has the shared parameters; moved to `device`.
         batchnorm: "recalibrated" measures BatchNorm's running statistics anew for each network, on training images;
             the other policies use the network's, or those in the vector.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; default: by memory.
+        precision: "bfloat16" for autocast.
+        cache: folder of this node where frontiers are kept; default: they are computed for every call.
+        stacked: networks whose suffixes run as one program; default: as many as fit on an accelerator, one on a CPU,
+            where it takes up to four times as long (grouped convolutions).
     """
 
     def __init__(
@@ -58,10 +82,26 @@ class Judge:
         dataset: Dataset,
         device: torch.device,
         batchnorm: str = "frozen",
-        batch_size: int = 500,
+        batch_size: int | None = None,
+        precision: str = "float32",
+        cache: Path | None = None,
+        stacked: int | None = None,
     ) -> None:
         self.network, self.subset, self.dataset, self.device = network.to(device), subset, dataset, device
-        self.batchnorm, self.batch_size = batchnorm, batch_size
+        self.batchnorm, self.precision, self.cache = batchnorm, precision, cache
+        self.seconds = Seconds()
+        self._batch_size, self._stacked = batch_size, stacked
+        self._frontiers: dict[str, Frontier | str] = {}
+        self._others: dict[str, Judge] = {}
+
+    def at(self, precision: str) -> Judge:
+        """The judge of the same networks in a precision."""
+        if precision == self.precision:
+            return self
+        if precision not in self._others:
+            about = (self.subset, self.dataset, self.device, self.batchnorm, self._batch_size)
+            self._others[precision] = Judge(self.network, *about, precision, self.cache, self._stacked)
+        return self._others[precision]
 
     @functools.cached_property
     def split(self) -> SplitNetwork:
@@ -69,40 +109,159 @@ class Judge:
         names = set(self.subset.names)
         if self.batchnorm == "recalibrated":
             names |= {f"{layer}.{kind}" for layer, statistics in self._statistics().items() for kind in statistics}
-        images, _ = next(self.dataset.train.batches([np.arange(EXAMPLE_IMAGES)]))
-        return split_network(self.network.eval(), sorted(names), self.dataset.prepare(images, self.device))
+        with autocast(self.device, self.precision):
+            return split_network(self.network.eval(), sorted(names), self._examples)
+
+    def frontier(self, name: str, reads: float = math.inf) -> Frontier | str:
+        """The kept frontier of a split of the data set, or why there is none; see `frontier.keep`."""
+        if self.cache is None:
+            return "no cache is given"
+        if name not in self._frontiers:
+            network, batch_size, started = self.split, self.batch_size, self._now()
+            split = getattr(self.dataset, name)
+            kept = keep(network, self.dataset, split, self.device, self.cache, batch_size, reads)
+            self._frontiers[name] = kept
+            self.seconds.prefix += self._now() - started
+        return self._frontiers[name]
 
     def judge(self, vectors: Tensor, splits: Sequence[str] = JUDGED_SPLITS) -> list[Judgement]:
         """Judges vectors (n, D) on each of `splits` (of `JUDGED_SPLITS`).
 
         Every image chunk passes once through what all networks share, and then through what is each one's own.
         """
-        network = self.split  # tracing fails in inference mode
-        self.network.eval()
-        with torch.inference_mode():
-            return self._judge(network, [self._tensors(vector) for vector in vectors.to(self.device)], splits)
-
-    def _judge(self, network: SplitNetwork, tensors: list[dict[str, Tensor]], splits: Sequence[str]) -> list[Judgement]:
-        results: list[dict[str, float | bytes]] = [{} for _ in tensors]
-        for name in splits:
-            split = getattr(self.dataset, name)
-            losses = torch.zeros(len(tensors), dtype=torch.float64, device=self.device)
-            wrong: list[list[Tensor]] = [[] for _ in tensors]
-            for images, labels in split.in_order(self.batch_size):
-                frontier = network.prefix(self.dataset.prepare(images, self.device))
-                labels = labels.to(self.device)
-                for index, own in enumerate(tensors):
-                    logits = network.suffix(frontier, own).float()
+        results: list[dict[str, float | bytes]] = [{} for _ in vectors]
+        with self._inference(splits):
+            tensors = self._tensors_of(vectors)
+            for name in splits:
+                losses = torch.zeros(len(tensors), dtype=torch.float64, device=self.device)
+                wrong: list[list[Tensor]] = [[] for _ in tensors]
+                for index, logits, labels in self._logits(tensors, name):
                     losses[index] += functional.cross_entropy(logits, labels, reduction="sum").double()
                     wrong[index].append(logits.argmax(1) != labels)
-            column = "train" if name == "selection" else name
-            for index, result in enumerate(results):
-                misses = torch.cat(wrong[index]).cpu().numpy()
-                result[f"{column}_accuracy"] = 1 - float(misses.mean())
-                result[f"{column}_loss"] = losses[index].item() / len(split)
-                if name == "test":
-                    result["wrong"] = np.packbits(misses).tobytes()
+                column = "train" if name == "selection" else name
+                for index, result in enumerate(results):
+                    misses = torch.cat(wrong[index]).cpu().numpy()
+                    result[f"{column}_accuracy"] = 1 - float(misses.mean())
+                    result[f"{column}_loss"] = losses[index].item() / len(misses)
+                    if name == "test":
+                        result["wrong"] = np.packbits(misses).tobytes()
         return [Judgement(**result) for result in results]  # type: ignore[arg-type]
+
+    def predictions(self, vectors: Tensor) -> Tensor:
+        """The classes (n, T) that the networks of vectors (n, D) give to the test images."""
+        with self._inference(["test"]):
+            predicted: list[list[Tensor]] = [[] for _ in vectors]
+            for index, logits, _ in self._logits(self._tensors_of(vectors), "test"):
+                predicted[index].append(logits.argmax(1))
+            return torch.stack([torch.cat(parts) for parts in predicted]).cpu()
+
+    @contextlib.contextmanager
+    def _inference(self, splits: Sequence[str]) -> Iterator[None]:
+        """Inference mode, and what must be made before it: tracing fails in it, and training may read the frontier."""
+        self.network.eval()
+        _ = (self.split, self.batch_size, self.stacked)
+        for name in splits:
+            self.frontier(name)
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            yield
+
+    def _logits(self, tensors: Sequence[dict[str, Tensor]], name: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The number of a network, its logits (B, M) and labels (B,), for each chunk of a split and each network."""
+        kept, prefix_s, suffix_s = self.frontier(name), 0.0, 0.0
+        started = self._now()
+        for frontier, labels in self._chunks(name, kept):
+            between = self._now()
+            for index, logits in enumerate(self._suffixes(frontier, tensors)):
+                yield index, logits.float(), labels
+            prefix_s, suffix_s = prefix_s + between - started, suffix_s + self._now() - between
+            started = self._now()
+        self.seconds.prefix += prefix_s
+        self.seconds.suffix += suffix_s
+        self.seconds.unshared += suffix_s + len(tensors) * (kept.seconds if isinstance(kept, Frontier) else prefix_s)
+
+    def _chunks(self, name: str, kept: Frontier | str) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        """Frontier and labels (B,) of each chunk of a split."""
+        if isinstance(kept, Frontier):
+            for start in range(0, len(kept), self.batch_size):
+                yield kept.batch(slice(start, start + self.batch_size))
+        else:
+            for images, labels in getattr(self.dataset, name).in_order(self.batch_size):
+                yield self.split.prefix(self.dataset.prepare(images, self.device)), labels.to(self.device)
+
+    def _suffixes(self, frontier: Sequence[Tensor], tensors: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
+        """Logits (B, M) of each network."""
+        if self.stacked == 1:
+            yield from (self.split.suffix(frontier, own) for own in tensors)
+            return
+        for start in range(0, len(tensors), self.stacked):
+            some = tensors[start : start + self.stacked]
+            together = {name: torch.stack([own[name] for own in some]) for name in self.split.names}
+            yield from torch.vmap(functools.partial(self.split.suffix, frontier))(together)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    # How much at a time.
+
+    @functools.cached_property
+    def batch_size(self) -> int:
+        """Images per forward pass."""
+        if self._batch_size:
+            return self._batch_size
+        own = self._own()
+        per_image = self._bytes_per_image(lambda images: self.split(*images, own), [self._examples])
+        if self.device.type == "cuda":
+            return max(1, min(GPU_IMAGES, int(self._free_bytes() / per_image)))
+        fewest, most = CPU_IMAGES
+        return max(fewest, min(most, int(CPU_TENSOR_BYTES / per_image)))
+
+    @functools.cached_property
+    def stacked(self) -> int:
+        """Networks whose suffixes run as one program; one if that fails."""
+        if self._stacked == 1 or (self._stacked is None and self.device.type != "cuda"):
+            return 1
+        own, frontier = self._own(), self.split.prefix(self._examples)
+        suffix = functools.partial(self.split.suffix, frontier)
+        try:
+            with torch.no_grad(), autocast(self.device, self.precision):
+                logits = torch.vmap(suffix)({name: tensor[None] for name, tensor in own.items()})[0]
+                torch.testing.assert_close(logits, suffix(own), rtol=1e-3, atol=1e-3)
+        except Exception:  # whatever vmap meets in a network
+            return 1
+        if self._stacked:
+            return self._stacked
+        per_image = self._bytes_per_image(lambda inputs: self.split.suffix(inputs, own), frontier)
+        return max(1, int(self._free_bytes() / per_image / self.batch_size))
+
+    @functools.cached_property
+    def _examples(self) -> Tensor:
+        images, _ = next(self.dataset.train.batches([np.arange(EXAMPLE_IMAGES)]))
+        return self.dataset.prepare(images, self.device)
+
+    def _own(self) -> dict[str, Tensor]:
+        """The network's own values of what is generated."""
+        state = dict([*self.network.named_parameters(remove_duplicate=False), *self.network.named_buffers()])
+        return {name: state[name].detach() for name in self.split.names}
+
+    def _bytes_per_image(self, run: Callable[[Sequence[Tensor]], Tensor], inputs: Sequence[Tensor]) -> float:
+        """Size of the largest tensor that grows with the batch, on the way from inputs (B, ...)."""
+        sizes = []
+        for count in (EXAMPLE_IMAGES // 2, EXAMPLE_IMAGES):
+            with torch.no_grad(), autocast(self.device, self.precision), _Sizes() as found:
+                run([tensor[:count] for tensor in inputs])
+            sizes.append(found.nbytes)
+        return max(large - small for small, large in zip(*sizes, strict=True)) / (EXAMPLE_IMAGES // 2)
+
+    def _free_bytes(self) -> float:
+        """For one of the tensors that are alive at a time, on an accelerator."""
+        return GPU_SHARE * torch.cuda.mem_get_info(self.device)[0] / LIVE_TENSORS
+
+    # The networks.
+
+    def _tensors_of(self, vectors: Tensor) -> list[dict[str, Tensor]]:
+        return [self._tensors(vector) for vector in vectors.to(self.device)]
 
     def _tensors(self, vector: Tensor) -> dict[str, Tensor]:
         tensors = self.subset.unflatten(vector)
@@ -141,6 +300,19 @@ class Judge:
                 # functional_call writes the updated statistics into the tensors that it is given.
                 functional_call(self.network, {**tensors, **fresh}, (self.dataset.prepare(images, self.device),))
         return fresh
+
+
+class _Sizes(TorchDispatchMode):
+    """Notes the size of every tensor that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.nbytes += [leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        return result
 
 
 def judged(record: Record, judgement: Judgement) -> Record:

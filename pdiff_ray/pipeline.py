@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pdiff_ray.artifacts import STAGES, Artifact, Storage
 from pdiff_ray.config import Experiment
 from pdiff_ray.console import Display, console, display
 from pdiff_ray.errors import ConfigError, PdiffError
 from pdiff_ray.stages import Context, Progress, artifacts_of
+
+if TYPE_CHECKING:
+    from pdiff_ray.estimate import Cost, Estimator
 
 TRAINED, POOLED = ("base", "zoo"), ("generator", "samples")
 
@@ -167,24 +171,32 @@ def _announce(plan: Plan, *stages: str) -> None:
             )
 
 
-def describe(plan: Plan) -> list[tuple[str, str, str, str]]:
-    """The plan as rows: stage, key, state, what it is."""
-    from pdiff_ray.stages.zoo import zoo_subset
+def describe(plan: Plan, estimator: Estimator) -> list[tuple[str, ...]]:
+    """The plan as rows: stage, key, state, what it is, time and memory of a process."""
+    from pdiff_ray.estimate import duration, gib
 
     e = plan.experiment
-    subset = zoo_subset(e)
     what = {
         "base": f"{e.network.name} on {e.data.name}, {e.training.epochs} epochs",
-        "zoo": f"{e.zoo.members} members, {e.zoo.regime}, {e.zoo.subset}: {subset.size:,} values",
+        "zoo": f"{e.zoo.members} members, {e.zoo.regime}, {e.zoo.subset}: {estimator.anatomy(e).subset.size:,} values",
         "generator": f"{e.generator.name} of {e.num_members} members",
         "samples": f"{e.sampling.samples} vectors, {e.sampling.sampler}",
         "evaluation": f"{_num_networks(e)} networks on {e.resources.actors} actors",
         "report": "tables and figures",
     }
-    return [
-        (stage, plan.artifacts[stage].key, "to build" if stage in plan.missing else "there", what[stage])
-        for stage in STAGES
-    ]
+    rows: list[tuple[str, ...]] = []
+    for stage, cost in costs(plan, estimator).items():
+        state, key = ("to build", "there")[cost.source == "there"], plan.artifacts[stage].key
+        numbers = ("", "") if cost.source == "there" else (duration(cost.seconds), gib(cost.memory))
+        rows.append((stage, key, state, what[stage], *numbers))
+    return rows
+
+
+def costs(plan: Plan, estimator: Estimator) -> dict[str, Cost]:
+    """What every stage of the plan will take."""
+    from pdiff_ray.estimate import Place
+
+    return estimator.costs(plan.experiment, plan.artifacts, plan.missing, Place.of_plan(plan.experiment.resources))
 
 
 def _num_networks(e: Experiment) -> int:
@@ -198,7 +210,8 @@ def notes(plan: Plan) -> Sequence[str]:
     from pdiff_ray import sources
 
     found = []
-    if plan.needs_ray:
+    # scikit-learn carries the digits; to import it takes longer than all the rest.
+    if plan.needs_ray and plan.experiment.data.name != "digits":
         try:
             sources.check(plan.experiment.data)
         except PdiffError as error:

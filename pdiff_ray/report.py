@@ -111,6 +111,26 @@ def stage_seconds(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
     return {stage: artifacts[stage].manifest()["seconds"] for stage in STAGES if artifacts[stage].exists()}
 
 
+def sharing_text(zoo: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    """What sharing the computation of frozen parts achieved, from the `info` of two manifests; empty if unknown."""
+    sentences = []
+    if reason := evaluation.get("runs_whole"):
+        sentences.append(f"Every network was judged with full passes ({reason}).")
+    elif "shared" in evaluation:
+        took = evaluation["prefix_seconds"] + evaluation["suffix_seconds"]
+        sentences.append(
+            f"The networks share {evaluation['shared']:.1%} of a pass's FLOPs; judging them took {took:.1f} s of "
+            f"computing, {evaluation['unshared_seconds']:.1f} s with full passes (from the measured parts)."
+        )
+    if "shared" in zoo and not zoo["runs_whole"]:
+        reason = zoo["full_steps"]
+        sentences.append(f"Zoo steps were full passes: {reason}." if reason else "Zoo steps read what is shared.")
+    if compared := evaluation.get("compared_predictions"):
+        changed = evaluation["changed_predictions"]
+        sentences.append(f"Reduced precision changed {changed:,} of {compared:,} test predictions compared.")
+    return " ".join(sentences)
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     head, *body = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body]) + "\n"
@@ -143,6 +163,7 @@ def _page(
         paper=paper_row(summary),
         gate=manifests["generator"]["info"].get("gate"),
         spread=manifests["samples"]["info"]["relative_latent_std"],
+        sharing=sharing_text(manifests["zoo"]["info"], manifests["evaluation"]["info"]),
         figures=[(FIGURES[name], base64.b64encode(png).decode()) for name, png in pngs.items()],
         stages=[(stage, m["key"], f"{m['seconds']:.1f}", m["seed"], m["created_at"]) for stage, m in manifests.items()],
         versions=manifests["evaluation"]["versions"],

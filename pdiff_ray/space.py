@@ -204,6 +204,16 @@ class SweepFile:
     raw: dict[str, Any]
     path: str
 
+    @property
+    def question(self) -> str:
+        """The first paragraph of the comment that opens the file; empty if there is none, or no file any more."""
+        try:
+            lines = Path(self.path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            return ""
+        paragraph = itertools.takewhile(lambda line: line.startswith("#") and line.strip("# "), lines)
+        return " ".join(line.strip("# ") for line in paragraph)
+
     def vary(self, assignment: Assignment, repeat: int = 0) -> Experiment:
         """The experiment of an assignment; `repeat` is added to its seeds.
 

@@ -9,6 +9,7 @@ Shapes: B images of a batch, C channels, S the edge in pixels, M classes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ class SplitNetwork(nn.Module):
     Attributes:
         names: of the generated tensors.
         shared: the prefix's part of the FLOPs of a forward pass, 0 to 1.
+        prefix_flops: of the prefix, per image.
         reason: why the network runs whole, with the images as the frontier; None if it was split.
     """
 
@@ -39,10 +41,11 @@ class SplitNetwork(nn.Module):
         prefix: nn.Module | None,
         suffix: nn.Module,
         shared: float = 0.0,
+        prefix_flops: float = 0.0,
         reason: str | None = None,
     ) -> None:
         super().__init__()
-        self.names, self.shared, self.reason = tuple(names), shared, reason
+        self.names, self.shared, self.prefix_flops, self.reason = tuple(names), shared, prefix_flops, reason
         self._prefix, self._suffix = prefix, suffix
 
     @torch.no_grad()
@@ -65,6 +68,15 @@ class SplitNetwork(nn.Module):
     def forward(self, images: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.suffix(self.prefix(images), tensors)
 
+    def fingerprint(self) -> str:
+        """A hash of what the prefix computes: its operations and the shared tensors in them."""
+        assert isinstance(self._prefix, fx.GraphModule)
+        found = hashlib.sha256(self._prefix.code.encode())
+        for name, tensor in sorted(self._prefix.state_dict().items()):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
+
 
 class _Whole(nn.Module):
     """A whole network with the signature of a suffix."""
@@ -79,6 +91,8 @@ class _Whole(nn.Module):
 
 def split_network(network: nn.Module, names: Collection[str], images: Tensor) -> SplitNetwork:
     """Splits a network and compares the parts with the whole; what cannot be split, or differs, runs whole.
+
+    Under autocast the parts get its casts as operations of their own; a network that runs whole needs it again.
 
     Args:
         network: in eval mode, on the device where it will run: its graph may name that of tensors it creates.
@@ -117,7 +131,8 @@ def _split(network: nn.Module, names: Collection[str], images: Tensor) -> SplitN
         values = prefix(images)
         before = counter.get_total_flops()
         suffix(*values, *(tensors[name] for name in names))
-    return SplitNetwork(names, prefix, suffix, shared=before / max(1, counter.get_total_flops()))
+    shared = before / max(1, counter.get_total_flops())
+    return SplitNetwork(names, prefix, suffix, shared, prefix_flops=before / len(images))
 
 
 class _Graph:
@@ -195,13 +210,16 @@ class _Graph:
             if node in copies:
                 continue
             if node in self.sizes:
-                copies[node] = part.call_function(aten.sym_size.int, (copies[inputs[0]], 0))
+                copies[node] = part.call_method("size", (copies[inputs[0]], 0))  # vmap has no aten.sym_size
             elif node in self.stored:
                 copies[node], attributes[node.name] = part.get_attr(node.name), self.stored[node].detach()
             else:
                 copies[node] = part.node_copy(node, copies.__getitem__)
                 if node.target is aten.view.default:  # vmap may find strides that cannot be viewed
                     copies[node].target = aten.reshape.default
+                if node.target is aten._native_batch_norm_legit_no_training.default:  # which vmap would run in a loop
+                    copies[node].target = aten.native_batch_norm.default
+                    copies[node].args = (*copies[node].args[:5], False, *copies[node].args[5:])
         part.output(fx.map_arg(output, copies.__getitem__))
         return fx.GraphModule(attributes, part)
 

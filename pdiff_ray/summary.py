@@ -5,7 +5,7 @@ Shapes: n networks of a group, T test images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,33 @@ from pdiff_ray.store import Record
 
 REPLICA_DISTANCE = 0.5  # of the distance that members keep from their nearest fellow
 NEW_SPREAD = 0.8  # of the distance, and of the disagreement, among members
+
+# Fields of a group's line, and their names as metrics after `<group>/`.
+METRICS = {
+    "best": "best_test_accuracy",
+    "mean": "mean_test_accuracy",
+    "median": "median_test_accuracy",
+    "std": "std_test_accuracy",
+    "train_mean": "mean_train_accuracy",
+    "validation_mean": "mean_validation_accuracy",
+    "train_loss_mean": "mean_train_loss",
+    "validation_loss_mean": "mean_validation_loss",
+    "failed": "failed",
+    "similarity": "similarity",
+    "similarity_to_originals": "similarity_to_originals",
+    "max_similarity": "max_similarity",
+    "nearest_distance": "nearest_distance",
+}
+
+
+def named_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a summary that are known, by name, such as `generated/best_test_accuracy`."""
+    return {
+        f"{group['group'].replace(' ', '_')}/{name}": group[field]
+        for group in summary["groups"]
+        for field, name in METRICS.items()
+        if group[field] is not None
+    }
 
 
 def label(record: Record) -> str:

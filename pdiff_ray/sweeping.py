@@ -96,11 +96,6 @@ def _run_on_ray(ledger: Ledger, needed: Needs, shown: SweepDisplay, on_change: O
         tune.run(ledger, events, unbuildable, on_change)
 
 
-def describe(ledger: Ledger) -> list[tuple[str, str, str]]:
-    """The plan of a sweep as rows: stage, distinct ones, there already."""
-    return [(stage, str(total), str(there)) for stage, (total, there) in needs(ledger).counts.items()]
-
-
 def print_failures(ledger: Ledger) -> int:
     """Prints the reasons of failed trials; gives their number."""
     failed = [trial for trial in ledger.done() if trial.state == "failed"]

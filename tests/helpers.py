@@ -1,5 +1,6 @@
 """What several test files use."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -7,6 +8,8 @@ import torch
 from pdiff_ray import config
 from pdiff_ray.artifacts import Storage
 from pdiff_ray.data import default_cache
+from pdiff_ray.networks import build_network
+from pdiff_ray.sources import DATASETS
 from pdiff_ray.stages import Context, artifacts_of, base, evaluate, generate, zoo
 
 TINY = Path(__file__).parent / "tiny.yaml"
@@ -33,3 +36,10 @@ def build(experiment, artifacts, *stages):
     for stage in stages or BUILDERS:
         if not artifacts[stage].exists():
             BUILDERS[stage](experiment, artifacts, context())
+
+
+def deadly_network(num_classes, in_channels, deadly=False, **_):
+    """The tiny network; if it is deadly, building it in a trial of Ray Tune kills the process."""
+    if deadly and "ImplicitFunc" in Path("/proc/self/cmdline").read_text():
+        os._exit(1)
+    return build_network(config.Network(args={"widths": [4, 8]}), DATASETS["digits"], 0)

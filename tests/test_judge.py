@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from pdiff_ray import data
 from pdiff_ray.config import Data, Network, SubsetRule
+from pdiff_ray.frontier import Frontier
 from pdiff_ray.judge import CALIBRATION_BATCH, Judge, Judgement, judged
 from pdiff_ray.networks import build_network
 from pdiff_ray.similarity import distances, iou, mean_within, unpack_wrong
@@ -136,6 +137,77 @@ def test_batch_size_changes_no_result(dataset, network):
         )
         assert one.wrong == other.wrong
         assert one.test_loss == pytest.approx(other.test_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["convnet", "vit_tiny_patch16_224"])
+def test_stacked_networks_are_judged_alike(dataset, name):
+    args = {"widths": [4, 8]} if name == "convnet" else {"patch_size": 4, "depth": 2}
+    network = build_network(Network(name=name, args=args), dataset.info, 0)
+    subset = resolve(SubsetRule(last_norm_layers=2), network)
+    vectors = make_vectors(network, subset, 5)
+    one, stacked = (Judge(network, subset, dataset, CPU, stacked=stacked) for stacked in (1, 2))
+    for a, b in zip(one.judge(vectors), stacked.judge(vectors), strict=True):
+        assert a.wrong == b.wrong
+        assert a.test_loss == pytest.approx(b.test_loss, rel=1e-5)
+    assert stacked.stacked == 2
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images):
+        logits = self.head(images.flatten(1))
+        return logits if logits.mean() > 0 else logits + 1
+
+
+def test_what_cannot_be_stacked_is_judged_in_a_loop(dataset):
+    network = Branching()
+    judge = Judge(network, resolve(SubsetRule(all=True), network), dataset, CPU, stacked=4)
+    assert judge.judge(make_vectors(network, judge.subset, 2), ["test"])[1].test_accuracy is not None
+    assert judge.split.reason
+    assert judge.stacked == 1
+
+
+def test_kept_frontiers_change_no_result(dataset, network, tmp_path):
+    subset = resolve(SubsetRule(last_norm_layers=1), network)
+    vectors = make_vectors(network, subset, 3)
+    computed, kept, again = (Judge(network, subset, dataset, CPU, cache=c) for c in (None, tmp_path, tmp_path))
+    expected = computed.judge(vectors)
+    for judge in (kept, again):
+        assert isinstance(judge.frontier("test"), Frontier)
+        for a, b in zip(judge.judge(vectors), expected, strict=True):
+            assert a.wrong == b.wrong
+            assert a.test_loss == pytest.approx(b.test_loss, rel=1e-6)
+    assert isinstance(computed.frontier("test"), str)
+    assert kept.seconds.unshared > kept.seconds.suffix > 0
+
+
+def test_chunks_are_as_large_as_caches(dataset, network, monkeypatch):
+    """The largest tensor of an image: 4 channels of 8 x 8 float32."""
+    judge = Judge(network, Subset(()), dataset, CPU)
+    assert judge.batch_size == 500
+    monkeypatch.setattr("pdiff_ray.judge.CPU_TENSOR_BYTES", 4 * 8 * 8 * 4 * 100)
+    assert Judge(network, Subset(()), dataset, CPU).batch_size == 100
+    monkeypatch.setattr("pdiff_ray.judge.CPU_TENSOR_BYTES", 1)
+    assert Judge(network, Subset(()), dataset, CPU).batch_size == 32
+
+
+def test_half_the_precision_changes_few_predictions(dataset, network):
+    subset = resolve(SubsetRule(last_norm_layers=1), network)
+    vectors = make_vectors(network, subset, 2)
+    full = Judge(network, subset, dataset, CPU)
+    half = full.at("bfloat16")
+    assert full.at("float32") is full
+    assert full.at("bfloat16") is half
+    predicted, rounded = full.predictions(vectors), half.predictions(vectors)
+    assert predicted.shape == (2, len(dataset.test))
+    assert (predicted != rounded).float().mean() < 0.05
+    for row, judgement in zip(predicted, full.judge(vectors), strict=True):
+        assert (row == dataset.test.source.labels).float().mean() == pytest.approx(judgement.test_accuracy)
+    assert half.split.reason is None
+    assert half.judge(vectors)[0].test_loss != full.judge(vectors)[0].test_loss
 
 
 def test_judged_record_keeps_what_it_has():

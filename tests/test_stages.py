@@ -12,7 +12,7 @@ from helpers import build, context, tiny
 from pdiff_ray import pipeline
 from pdiff_ray.errors import ConfigError, PdiffError
 from pdiff_ray.judge import Judge
-from pdiff_ray.report import load_summary, table_rows
+from pdiff_ray.report import load_summary, sharing_text, table_rows
 from pdiff_ray.stages import base, zoo
 from pdiff_ray.stages.evaluate import Evaluator, networks_to_judge
 from pdiff_ray.store import ParameterStore
@@ -62,7 +62,7 @@ def test_frozen_parameters_stay_the_bases(done):
     assert subset.names == ["layers.1.bn.weight", "layers.1.bn.bias"]
     network = base.load_network(experiment, artifacts)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    training = zoo.SubsetTraining(experiment, network, subset, 10, torch.device("cpu"))
+    training = zoo.SubsetTraining(experiment, network, subset, 10, torch.device("cpu"), "images")
     training.run(base.open_dataset(experiment, context()), 0, 10, seed=0)
     changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == set(subset.names)
@@ -90,6 +90,33 @@ def test_ensemble_and_distances(done):
     pairs = np.linalg.norm(members[:, None].astype(float) - members[None], axis=2)
     mean = pairs[~np.eye(12, dtype=bool)].mean()
     assert judged.nearest_distance == pytest.approx(np.delete(pairs[3], 3).min() / mean)
+
+
+def test_a_manifest_says_what_was_shared(done):
+    _experiment, artifacts = done
+    zoo_info, info = (artifacts[stage].manifest()["info"] for stage in ("zoo", "evaluation"))
+    assert zoo_info["shared"] == info["shared"] == pytest.approx(0.989, abs=1e-3)  # all but the head
+    assert zoo_info["runs_whole"] is info["runs_whole"] is None
+    assert "train_noise" in zoo_info["full_steps"]
+    assert 0 < info["suffix_seconds"] < info["unshared_seconds"]
+    assert "changed_predictions" not in info
+    text = sharing_text(zoo_info, info)
+    assert "98.9% of a pass's FLOPs" in text
+    assert "Zoo steps were full passes: data.augment or data.train_noise" in text
+    assert not sharing_text({}, {})  # imported, or of another version
+
+
+def test_reduced_precision_says_what_it_changes(done):
+    experiment, _ = done
+    reduced, artifacts = tiny(experiment.storage, "evaluation.precision=bfloat16")
+    assert artifacts["evaluation"].key != done[1]["evaluation"].key
+    build(reduced, artifacts)
+    info = artifacts["evaluation"].manifest()["info"]
+    assert info["compared_predictions"] == 2 * 897  # one network of each of two stacks
+    assert 0 <= info["changed_predictions"] < 90
+    assert "of 1,794 test predictions" in sharing_text(done[1]["zoo"].manifest()["info"], info)
+    half, full = (ParameterStore(a["evaluation"]).records() for a in (artifacts, done[1]))
+    assert [r.test_loss for r in half[:12]] != [r.test_loss for r in full[:12]]  # the originals too
 
 
 def test_fewer_members_share_the_zoo(done, tmp_path):

@@ -1,10 +1,24 @@
 """What MLflow is told, on real databases and servers."""
 
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import replace
+
 import mlflow
 import pytest
-from helpers import build, tiny
+from helpers import TINY, build, tiny
 
-from pdiff_ray import report, tracking
+from pdiff_ray import report, space, sweeping, tracking
+from pdiff_ray.search import Trial
+from pdiff_ray.tracking import server, sweeps
+from pdiff_ray.trials import Ledger
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +87,309 @@ def test_a_dead_server_is_one_error_without_secrets(recorded):
         tracking.record(away, artifacts)
     assert "secret" not in str(caught.value)
     assert "127.0.0.1:1" in str(caught.value)
+
+
+# Sweeps. One is run; the others find its artifacts, so that they take no time.
+
+GRID = """# How many members does it take?
+#
+# Not of the question.
+base: {base}
+name: tiny
+sweep: {{parameters: {{generator.members: [4, 12]}}, repeats: 2, seeds: [generator.seed, sampling.seed]}}
+"""
+SEARCH = """base: {base}
+name: tiny
+sweep:
+  search: random
+  num_trials: 4
+  repeats: 2
+  seeds: [generator.seed, sampling.seed]
+  parameters: {{generator.members: [4, 12], sampling.steps: {{int: [5, 9], when: {{generator.members: 12}}}}}}
+"""
+
+
+def load(folder, text, storage, *overrides):
+    path = folder / "sweep.yaml"
+    path.write_text(text.format(base=TINY))
+    return Ledger(space.load(path, [f"storage={storage}", *overrides]))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep as the command runs it, and its runs."""
+    folder = tmp_path_factory.mktemp("sweep")
+    ledger = load(folder, GRID, folder / "storage")
+    with tracking.follow(ledger) as tell:
+        sweeping.run(ledger, in_process=True, on_result=tell)
+        ledger.storage.write(f"{ledger.folder}/summary.md", b"| members | accuracy |\n|---|---|\n| 4 | 12.3 |\n")
+    return folder, ledger
+
+
+@pytest.fixture
+def again(swept, tmp_path):
+    """The same sweep, its trials finished, on an MLflow that knows nothing of it."""
+
+    def load_again(text=GRID, uri=f"sqlite:///{tmp_path}/mlflow.db"):
+        return load(tmp_path, text, swept[0] / "storage", f"tracking.uri={uri}")
+
+    return load_again
+
+
+def client_of(ledger):
+    return mlflow.MlflowClient(tracking_uri=tracking.tracking_uri(ledger.file.experiment, ledger.storage))
+
+
+def by_kind(client, name="tiny"):
+    found = {"sweep": [], "trial": [], "zoo": []}
+    for run in client.search_runs([client.get_experiment_by_name(name).experiment_id]):
+        found[run.data.tags["kind"]].append(run)
+    found["trial"].sort(key=lambda run: int(run.data.tags["pdiff.trial"]))
+    return found
+
+
+def check_complete(ledger, client):
+    """Each trial once, below one parent, and nothing that runs."""
+    found = by_kind(client)
+    (parent,) = found["sweep"]
+    assert parent.info.status == "FINISHED"
+    assert [run.data.tags["pdiff.trial"] for run in found["trial"]] == [str(n) for n in range(ledger.total)]
+    for run in found["trial"]:
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert len(found["zoo"]) == 1
+    return found
+
+
+def test_a_sweep_is_a_parent_and_its_trials(swept):
+    _folder, ledger = swept
+    client = client_of(ledger)
+    found = check_complete(ledger, client)
+    (parent,) = found["sweep"]
+    assert parent.data.tags["pdiff.key"] == ledger.key
+    assert parent.data.params["sweep.parameters.generator.members"] == "4, 12"
+    assert parent.data.metrics["best_objective"] == ledger.best().objective
+    assert parent.data.metrics["trials/finished"] == 4
+    note = parent.data.tags["mlflow.note.content"]
+    assert "**How many members does it take?**" in note
+    assert "| 4 | 12.3 |" in note
+    assert "](#/compare-runs?" in note
+    assert [a.path for a in client.list_artifacts(parent.info.run_id) if "summary" in a.path] == ["summary.md"]
+    names = [run.info.run_name for run in found["trial"]]
+    assert names == ["00 members 4", "01 members 12", "02 members 4, seed +1", "03 members 12, seed +1"]
+    keys = [set(run.data.params) for run in found["trial"]]
+    assert all(k == keys[0] for k in keys), "the compare page needs the same parameters everywhere"
+    differ = {k for k in keys[0] if len({run.data.params[k] for run in found["trial"]}) > 1}
+    assert differ == {"generator.members", "generator.seed", "sampling.seed"}
+
+
+def test_a_trial_says_what_its_artifacts_do(swept):
+    _folder, ledger = swept
+    client = client_of(ledger)
+    for run, trial in zip(by_kind(client)["trial"], ledger.done(), strict=True):
+        (experiment,) = ledger.experiments(trial)
+        artifacts = ledger.artifacts(experiment)
+        summary = {g["group"]: g for g in report.load_summary(artifacts)["groups"]}
+        assert run.data.metrics["objective"] == trial.objective
+        assert run.data.metrics["generated/best_test_accuracy"] == summary["generated"]["best"]
+        assert run.data.tags["pdiff.key"] == artifacts["report"].key
+        assert run.data.tags["pdiff.sweep"] == ledger.key
+        assert run.data.params["generator.members"] == str(trial.assignment["generator.members"])
+        assert len(client.get_metric_history(run.info.run_id, "diffusion/loss")) == 40
+        assert {"report.html", "networks", "accuracy.png"} <= {a.path for a in client.list_artifacts(run.info.run_id)}
+
+
+def test_a_finished_sweep_is_not_written_again(swept, monkeypatch):
+    _folder, ledger = swept
+    client = client_of(ledger)
+    before = {run.info.run_id for runs in by_kind(client).values() for run in runs}
+    assert tracking.log(ledger) == 0
+    assert {run.info.run_id for runs in by_kind(client).values() for run in runs} == before
+    monkeypatch.setattr(sweeps, "connect", lambda *_: pytest.fail("MLflow was asked"))
+    with tracking.follow(ledger) as tell:
+        sweeping.run(ledger, in_process=True, on_result=tell)
+
+
+def test_failed_and_stopped_trials_and_repeats(again):
+    ledger = again(SEARCH)
+    both = Trial(0, {"generator.members": 4}, (0, 1), "finished", 0.5, seconds=1.0)
+    failed = Trial(1, {"generator.members": 12, "sampling.steps": 7}, (0, 1), "failed", reason="no room", seconds=1.0)
+    stopped = Trial(2, {"generator.members": 4}, (0,), "stopped", 0.1, ((1, 0.05), (2, 0.1)), seconds=2.0)
+    impossible = Trial(3, {"generator.members": 12, "sampling.steps": 99}, (0,), "failed", reason="99 steps")
+    for trial in (both, failed, stopped, impossible):
+        ledger.trials[trial.number] = trial
+    assert tracking.log(ledger) == 4
+    client = client_of(ledger)
+    found = by_kind(client)
+    assert [run.info.status for run in found["trial"]] == ["FINISHED", "FAILED", "KILLED", "FAILED"]
+    assert [run.data.tags["state"] for run in found["trial"]] == ["finished", "failed", "stopped", "failed"]
+    assert found["sweep"][0].info.status == "FAILED"
+    whole, broken, cut, _ = found["trial"]
+    values = []
+    for experiment in ledger.experiments(both):
+        groups = report.load_summary(ledger.artifacts(experiment))["groups"]
+        values.append(next(g for g in groups if g["group"] == "generated")["mean"])
+    assert whole.data.metrics["generated/mean_test_accuracy"] == pytest.approx(sum(values) / 2)
+    assert {"repeat-0", "repeat-1"} <= {a.path for a in client.list_artifacts(whole.info.run_id)}
+    assert "no room" in broken.data.tags["mlflow.note.content"]
+    assert broken.data.tags["reason"] == "no room"
+    assert broken.data.params["sampling.steps"] == "7"
+    curve = client.get_metric_history(cut.info.run_id, "rung/objective")
+    assert sorted((m.step, m.value) for m in curve) == [(1, 0.05), (2, 0.1)]
+    assert len({frozenset(run.data.params) for run in found["trial"]}) == 1
+    assert cut.data.params["sampling.steps"] == "-", "a parameter that does not apply"
+
+
+def test_a_retried_trial_takes_the_place_of_the_failed_one(again):
+    ledger = again()
+    good = ledger.trials[1]
+    ledger.trials[1] = replace(good, state="failed", objective=None, reason="lost")
+    tracking.log(ledger)
+    assert by_kind(client_of(ledger))["sweep"][0].info.status == "FAILED"
+    with tracking.follow(ledger) as tell:
+        tell(good)
+    check_complete(ledger, client_of(ledger))
+
+
+def test_what_a_crash_left_is_put_right(again):
+    ledger = again()
+    tracking.log(ledger)
+    client = client_of(ledger)
+    found = by_kind(client)
+    parent, half = found["sweep"][0].info.run_id, found["trial"][2].info
+    client.update_run(parent, status="RUNNING")
+    client.update_run(half.run_id, status="RUNNING")
+    client.delete_run(found["trial"][3].info.run_id)
+    assert tracking.log(ledger) == 2
+    found = check_complete(ledger, client)
+    assert found["sweep"][0].info.run_id == parent
+    assert found["trial"][2].info.run_id != half.run_id
+
+
+def test_a_sweep_without_artifacts_says_what_the_ledger_knows(again, swept, tmp_path):
+    shutil.copytree(swept[0] / "storage" / "sweeps", tmp_path / "storage" / "sweeps")
+    ledger = load(tmp_path, GRID, tmp_path / "storage")
+    assert tracking.log(ledger) == 4
+    run = by_kind(client_of(ledger))["trial"][0]
+    assert run.data.metrics["objective"] == ledger.trials[0].objective
+    assert "no such file" in run.data.tags["mlflow.note.content"]
+
+
+def test_an_interrupted_sweep_does_not_stay_running(again):
+    ledger = again()
+    trials = ledger.done()
+    ledger.trials = {}
+
+    def interrupted():
+        with tracking.follow(ledger) as tell:
+            tell(trials[0])
+            while not os.path.exists(server.database(tracking.tracking_uri(ledger.file.experiment, ledger.storage))):
+                time.sleep(0.1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    found = by_kind(client_of(ledger))
+    assert found["sweep"][0].info.status == "KILLED"
+    with tracking.follow(ledger) as tell:
+        for trial in trials:
+            tell(trial)
+    check_complete(ledger, client_of(ledger))
+
+
+def test_where_nothing_listens_a_sweep_goes_on_with_one_warning(again, capsys):
+    ledger = again(uri="http://me:secret@127.0.0.1:1")
+    trials = ledger.done()
+    ledger.trials = {}
+    with tracking.follow(ledger) as tell:
+        began = time.monotonic()
+        for trial in trials:
+            tell(trial)
+        assert time.monotonic() - began < 0.1
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err).count("warning") == 1
+    assert "127.0.0.1:1" in shown.out
+    assert "pdiff log" in shown.out
+    assert "secret" not in shown.out + shown.err
+
+
+@contextlib.contextmanager
+def serving(folder, port):
+    """A real server over HTTP; gives its process."""
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", f"sqlite:///{folder}/served.db", "--artifacts-destination", str(folder / "files")]
+    with (folder / "server.log").open("ab") as output:
+        process = subprocess.Popen(
+            [*command, *stores], env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        for _ in range(240):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            assert process.poll() is None, (folder / "server.log").read_text()
+            time.sleep(0.5)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_or_hangs_is_caught_up_with(again, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    port = free_port()
+    ledger = again(uri=f"http://127.0.0.1:{port}")
+    trials = ledger.done()
+    ledger.trials = {}
+    with serving(tmp_path, port) as process, tracking.follow(ledger) as tell:
+        tell(trials[0])
+        client = client_of(ledger)
+        while not client.get_experiment_by_name("tiny") or not by_kind(client)["trial"]:
+            time.sleep(0.5)
+        assert by_kind(client)["sweep"][0].info.status == "RUNNING"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for trial in trials[1:]:
+            tell(trial)
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err).count("warning") == 1, shown
+    assert "Retrying" not in shown.err
+    assert all(ledger.storage.list(f"{ledger.folder}/trials")), "results are in storage"
+    with serving(tmp_path, port) as process:
+        complete = again(uri=f"http://127.0.0.1:{port}")
+        client = client_of(complete)
+        assert by_kind(client)["sweep"][0].info.status == "RUNNING", "it died too early to know better"
+        os.killpg(process.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        with tracking.follow(complete) as tell:
+            tell(complete.trials[3])
+            assert time.monotonic() - began < 0.1
+        assert time.monotonic() - began < 40
+        os.killpg(process.pid, signal.SIGCONT)
+        tracking.log(complete)
+        check_complete(complete, client)
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_with_its_runs(tmp_path):
+    load(tmp_path, GRID, tmp_path / "storage")
+    command = [sys.executable, "-m", "pdiff_ray.sweep", str(tmp_path / "sweep.yaml"), "--in-process"]
+    options = ["--storage", str(tmp_path / "storage")]
+    process = subprocess.Popen([*command, *options], start_new_session=True)
+    ledger = load(tmp_path, GRID, tmp_path / "storage")
+    while len(ledger.done()) < 2:
+        assert process.poll() is None
+        time.sleep(0.2)
+        ledger = load(tmp_path, GRID, tmp_path / "storage")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run([*command, *options], check=True)
+    check_complete(ledger, client_of(ledger))

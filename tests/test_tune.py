@@ -1,5 +1,6 @@
 """Sweeps on Ray Tune: the same results as in this process, each zoo once, and trials that fail, stop or die."""
 
+import json
 import os
 import signal
 import time
@@ -46,7 +47,7 @@ def here(tmp_path_factory):
     return ledger
 
 
-@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("concurrency", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_grid_gives_the_same_however_many_run_at_a_time(here, tmp_path, concurrency):
     ledger = ledger_of(tmp_path / "storage", {**GRID, "max_concurrent": concurrency})
     needed = needs(ledger)
@@ -70,6 +71,7 @@ def test_a_grid_gives_the_same_however_many_run_at_a_time(here, tmp_path, concur
     assert not list((tmp_path / "storage" / "tmp").iterdir())
 
 
+@pytest.mark.slow
 def test_what_cannot_be_built_fails_its_trials_alone(tmp_path):
     optimizers = {
         "good": {"zoo.optimizer.lr": 0.01},
@@ -85,6 +87,7 @@ def test_what_cannot_be_built_fails_its_trials_alone(tmp_path):
     assert sorted(t.number for t in ran) == [2, 3], "only what has failed is tried again"
 
 
+@pytest.mark.slow
 def test_values_that_do_not_fit_together_fail_a_trial_of_a_search(tmp_path):
     sweep = {
         "search": "random",
@@ -101,6 +104,7 @@ def test_values_that_do_not_fit_together_fail_a_trial_of_a_search(tmp_path):
     assert all(t.state == "finished" for t in ledger.done() if t not in wrong)
 
 
+@pytest.mark.slow
 def test_a_killed_trial_is_taken_up_again(here, tmp_path):
     sweep = {**GRID, "max_concurrent": 1}
     ledger, killed = ledger_of(tmp_path / "storage", sweep), []
@@ -122,25 +126,16 @@ def test_a_killed_trial_is_taken_up_again(here, tmp_path):
     assert groups(ledger) == groups(here)
 
 
-def test_a_trial_that_always_dies_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
-    (tmp_path / "deadly.py").write_text(
-        "import os, sys\n"
-        "from pdiff_ray.networks import build_network\n"
-        "from pdiff_ray.config import Network\n"
-        "from pdiff_ray.sources import DATASETS\n"
-        "def build(num_classes, in_channels, deadly=False, **_):\n"
-        "    if deadly and 'ImplicitFunc' in open('/proc/self/cmdline').read():\n"
-        "        os._exit(1)\n"
-        "    return build_network(Network(args={'widths': [4, 8]}), DATASETS['digits'], 0)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
+@pytest.mark.slow
+def test_a_trial_that_always_dies_is_recorded_and_the_others_go_on(tmp_path):
     sweep = {"parameters": {"network.args": [{"deadly": True}, {"deadly": False}]}, "max_retries": 1}
-    ledger = ledger_of(tmp_path / "storage", sweep, network={"name": "deadly:build", "args": {}})
+    ledger = ledger_of(tmp_path / "storage", sweep, network={"name": "helpers:deadly_network", "args": {}})
     sweeping.run(ledger)
     assert [t.state for t in ledger.done()] == ["failed", "finished"]
     assert "die" in ledger.done()[0].reason
 
 
+@pytest.mark.slow
 def test_asha_stops_the_hopeless_and_remembers_after_a_restart(tmp_path):
     sweep = {
         "search": "random",
@@ -165,6 +160,7 @@ def test_asha_stops_the_hopeless_and_remembers_after_a_restart(tmp_path):
     assert [(t.state, t.curve) for t in halves.done()] == [(t.state, t.curve) for t in whole.done()]
 
 
+@pytest.mark.slow
 def test_a_time_budget_ends_a_sweep_that_can_go_on(here, tmp_path):
     sweep = {**GRID, "max_concurrent": 1, "time_budget": 2}
     ledger = ledger_of(tmp_path / "storage", sweep)
@@ -178,6 +174,7 @@ def test_a_time_budget_ends_a_sweep_that_can_go_on(here, tmp_path):
     assert groups(rest) == groups(here)
 
 
+@pytest.mark.slow
 def test_a_search_over_zoos_builds_each_once_in_its_trials(tmp_path):
     sweep = {"search": "random", "num_trials": 6, "max_concurrent": 3, "parameters": {"zoo.batch_size": [16, 32]}}
     ledger = ledger_of(tmp_path / "storage", sweep)
@@ -187,6 +184,5 @@ def test_a_search_over_zoos_builds_each_once_in_its_trials(tmp_path):
     assert (len(made(ledger, "base")), len(made(ledger, "zoo"))) == (1, 2)
     zoos = ledger.storage.local.glob("zoo/*/networks/*.parquet")
     assert sum(1 for _ in zoos) == sum(
-        len(__import__("json").loads(p.read_text())["files"]) - 1
-        for p in ledger.storage.local.glob("zoo/*/manifest.json")
+        len(json.loads(p.read_text())["files"]) - 1 for p in ledger.storage.local.glob("zoo/*/manifest.json")
     ), "two trials made the same members"

@@ -11,26 +11,48 @@ Work is cut into stacks of networks; each is evaluated by `Evaluator`, in this p
 
 from __future__ import annotations
 
+import functools
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from pdiff_ray.artifacts import Artifact
 from pdiff_ray.config import Experiment
-from pdiff_ray.judge import judged
+from pdiff_ray.frontier import Frontier
+from pdiff_ray.judge import Seconds, judged
 from pdiff_ray.seeds import derive_seed
 from pdiff_ray.similarity import distances
 from pdiff_ray.stages import Context
 from pdiff_ray.stages.base import load_network, open_dataset
-from pdiff_ray.stages.zoo import SubsetTraining, make_judge
+from pdiff_ray.stages.zoo import SubsetTraining, describe_sharing, make_judge, training_frontier
 from pdiff_ray.store import ParameterStore, Record, stamp
 from pdiff_ray.summary import summarize
 
-Stack = list[Record]
+
+class Stack(list[Record]):
+    """Networks that are evaluated together.
+
+    Attributes:
+        sharing: what the evaluated networks shared (`zoo.describe_sharing`).
+        counts: numbers to be added up over all stacks: seconds, and what the precision changed.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[Record],
+        sharing: Mapping[str, Any] | None = None,
+        counts: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(records)
+        self.sharing, self.counts = sharing or {}, counts or {}
+
+
 MapStacks = Callable[[Sequence[Stack]], Iterable[Stack]]
 
 SUMMARY_FILE = "summary.json"
@@ -53,12 +75,16 @@ def build(
     subset, present = zoo.subset(), set(store.ids)
     wanted = networks_to_judge(experiment, zoo)
     stacks = make_stacks([r for r in wanted if r.id not in present], experiment.evaluation.stack)
+    sharing: dict[str, Any] = {}
+    counts: Counter[str] = Counter()
     if stacks:
         evaluated = map_stacks(stacks) if map_stacks else _here(experiment, artifacts, context, stacks)
         done = len(present)
-        for records in evaluated:
-            store.append(records, subset)
-            done += len(records)
+        for stack in evaluated:
+            store.append(stack, subset)
+            sharing |= stack.sharing
+            counts.update(stack.counts)
+            done += len(stack)
             context.progress("evaluation", done, len(wanted), "networks")
     records = store.records([r.id for r in wanted])
     members = zoo.vectors(range(experiment.num_members))
@@ -67,7 +93,7 @@ def build(
     summary = summarize(records, about["test_images"], about["num_classes"], _spread(members), _spread(samples))
     artifact.commit(
         {SUMMARY_FILE: json.dumps(summary, indent=1).encode()},
-        {"networks": len(records), "test_images": about["test_images"]},
+        {"networks": len(records), "test_images": about["test_images"], **sharing, **counts},
         time.monotonic() - started,
         store.manifest_entries(r.id for r in wanted),
     )
@@ -99,11 +125,11 @@ def _spread_over(count: int, picks: int) -> list[int]:
 
 def make_stacks(records: Sequence[Record], size: int) -> list[Stack]:
     """Stacks of networks of one group; those that must be trained first, which takes longest, one each and first."""
-    slow = [[r] for r in records if r.group == "fine_tuned"]
+    slow = [Stack([r]) for r in records if r.group == "fine_tuned"]
     stacks: list[Stack] = []
     for group in ("generated", "noise_added", "ensemble", "original"):
         same = [r for r in records if r.group == group]
-        stacks += [same[start : start + size] for start in range(0, len(same), size)]
+        stacks += [Stack(same[start : start + size]) for start in range(0, len(same), size)]
     return slow + stacks
 
 
@@ -128,23 +154,35 @@ class Evaluator:
         self.judge = make_judge(experiment, load_network(experiment, artifacts), self.subset, self.dataset, context)
         self.member_distance = _spread(self.members)
 
-    def evaluate(self, stack: Stack) -> Stack:
+    def evaluate(self, stack: Sequence[Record]) -> Stack:
         """The records with judgement and distance to the nearest member; without vectors."""
-        vectors = np.stack([self._vector(record) for record in stack])
-        pending = [index for index, record in enumerate(stack) if not record.judged]
+        records = list(stack)
+        vectors = np.stack([self._vector(record) for record in records])
+        # Members were judged in float32 when they were made.
+        precision = self.experiment.evaluation.precision
+        pending = [i for i, record in enumerate(records) if not record.judged or precision != "float32"]
+        counts: dict[str, float] = {}
         if pending:
-            for index, judgement in zip(pending, self.judge.judge(torch.from_numpy(vectors[pending])), strict=True):
-                stack[index] = judged(stack[index], judgement)
+            judge = self.judge.at(precision)
+            judge.seconds = Seconds()
+            chosen = torch.from_numpy(vectors[pending])
+            for index, judgement in zip(pending, judge.judge(chosen), strict=True):
+                records[index] = judged(records[index], judgement)
+            counts = {f"{part}_seconds": seconds for part, seconds in asdict(judge.seconds).items()}
+            if precision != "float32" and records[0].group == "generated":  # the first of each stack is compared
+                changed = judge.predictions(chosen[:1]) != self.judge.predictions(chosen[:1])
+                counts |= {"compared_predictions": changed.numel(), "changed_predictions": int(changed.sum())}
         nearest = distances(vectors, self.members)
-        for row, record in zip(nearest, stack, strict=True):
+        for row, record in zip(nearest, records, strict=True):
             if record.group == "original":
                 row[record.id] = np.inf  # itself
         scale = self.member_distance or 1.0
-        return [
+        records = [
             # A lone member has no other: its distance stays unknown.
             replace(r, nearest_distance=float(d) / scale if np.isfinite(d) else None, **stamp())
-            for r, d in zip(stack, nearest.min(1), strict=True)
+            for r, d in zip(records, nearest.min(1), strict=True)
         ]
+        return Stack(records, describe_sharing(self.judge) if pending else None, counts)
 
     def _vector(self, record: Record) -> np.ndarray:
         """The record's parameters (D,)."""
@@ -168,10 +206,17 @@ class Evaluator:
             noise[piece] *= sigma * vector[piece].std()
         return noise
 
+    @functools.cached_property
+    def _frontier(self) -> Frontier | str:
+        """What fine-tuning reads; a zoo that was made on this node may have left it."""
+        config = self.experiment.evaluation
+        steps = config.fine_tuned_networks * config.fine_tuned_steps
+        return training_frontier(self.experiment, self.subset, self.judge, steps)
+
     def _fine_tuned(self, vector: np.ndarray, seed: int) -> np.ndarray:
         steps = self.experiment.evaluation.fine_tuned_steps
         network = load_network(self.experiment, self.artifacts).to(self.context.device)
-        training = SubsetTraining(self.experiment, network, self.subset, steps, self.context.device)
+        training = SubsetTraining(self.experiment, network, self.subset, steps, self.context.device, self._frontier)
         training.load(torch.from_numpy(vector))
         training.run(self.dataset, 0, steps, seed)
         return training.vector().cpu().numpy()

@@ -7,8 +7,11 @@ state with each part of members it writes, so that only members in flight are ev
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +23,8 @@ from torch.nn import functional
 from pdiff_ray.artifacts import Artifact, load_tree, save_tree
 from pdiff_ray.config import Experiment, Zoo
 from pdiff_ray.data import Dataset, steps_per_epoch
+from pdiff_ray.errors import StorageError
+from pdiff_ray.frontier import Frontier
 from pdiff_ray.judge import Judge, judged
 from pdiff_ray.networks import build_network
 from pdiff_ray.optimization import Trainer, autocast
@@ -29,6 +34,8 @@ from pdiff_ray.stages import Context
 from pdiff_ray.stages.base import load_network, open_dataset, train_network
 from pdiff_ray.store import ParameterStore, Record, stamp
 from pdiff_ray.subset import Subset, resolve
+
+SHARING_FILE = "sharing.json"
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,11 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     subset = zoo_subset(experiment)
     store = ParameterStore(artifact)
     present = set(store.ids)
+
+    @functools.cache
+    def judge() -> Judge:
+        return make_judge(experiment, load_network(experiment, artifacts), subset, dataset, context)
+
     # Shared out before looking at what is there: workers look at different times.
     for run in runs_of(config)[(context.rank - shift) % context.world :: context.world]:
         if present.issuperset(run.member_ids):
@@ -80,7 +92,7 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
         members = (
             _independent(experiment, dataset, subset, run, context)
             if config.regime == "independent"
-            else _from_base(experiment, artifacts, dataset, subset, run, present, context)
+            else _from_base(experiment, artifacts, dataset, subset, run, present, judge(), context)
         )
         for records, state in members:
             store.append(records, subset)
@@ -96,6 +108,8 @@ def finish(artifact: Artifact, subset: Subset, members: int, seconds: float) -> 
     records = store.records(ids)
     accuracies = np.array([r.test_accuracy for r in records if r.judged])
     info: dict[str, Any] = {"members": members, "parameters": subset.size, "tensors": subset.names}
+    with contextlib.suppress(StorageError):  # another worker that saw the zoo complete has committed it
+        info |= json.loads(artifact.load_work(SHARING_FILE) or "{}")
     if len(accuracies):
         info |= {"mean_test_accuracy": float(accuracies.mean()), "std_test_accuracy": float(accuracies.std())}
     artifact.commit({"subset.json": subset.to_json().encode()}, info, seconds, store.manifest_entries(ids))
@@ -123,20 +137,24 @@ def _from_base(
     subset: Subset,
     run: Run,
     present: set[int],
+    judge: Judge,
     context: Context,
 ) -> Iterator[tuple[list[Record], dict[str, Any]]]:
     """Members of a run that trains the subset on from the base; in stacks, each with the state after its last one."""
     config = experiment.zoo
-    network = load_network(experiment, artifacts).to(context.device)
     every = config.steps_per_member
     if every == "epoch":
         every = steps_per_epoch(len(dataset.train), config.batch_size)
     num_steps = config.warmup_steps + every * len(run.member_ids)
     seed = derive_seed(config.seed or 0, "zoo", run.index)
-    training = SubsetTraining(experiment, network, subset, num_steps, context.device)
-    judge = make_judge(experiment, load_network(experiment, artifacts), subset, dataset, context)
-    shared = f"runs whole: {judge.split.reason}" if judge.split.reason else f"{judge.split.shared:.0%} shared"
-    context.progress("zoo", 0, config.members, shared)
+    frontier = training_frontier(experiment, subset, judge, len(runs_of(config)) * num_steps)
+    full_steps = None if isinstance(frontier, Frontier) else frontier
+    sharing = {**describe_sharing(judge), "full_steps": full_steps}
+    artifacts["zoo"].save_work(SHARING_FILE, json.dumps(sharing).encode())
+    note = f"runs whole: {judge.split.reason}" if judge.split.reason else f"{judge.split.shared:.0%} shared"
+    context.progress("zoo", 0, config.members, f"{note}; full steps: {full_steps}" if full_steps else note)
+    network = load_network(experiment, artifacts).to(context.device)
+    training = SubsetTraining(experiment, network, subset, num_steps, context.device, frontier)
     saved = artifacts["zoo"].load_work(f"run-{run.index}.safetensors")
     kept = training.restore(load_tree(saved, f"zoo run {run.index}")) if saved is not None else 0
     pending: list[Record] = []
@@ -164,7 +182,28 @@ def _judged(records: list[Record], judge: Judge) -> list[Record]:
 def make_judge(experiment: Experiment, network: nn.Module, subset: Subset, dataset: Dataset, context: Context) -> Judge:
     """The judge of networks that differ from `network` in `subset`, by the experiment's policies."""
     policy, batch_size = experiment.zoo.batchnorm, experiment.evaluation.batch_size
-    return Judge(network, subset, dataset, context.device, policy, batch_size)
+    return Judge(network, subset, dataset, context.device, policy, batch_size, cache=context.cache)
+
+
+def training_frontier(experiment: Experiment, subset: Subset, judge: Judge, steps: int) -> Frontier | str:
+    """What training of the subset reads instead of images; or why each of its steps is a full pass.
+
+    Args:
+        judge: of the networks to train.
+        steps: of all runs that would read it.
+    """
+    data, config = experiment.data, experiment.zoo
+    if config.batchnorm == "recalibrated" or any(entry.kind == "buffer" for entry in subset.entries):
+        return f"zoo.batchnorm is {config.batchnorm}, so that layers train with the statistics of their batches"
+    if data.augment != "none" or data.train_noise:
+        # A prefix per batch would save nothing: full passes record no gradients before the subset either.
+        return "data.augment or data.train_noise makes every training image another one each time"
+    return judge.at(config.precision).frontier("train", reads=steps * config.batch_size)
+
+
+def describe_sharing(judge: Judge) -> dict[str, Any]:
+    """What a manifest says of the computation that networks share: its part of a pass's FLOPs, or why there is none."""
+    return {"shared": judge.split.shared, "runs_whole": judge.split.reason}
 
 
 class SubsetTraining:
@@ -172,13 +211,24 @@ class SubsetTraining:
 
     BatchNorm layers whose statistics stay the base's are in eval mode, so that what is trained is what will be judged.
     Those whose statistics belong to the vector, or all if they will be measured anew, are in train mode.
+
+    Args:
+        network: has the values to start from, and receives those trained.
+        frontier: of the training images, to be read instead of them; or why not (`training_frontier`).
     """
 
     def __init__(
-        self, experiment: Experiment, network: nn.Module, subset: Subset, num_steps: int, device: torch.device
+        self,
+        experiment: Experiment,
+        network: nn.Module,
+        subset: Subset,
+        num_steps: int,
+        device: torch.device,
+        frontier: Frontier | str,
     ) -> None:
         config = experiment.zoo
         self.config, self.network, self.subset, self.device = config, network, subset, device
+        self.frontier = frontier if isinstance(frontier, Frontier) else None
         network.train(config.batchnorm == "recalibrated")
         for entry in subset.entries:
             if entry.kind == "buffer":
@@ -198,14 +248,29 @@ class SubsetTraining:
     def run(self, dataset: Dataset, start: int, stop: int, seed: int) -> None:
         """Steps `start` to `stop` - 1, of the batches that `seed` gives."""
         loss = torch.zeros(())
-        batches = dataset.training_batches(self.config.batch_size, start, stop, self.device, seed)
-        for step, (images, labels) in enumerate(batches, start):
+        for step, (forward, labels) in enumerate(self._batches(dataset, start, stop, seed), start):
             seed_global(seed, "step", step)
             with autocast(self.device, self.config.precision):
-                logits = self.network(images)
+                logits = forward()
             loss = functional.cross_entropy(logits.float(), labels)
             self.trainer.step(loss, step)
         self.trainer.check(loss.item(), stop, "zoo.optimizer.lr")
+
+    def _batches(
+        self, dataset: Dataset, start: int, stop: int, seed: int
+    ) -> Iterator[tuple[Callable[[], Tensor], Tensor]]:
+        """What computes the logits (B, M) of a batch, and its labels (B,)."""
+        if self.frontier is None:
+            batches = dataset.training_batches(self.config.batch_size, start, stop, self.device, seed)
+            for images, labels in batches:
+                yield functools.partial(self.network, images), labels
+            return
+        suffix = self.frontier.network.suffix
+        tensors = {name: self.network.get_parameter(name) for name in self.subset.names}
+        for frontier, labels in self.frontier.batches(
+            dataset.training_positions(self.config.batch_size, start, stop, seed)
+        ):
+            yield functools.partial(suffix, frontier, tensors), labels
 
     def vector(self) -> Tensor:
         """The subset as it is now (D,)."""

@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -42,6 +41,7 @@ def view(condition: str, order: str, ascending: bool, shown: Sequence[str], **mo
         "datasetsFilter": [],
         "selectedColumns": shown,
         "columnOrder": shown,
+        "columnWidths": {column: max(90, 60 + 6 * len(column.split("`")[1])) for column in shown},  # pixels
         "runsHiddenMode": "SHOW_ALL",
         **more,
     }
@@ -200,7 +200,7 @@ def describe_sweep(ledger: Ledger, counts: dict[str, int], best: str, addresses:
     """
     states = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
     parts = [
-        f"**{question(ledger.file.path)}**" if question(ledger.file.path) else "",
+        f"**{ledger.file.question}**" if ledger.file.question else "",
         f"{ledger.total} trials: {states or 'none has ended yet'}.{' ' if best else ''}{best}",
         " · ".join(f"[{name}]({address})" for name, address in addresses.items()),
         table,
@@ -230,16 +230,3 @@ def settings(sweep: Sweep) -> dict[str, str]:
         else:
             described[f"sweep.parameters.{name}"] = ", ".join(map(str, parameter.labels))
     return described
-
-
-def question(path: str) -> str:
-    """What an experiment file asks: the first paragraph of the comment that opens it."""
-    lines = []
-    try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            if not line.startswith("#") or not line.strip("# "):
-                break
-            lines.append(line.strip("# "))
-    except (OSError, UnicodeDecodeError):  # gone since it was loaded
-        return ""
-    return " ".join(lines)

@@ -15,6 +15,7 @@ from pdiff_ray.artifacts import STAGES, Artifact, load_tree
 from pdiff_ray.config import Experiment
 from pdiff_ray.stages.base import HISTORY_FILE
 from pdiff_ray.stages.evaluate import SUMMARY_FILE
+from pdiff_ray.summary import named_metrics
 from pdiff_ray.tracking.server import Connection, Mark, connect, experiment_name, tracking_uri, translated
 
 MAX_METRICS, MAX_PARAMS = 1000, 100  # per call, MLflow's limits
@@ -22,23 +23,6 @@ MAX_POINTS = 500  # of a curve
 MAX_NOTE = 8000  # characters of a description, MLflow's limit
 UNTRACKED = ("resources", "tracking", "storage")  # sections that say where things run
 PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"  # MLflow's tags
-
-# Fields of a group's summary, and their names as metrics after `<group>/`.
-METRICS = {
-    "best": "best_test_accuracy",
-    "mean": "mean_test_accuracy",
-    "median": "median_test_accuracy",
-    "std": "std_test_accuracy",
-    "train_mean": "mean_train_accuracy",
-    "validation_mean": "mean_validation_accuracy",
-    "train_loss_mean": "mean_train_loss",
-    "validation_loss_mean": "mean_validation_loss",
-    "failed": "failed",
-    "similarity": "similarity",
-    "similarity_to_originals": "similarity_to_originals",
-    "max_similarity": "max_similarity",
-    "nearest_distance": "nearest_distance",
-}
 
 Curve = Sequence[tuple[int, float]]  # step, value
 
@@ -156,11 +140,7 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Run:
     """A finished experiment, from its generator to its report."""
     report, generator, evaluation = (artifacts[stage] for stage in ("report", "generator", "evaluation"))
     summary = json.loads(evaluation.read(SUMMARY_FILE))
-    metrics: dict[str, float] = {}
-    for group in summary["groups"]:
-        name = group["group"].replace(" ", "_")
-        metrics |= {f"{name}/{metric}": group[key] for key, metric in METRICS.items() if group[key] is not None}
-    metrics |= {f"seconds/{stage}": artifacts[stage].manifest()["seconds"] for stage in STAGES}
+    seconds = {f"seconds/{stage}": artifacts[stage].manifest()["seconds"] for stage in STAGES}
     history = load_tree(generator.read(HISTORY_FILE), generator.location)
     pages = report.manifest()["files"]
     tables = [name for name in evaluation.manifest()["files"] if name.endswith(".parquet")]
@@ -171,7 +151,7 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Run:
         name=f"{experiment.name}-{report.key[:6]}",
         **_made(experiment, artifacts, ("generator", "samples", "evaluation", "report")),
         params={path: str(value) for path, value in flat(tracked(experiment)) if value is not None},
-        metrics=metrics,
+        metrics=named_metrics(summary) | seconds,
         curves={f"{name}/loss": list(enumerate(losses.tolist())) for name, losses in history.items()},
         files={name: report.read(name) for name in pages} | {name: evaluation.read(name) for name in tables},
         note=f"{table}\n{summary['verdict']['text']}",

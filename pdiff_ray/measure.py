@@ -1,0 +1,523 @@
+"""What pieces of work cost: the operations of a network, and short runs of the real training, judging and denoising.
+
+Nothing needs data: images are noise of the right size. What would take too long is run on fewer images, or counted in
+FLOPs, and scaled.
+
+Shapes: B images of a batch, C channels, S the edge in pixels, D values in the subset, K members, Z latent dimensions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from pdiff_ray import config
+from pdiff_ray.config import Data, Optimizer
+from pdiff_ray.data import Dataset, Split
+from pdiff_ray.generators import Fitting, make_generator
+from pdiff_ray.generators.autoencoder import Autoencoder
+from pdiff_ray.generators.latent_diffusion import LatentDiffusion
+from pdiff_ray.generators.training import fit_model
+from pdiff_ray.networks import build_network, check_network
+from pdiff_ray.optimization import Trainer, autocast
+from pdiff_ray.sources import DataInfo
+from pdiff_ray.split import split_network
+from pdiff_ray.subset import Entry, Subset, resolve
+
+PIECE_S = 0.08  # that a measurement takes, about
+LONGEST_S = 0.6  # of its shortest run; what would take longer is counted
+TOTAL_S = 6.0  # of measuring; after that, the rest is counted
+EFFICIENCY = 0.8  # of networks, in matrix products' FLOP/s; for what is counted
+MAX_BATCH_BYTES = 2**28  # of a measured batch's operations
+MIN_CHUNK, CHUNK_BYTES = 32, 16 * 2**20  # images that judging takes at a time on a CPU: their largest tensor's size
+MAX_BUILT = 5 * 10**7  # parameters of a network that is built to be measured
+MAX_VALUES = 50_000  # of vectors that a generator is measured with; its cost is proportional to D
+FIT_STEPS = 3
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a forward pass of a network in eval mode does, per image, before and after generated tensors take part.
+
+    Attributes:
+        parameters: of the network.
+        subset: what is generated of it.
+        prefix_flops, suffix_flops: of operations that generated tensors do not reach, and of the others.
+        operation_bytes, suffix_bytes: outputs of all operations and of the suffix: what training keeps, at most.
+        largest_bytes: of the largest output.
+        frontier_bytes: of what the suffix reads of the prefix.
+        runs_whole: why nothing is shared, where that is known.
+    """
+
+    parameters: int
+    subset: Subset
+    prefix_flops: float
+    suffix_flops: float
+    operation_bytes: float
+    suffix_bytes: float
+    largest_bytes: float
+    frontier_bytes: float
+    runs_whole: str | None = None
+
+    @property
+    def flops(self) -> float:
+        return self.prefix_flops + self.suffix_flops
+
+    @property
+    def shared(self) -> float:
+        """The prefix's part of the FLOPs, 0 to 1; that of `split.SplitNetwork`."""
+        return self.prefix_flops / max(1, self.flops)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Seconds per image of forward passes without gradients, at the batch size of the evaluation."""
+
+    prefix: float
+    suffix: float
+
+    @property
+    def whole(self) -> float:
+        return self.prefix + self.suffix
+
+
+@dataclass(frozen=True)
+class GeneratorCost:
+    """Seconds of a generator's work with K members, and its size.
+
+    Attributes:
+        fit: all of fitting.
+        sample: drawing and decoding all samples.
+        parameters: of the autoencoder.
+        row_bytes: outputs of its operations for a vector.
+    """
+
+    fit: float
+    sample: float
+    parameters: int
+    row_bytes: float
+
+
+class Trace(TorchDispatchMode):
+    """Watches operations, and tells those that depend on given tensors alone from those that `generated` ones reach.
+
+    Eager operations serve as the graph does in `pdiff_ray.split`, without the seconds that torch.export takes, and on
+    the meta device without memory.
+    """
+
+    def __init__(self, given: Collection[Tensor], generated: Collection[Tensor] = ()) -> None:
+        super().__init__()
+        self._given, self._generated = {id(t) for t in given}, {id(t) for t in generated}
+        self._alive: list[Any] = [given, generated]  # an id is a tensor's as long as that lives
+        self._frontier: dict[int, float] = {}
+        self.calls: dict[bool, list[Callable[[], Any]]] = {False: [], True: []}  # by whether generated tensors reach it
+        self.flops = {False: 0.0, True: 0.0}
+        self.bytes = {False: 0.0, True: 0.0}
+        self.largest = 0.0
+
+    @property
+    def frontier_bytes(self) -> float:
+        return sum(self._frontier.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        reached = any(id(t) in self._generated for t in read)
+        if not reached and not any(id(t) in self._given for t in read):
+            return output  # of parameters alone
+        if reached:
+            self._frontier |= {id(t): _bytes(t) for t in read if id(t) in self._given}
+        written = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        (self._generated if reached else self._given).update(id(t) for t in written)
+        self._alive.append((read, written))
+        self.calls[reached].append(functools.partial(func, *args, **kwargs))
+        if (count := flop_registry.get(func.overloadpacket)) is not None:
+            self.flops[reached] += count(*args, **kwargs, out_val=output)
+        if not func.is_view and not func._schema.is_mutable:
+            self.bytes[reached] += sum(map(_bytes, written))
+            self.largest = max([self.largest, *map(_bytes, written)])
+        return output
+
+
+def _bytes(tensor: Tensor) -> float:
+    return float(tensor.numel() * tensor.itemsize)
+
+
+class _Noise:
+    """A source of images that has no data."""
+
+    def __init__(self, info: DataInfo, data: Data, count: int) -> None:
+        shape = (count, info.channels, info.image_size, info.image_size)
+        self.images = torch.randn(shape) if data.pixel_noise else torch.randint(256, shape, dtype=torch.uint8)
+        self.labels = torch.zeros(count, dtype=torch.int64)
+        self.key = "noise"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> None:
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+
+    def batches(self, index_batches: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        for indices in index_batches:
+            chosen = torch.from_numpy(indices).to(self.images.device)
+            yield self.images[chosen], self.labels[chosen]
+
+
+class Meter:
+    """Measures on a device, each distinct piece once.
+
+    Attributes:
+        spent_s: that measuring took so far.
+        counted: whether a network was counted in FLOPs instead of run.
+    """
+
+    def __init__(self, device: torch.device, total_s: float = TOTAL_S) -> None:
+        self.device, self.total_s = device, total_s
+        self.spent_s = 0.0
+        self.counted = False
+        self._known: dict[str, Any] = {}
+        self._built: tuple[str, nn.Module] | None = None
+
+    def anatomy(self, network: config.Network, info: DataInfo, zoo: config.Zoo) -> Anatomy:
+        """The anatomy of a network for images of `info` and the subset of `zoo`.
+
+        Raises:
+            ConfigError: the network cannot be built, or has no such subset.
+        """
+
+        def measure() -> Anatomy:
+            found = _anatomy(network, info, zoo)
+            if ":" not in network.name or not found.subset.entries:
+                return found
+            # The user's own network may be one that cannot be split; tracing the known ones would take seconds.
+            built = self._network(network, info).eval()
+            names = [name for name, _ in _generated(built, found.subset, zoo)]
+            reason = split_network(built, names, self._images(info, 4)).reason
+            return (
+                found
+                if reason is None
+                else replace(
+                    found,
+                    prefix_flops=0.0,
+                    suffix_flops=found.flops,
+                    suffix_bytes=found.operation_bytes,
+                    runs_whole=reason,
+                )
+            )
+
+        return self._once(measure, "anatomy", network, _shape(info), _cut(zoo))
+
+    def passes(self, network: config.Network, info: DataInfo, zoo: config.Zoo, batch_size: int, threads: int) -> Passes:
+        """Of a network's prefix and suffix."""
+        anatomy = self.anatomy(network, info, zoo)
+
+        def measure() -> Passes:
+            most = max(MIN_CHUNK, int(CHUNK_BYTES / anatomy.largest_bytes)) if self.device.type == "cpu" else batch_size
+            count = self._affordable(anatomy, min(batch_size, most), threads)
+            if not count:
+                return Passes(
+                    *(self._counted(flops, threads) for flops in (anatomy.prefix_flops, anatomy.suffix_flops))
+                )
+            built = self._network(network, info).eval()
+            images = self._images(info, count)
+            generated = [tensor for _, tensor in _generated(built, anatomy.subset, zoo)]
+            with _threads(threads), torch.no_grad(), Trace([images], generated) as trace:
+                built(images)
+            with _threads(threads), torch.no_grad():
+                prefix, suffix = (self._seconds(_replay(trace.calls[own])) / count for own in (False, True))
+            return Passes(prefix, suffix)
+
+        return self._once(measure, "passes", network, _shape(info), _cut(zoo), batch_size, threads)
+
+    def step(
+        self,
+        network: config.Network,
+        info: DataInfo,
+        data: Data,
+        zoo: config.Zoo,
+        training: config.Training | config.Zoo,
+        batch_size: int,
+        threads: int,
+    ) -> float:
+        """Seconds of a step of `training`: of the whole network, or, if it is the zoo's, of its subset."""
+        anatomy, whole = self.anatomy(network, info, zoo), isinstance(training, config.Training)
+
+        def measure() -> float:
+            flops = 3 * anatomy.flops if whole else anatomy.prefix_flops + 3 * anatomy.suffix_flops
+            count = self._affordable(anatomy, batch_size, threads, passes=flops / max(1, anatomy.flops))
+            if not count:
+                return batch_size * self._counted(flops, threads)
+            built = self._network(network, info).train(whole or zoo.batchnorm == "recalibrated")
+            chosen = None if whole else {name for name, _ in _generated(built, anatomy.subset, zoo)}
+            with _threads(threads):
+                forward_backward, update = self._step(built, info, data, chosen, training, count)
+            return forward_backward * batch_size / count + update  # which does not grow with the batch
+
+        noise = (data.augment, bool(data.train_noise), bool(data.pixel_noise))
+        what = (training.optimizer.name, training.precision, batch_size, threads)
+        return self._once(measure, "step", network, _shape(info), noise, "whole" if whole else _cut(zoo), *what)
+
+    def generator(
+        self, settings: config.Generator, values: int, members: int, sampling: config.Sampling, threads: int
+    ) -> GeneratorCost:
+        """Of fitting to `members` vectors of `values` numbers each, and of sampling."""
+        subset = Subset((Entry("values", (min(values, MAX_VALUES),), 0, "parameter"),))
+        scale = values / subset.size
+        with _threads(threads):
+            if settings.name != "latent_diffusion":
+                fit, sample = self._once(
+                    lambda: self._plain_generator(settings, subset, members, sampling),
+                    "generator", settings.name, values, members, sampling.samples, threads,
+                )  # fmt: skip
+                return GeneratorCost(fit * scale, sample * scale, 0, 0.0)
+            ae, diffusion = settings.autoencoder, settings.diffusion
+            parameters, row_bytes = self._once(lambda: _autoencoder_size(ae, values), "size", _sizes(ae), values)
+            rows = min(ae.batch_size, members)
+            ae_step = scale * self._once(
+                lambda: self._ae_step(settings, subset, rows), "autoencoder", _sizes(ae), subset.size, rows, threads
+            )
+            rows_of_latents = min(diffusion.batch_size, members)
+            of_diffusion = (_sizes(diffusion), ae.latent_dim, threads)
+            diffusion_step = self._once(
+                lambda: self._diffusion_step(settings, rows_of_latents), "diffusion", rows_of_latents, *of_diffusion
+            )
+            denoising = self._once(
+                lambda: self._denoising_step(settings, sampling.samples), "denoising", sampling.samples, *of_diffusion
+            )
+        coded = ae_step / 6 / rows  # a vector to a latent or back: a step is the way there and back three times
+        fit = ae.steps * ae_step + diffusion.steps * diffusion_step + 2 * members * coded
+        steps = sampling.steps or diffusion.num_timesteps
+        sample = steps * denoising + (2 * sampling.samples + members) * coded
+        return GeneratorCost(fit, sample, parameters, row_bytes)
+
+    # --- what is run --------------------------------------------------------------------------------------------------
+
+    def _step(
+        self,
+        network: nn.Module,
+        info: DataInfo,
+        data: Data,
+        chosen: Collection[str] | None,
+        training: config.Training | config.Zoo,
+        count: int,
+    ) -> tuple[float, float]:
+        """Seconds of forward and backward pass of `count` images, and of the update of the parameters `chosen`."""
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(chosen is None or name in chosen)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        trainer = Trainer(trained, training.optimizer, 1, "measurement")
+        source: Any = _Noise(info, data, count)
+        source.to(self.device)
+        split = Split(source, np.arange(count))
+        dataset = Dataset(info, data, split, split, split, split)
+        batches = dataset.training_batches(count, 0, 2**40, self.device, "measurement")
+
+        def run() -> None:
+            images, labels = next(batches)
+            with autocast(self.device, training.precision):
+                logits = network(images)
+            functional.cross_entropy(logits.float(), labels).backward()
+
+        return self._seconds(run), self._seconds(trainer.optimizer.step)
+
+    def _ae_step(self, settings: config.Generator, subset: Subset, rows: int) -> float:
+        model = LatentDiffusion(settings, subset).autoencoder.to(self.device)
+        return self._fit_step("autoencoder", model, torch.randn(rows, subset.size, device=self.device))
+
+    def _diffusion_step(self, settings: config.Generator, rows: int) -> float:
+        data = torch.randn(rows, settings.autoencoder.latent_dim, device=self.device)
+        return self._fit_step("diffusion", self._diffusion(settings), data, settings.diffusion.ema_decay)
+
+    def _fit_step(self, name: str, model: Any, data: Tensor, ema_decay: float = 0.0) -> float:
+        fitting, settings = Fitting(self.device, seed=0), Optimizer(schedule="cosine")
+
+        def run() -> None:
+            fit_model(name, model, data, model.loss, settings, FIT_STEPS, len(data), fitting, ema_decay)
+
+        return self._seconds(run) / FIT_STEPS
+
+    def _denoising_step(self, settings: config.Generator, samples: int) -> float:
+        denoiser = self._diffusion(settings).denoiser.eval()
+        x = torch.randn(samples, settings.autoencoder.latent_dim, device=self.device)
+        with torch.inference_mode():
+            time_embedding = denoiser.embedding(torch.zeros(1, device=self.device))
+            return self._seconds(lambda: denoiser(x, time_embedding))
+
+    def _diffusion(self, settings: config.Generator) -> Any:
+        subset = Subset((Entry("values", (1,), 0, "parameter"),))
+        return LatentDiffusion(settings, subset).diffusion.to(self.device)
+
+    def _plain_generator(
+        self, settings: config.Generator, subset: Subset, members: int, sampling: config.Sampling
+    ) -> tuple[float, float]:
+        """Seconds of fitting and of sampling."""
+        generator = make_generator(settings, subset)
+        vectors = torch.randn(members, subset.size, device=self.device)
+        fit = self._seconds(lambda: generator.fit(vectors, Fitting(self.device, seed=0)))
+        return fit, self._seconds(lambda: generator.sample(sampling.samples, sampling, self.device))
+
+    def _network(self, network: config.Network, info: DataInfo) -> nn.Module:
+        """The network on the device; one at a time, as they may be large."""
+        key = repr((network, _shape(info)))
+        if self._built is None or self._built[0] != key:
+            self._built = key, build_network(_plain(network), info).to(self.device)
+        for parameter in self._built[1].parameters():
+            parameter.grad = None
+        return self._built[1]
+
+    def _images(self, info: DataInfo, count: int) -> Tensor:
+        images = torch.randn(count, info.channels, info.image_size, info.image_size, device=self.device)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    # --- how long -----------------------------------------------------------------------------------------------------
+
+    def _once(self, measure: Callable[[], T], *what: Any) -> T:
+        key = repr(what)
+        if key not in self._known:
+            started, before = time.monotonic(), self.spent_s
+            self._known[key] = measure()
+            self.spent_s = before + time.monotonic() - started  # with what this one measured on its way
+        known: T = self._known[key]
+        return known
+
+    def _affordable(self, anatomy: Anatomy, batch_size: int, threads: int, passes: float = 1.0) -> int:
+        """How many images, up to a batch, a measurement may take; 0 for none."""
+        in_time = LONGEST_S / max(passes * self._counted(anatomy.flops, threads), 1e-12)
+        if in_time < 2 or anatomy.parameters > MAX_BUILT or self.spent_s > self.total_s:
+            self.counted = True
+            return 0
+        in_memory = MAX_BATCH_BYTES / max(anatomy.operation_bytes, 1)
+        return max(2, min(batch_size, int(in_time), int(in_memory)))
+
+    def _counted(self, flops: float, threads: int) -> float:
+        """Seconds of a network's FLOPs."""
+        return flops / (EFFICIENCY * self._rate(threads))
+
+    def _rate(self, threads: int) -> float:
+        """FLOP/s of matrix products, in float32."""
+
+        def measure() -> float:
+            edge = 512 if self.device.type == "cpu" else 4096
+            matrix = torch.randn(edge, edge, device=self.device)
+            with _threads(threads):
+                return 2 * edge**3 / self._seconds(lambda: matrix @ matrix, PIECE_S / 3)
+
+        return self._once(measure, "rate", threads)
+
+    def _seconds(self, work: Callable[[], Any], budget_s: float = PIECE_S) -> float:
+        """The median of as many runs as fit into a budget, after the first, which is slower.
+
+        On a CPU, time that other processes take is left out.
+        """
+        times: list[float] = []
+        began = time.perf_counter()
+        while not times or (time.perf_counter() - began < budget_s and len(times) < 30):
+            self._synchronize()
+            started, processor = time.perf_counter(), time.process_time()
+            work()
+            self._synchronize()
+            wall_s, cpu_s = time.perf_counter() - started, time.process_time() - processor
+            times.append(min(wall_s, cpu_s) if self.device.type == "cpu" else wall_s)
+        return statistics.median(times[1:] or times)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _anatomy(network: config.Network, info: DataInfo, zoo: config.Zoo) -> Anatomy:
+    try:
+        with torch.device("meta"):
+            return _dissect(build_network(_plain(network), info), info, zoo)
+    except Exception:  # the network reads values, or something is wrong with it, which `check_network` tells
+        return _dissect(check_network(network, info), info, zoo)
+
+
+def _plain(network: config.Network) -> config.Network:
+    return network.model_copy(update={"pretrained": False})
+
+
+def _dissect(network: nn.Module, info: DataInfo, zoo: config.Zoo) -> Anatomy:
+    subset = resolve(zoo.subset, network, zoo.batchnorm)
+    generated = [tensor for _, tensor in _generated(network, subset, zoo)]
+    count = 2
+    images = torch.zeros(count, info.channels, info.image_size, info.image_size)
+    with torch.no_grad(), Trace([images], generated) as trace:
+        network.eval()(images)
+    return Anatomy(
+        parameters=sum(p.numel() for p in network.parameters()),
+        subset=subset,
+        prefix_flops=trace.flops[False] / count,
+        suffix_flops=trace.flops[True] / count,
+        operation_bytes=sum(trace.bytes.values()) / count,
+        suffix_bytes=trace.bytes[True] / count,
+        largest_bytes=trace.largest / count,
+        frontier_bytes=trace.frontier_bytes / count,
+    )
+
+
+def _generated(network: nn.Module, subset: Subset, zoo: config.Zoo | None) -> list[tuple[str, Tensor]]:
+    """The tensors that differ from member to member, by name."""
+    names = set(subset.names)
+    if zoo is not None and zoo.batchnorm == "recalibrated":
+        ends = (".running_mean", ".running_var", ".num_batches_tracked")
+        names |= {name for name, _ in network.named_buffers() if f".{name}".endswith(ends)}
+    return [(n, t) for n, t in (*network.named_parameters(), *network.named_buffers()) if n in names]
+
+
+def _autoencoder_size(settings: config.Autoencoder, values: int) -> tuple[int, float]:
+    """Parameters, and bytes of all operations on a vector."""
+    with torch.device("meta"):
+        model, vectors = Autoencoder(settings, values), torch.empty(1, values)
+    with torch.no_grad(), Trace([vectors]) as trace:
+        model.decode(model.encode(vectors))
+    return sum(p.numel() for p in model.parameters()), trace.bytes[False]
+
+
+def _replay(calls: Sequence[Callable[[], Any]]) -> Callable[[], None]:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def _sizes(section: config.Section) -> Mapping[str, Any]:
+    """What of a model's settings its time per step depends on."""
+    sized = ("channels", "kernel_size", "stride", "latent_dim", "denoiser", "width", "depth")
+    return {name: value for name, value in section.model_dump().items() if name in sized}
+
+
+def _shape(info: DataInfo) -> tuple[int, int, int]:
+    return info.channels, info.image_size, info.num_classes
+
+
+def _cut(zoo: config.Zoo) -> tuple[Any, ...]:
+    return zoo.subset, zoo.batchnorm
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,501 @@
+"""What came of a sweep: a table, figures and a page over all of its trials, from its ledger and artifacts alone.
+
+A row of the table is a combination of values, with means over its repeats; of a search, a trial.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pdiff_ray import report, search, sweep_figures
+from pdiff_ray.artifacts import Artifact
+from pdiff_ray.errors import ConfigError
+from pdiff_ray.search import Trial
+from pdiff_ray.similarity import iou, unpack_wrong
+from pdiff_ray.space import Assignment, Label, format_label, label
+from pdiff_ray.store import ParameterStore
+from pdiff_ray.summary import named_metrics
+from pdiff_ray.sweep_figures import Panel, Search, Slice
+from pdiff_ray.trials import Ledger
+
+REPORT_FILE, SUMMARY_FILE, TRIALS_FILE, TABLE_FILE = "report.html", "summary.csv", "trials.csv", "summary.md"
+AS_IN_THE_FILE = "as in the file"
+COLUMNS = {
+    "original/mean_test_accuracy": "original",
+    "ensemble/mean_test_accuracy": "ensemble",
+    "generated/best_test_accuracy": "best*",
+    "generated/mean_test_accuracy": "mean",
+    "generated/median_test_accuracy": "median",
+    "generated/failed": "failed",
+    "generated/similarity": "IoU",
+    "generated/similarity_to_originals": "IoU orig.",
+    "generated/max_similarity": "IoU max",
+    "generated/nearest_distance": "distance",
+}
+SECONDARY = ("ensemble", "IoU", "IoU orig.", "distance")  # columns that a narrow table leaves out
+PRIMARY = ("best*", "mean", "objective")  # those that a very narrow one keeps
+LEGEND = (
+    "Mean ± standard deviation over n seeds. original: mean of the originals; best*, mean, median: of the generated "
+    "networks; failed: their share nearer to chance than to the originals. "
+) + report.LEGEND
+LOWEST, HIGHEST = "generated/lowest_max_similarity", "generated/highest_max_similarity"
+CAPTIONS = {
+    "accuracy": "Test accuracy of the generated networks: best (chosen on training images), average and median. Error "
+    "bars: standard deviation over seeds.",
+    "similarity": "Largest similarity (IoU of wrong test predictions) of a generated network with an original: range "
+    "over all seeds and networks, average, and its standard deviation over seeds.",
+    "history": "Objective of every trial, and the best so far.",
+    "importances": "Importance of the parameters by fANOVA, of the finished trials; those that apply only under a "
+    "condition are left out.",
+    "slices": "Objective against each parameter.",
+}
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Of a metric over seeds; the sample's standard deviation, none of one seed."""
+
+    mean: float
+    std: float | None
+    n: int
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Statistic | None:
+        if not values:
+            return None
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return cls(float(np.mean(values)), std, len(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One experiment of a trial.
+
+    Attributes:
+        metrics: of its evaluation, by name; empty without one.
+    """
+
+    trial: Trial
+    repeat: int
+    artifacts: Mapping[str, Artifact]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A combination of values, or a trial of a search, over its seeds.
+
+    Attributes:
+        name: of a search's row; a combination has none.
+        seeds: how many it has in all.
+        trials: those that were begun.
+        results: of their experiments, evaluated or not.
+    """
+
+    name: str
+    assignment: Assignment
+    seeds: int
+    trials: Sequence[Trial]
+    results: Sequence[Result]
+
+    @property
+    def evaluated(self) -> int:
+        return sum(bool(result.metrics) for result in self.results)
+
+    def statistic(self, metric: str) -> Statistic | None:
+        """Over the seeds that have the metric."""
+        return Statistic.of([result.metrics[metric] for result in self.results if metric in result.metrics])
+
+    def objective(self, metric: str) -> Statistic | None:
+        """The metric or, where there is no evaluation, what the trials had reached."""
+        known = [trial.objective for trial in self.trials if trial.objective is not None]
+        return self.statistic(metric) or Statistic.of(known)
+
+    @property
+    def state(self) -> str:
+        """What keeps it from being whole."""
+        texts = [_state(trial) for trial in self.trials if trial.state != "finished"]
+        alone = self.name or self.seeds == 1
+        return ", ".join(text if alone else f"{count} {text}" for text, count in Counter(texts).items())
+
+
+def _state(trial: Trial) -> str:
+    if trial.state == "running":
+        return "not finished"
+    return f"stopped at rung {trial.curve[-1][0]}" if trial.state == "stopped" and trial.curve else trial.state
+
+
+def table(ledger: Ledger) -> list[Row]:
+    """All combinations of a grid; the trials of a search, the best first, below the file's own setting if that is
+    evaluated."""
+    trials = [trial for _, trial in sorted(ledger.trials.items()) if trial.number < ledger.total]
+    repeats = ledger.sweep.repeats
+    if ledger.sweep.search == "grid":
+        return [
+            Row("", assignment, repeats, same, [result for trial in same for result in _results(ledger, trial)])
+            for assignment in ledger.sweep.grid()
+            for same in [[trial for trial in trials if trial.assignment == assignment]]
+        ]
+    order = ("finished", "stopped", "failed", "running")
+    sign = -1 if ledger.sweep.maximize else 1
+    trials.sort(key=lambda trial: (order.index(trial.state), sign * (trial.objective or 0.0)))
+    plain = _results(ledger, Trial(-1, {}, tuple(range(repeats)), "finished"))
+    rows = [Row(AS_IN_THE_FILE, {}, repeats, (), plain)] if any(result.metrics for result in plain) else []
+    return rows + [Row(str(t.number), t.assignment, repeats, (t,), _results(ledger, t)) for t in trials]
+
+
+def _results(ledger: Ledger, trial: Trial) -> list[Result]:
+    try:
+        experiments = ledger.experiments(trial)
+    except ConfigError:  # a search has combined values that do not fit together; the trial says so
+        return [Result(trial, repeat, {}, {}) for repeat in trial.repeats]
+    results = []
+    for repeat, experiment in zip(trial.repeats, experiments, strict=True):
+        artifacts = ledger.artifacts(experiment)
+        whole = trial.state == "finished" and artifacts["evaluation"].exists()
+        results.append(Result(trial, repeat, artifacts, _metrics(artifacts) if whole else {}))
+    return results
+
+
+def _metrics(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
+    """Those of the summary, and the range behind `generated/max_similarity`."""
+    evaluation = artifacts["evaluation"]
+    num_test = evaluation.manifest()["info"]["test_images"]
+    wrong: dict[str, list[bytes]] = {"original": [], "generated": []}
+    for record in ParameterStore(evaluation).records():
+        if record.group in wrong:
+            wrong[record.group].append(record.wrong or b"")
+    generated, original = (unpack_wrong(wrong[group], num_test) for group in ("generated", "original"))
+    largest = iou(generated, original).max(1)
+    known = named_metrics(report.load_summary(artifacts))
+    return known | {LOWEST: float(largest.min()), HIGHEST: float(largest.max())}
+
+
+def headline(ledger: Ledger) -> str:
+    """How much of a sweep there is."""
+    counts = Counter(trial.state for trial in ledger.done())
+    parts = [f"{counts['finished']} of {ledger.total} trials finished"]
+    parts += [f"{counts[state]} {state}" for state in ("stopped", "failed") if counts[state]]
+    to_come = ledger.total - counts.total()
+    return ", ".join(parts) + (f", {to_come} still to come" if to_come else "")
+
+
+def cells(ledger: Ledger, rows: Sequence[Row], width: float = math.inf) -> list[list[str]]:
+    """The table as text, headings first, with as much detail as fits into so many characters."""
+    columns = {**COLUMNS, ledger.sweep.metric: "objective"}
+    fewer = {metric: head for metric, head in columns.items() if head not in SECONDARY}
+    fewest = {metric: head for metric, head in columns.items() if head in PRIMARY}
+    accuracies = {metric for metric in columns if _percent(metric)}
+    none: set[str] = set()
+    levels = ((columns, set(columns)), (columns, accuracies), (fewer, accuracies), (fewer, none), (fewest, none))
+    for shown, spread in levels:
+        found = _cells(ledger, rows, shown, spread)
+        if _width(found) <= width:
+            break
+    return found
+
+
+def _width(found: Sequence[Sequence[str]]) -> int:
+    head, *body = found
+    parts = [broken(text).split("\n") for text in head]
+    return sum(max(map(len, [*part, *column])) + 1 for part, *column in zip(parts, *body, strict=True))
+
+
+def broken(head: str) -> str:
+    """A heading as narrow as may be."""
+    return re.sub(r"(?<=[._ ])(?=\w)", "\n", head)
+
+
+def _cells(ledger: Ledger, rows: Sequence[Row], columns: Mapping[str, str], spread: set[str]) -> list[list[str]]:
+    """Args: spread: metrics that are shown with their standard deviations."""
+    searched, unfinished = ledger.sweep.search != "grid", any(row.state for row in rows)
+    short = short_names(list(ledger.sweep.parameters))
+    found = [[*(["trial"] * searched), *short.values(), "n", *(["state"] * unfinished), *columns.values()]]
+    for row in rows:
+        values = [format_label(row.assignment[name]) if name in row.assignment else "" for name in short]
+        n = str(row.evaluated) if row.evaluated == row.seeds else f"{row.evaluated}/{row.seeds}"
+        numbers = []
+        for metric, head in columns.items():
+            statistic = row.objective(metric) if head == "objective" else row.statistic(metric)
+            numbers.append(_number(metric, statistic, metric in spread))
+        found.append([*([row.name] * searched), *values, n, *([row.state] * unfinished), *numbers])
+    return found
+
+
+def _percent(metric: str) -> bool:
+    return metric.endswith("accuracy")
+
+
+def _number(metric: str, statistic: Statistic | None, spread: bool = True) -> str:
+    if statistic is None:
+        return "-"
+    if metric == "generated/failed":
+        return f"{100 * statistic.mean:.0f}%"
+    scale, digits = (100, 2) if _percent(metric) else (1, 3)
+    deviation = f"±{scale * statistic.std:.{digits}f}" if spread and statistic.std is not None else ""
+    return f"{scale * statistic.mean:.{digits}f}{deviation}"
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Each dotted path by as many of its last parts as tell it from the others."""
+
+    def tails(name: str) -> Iterator[str]:
+        parts = name.split(".")
+        return (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+
+    def alone(tail: str) -> bool:
+        return sum(f".{name}".endswith(f".{tail}") for name in names) == 1
+
+    return {name: next((tail for tail in tails(name) if alone(tail)), name) for name in names}
+
+
+def _values(ledger: Ledger, assignment: Assignment) -> str:
+    short = short_names(list(ledger.sweep.parameters))
+    return ", ".join(f"{short[name]} {format_label(value)}" for name, value in assignment.items())
+
+
+def legend(ledger: Ledger) -> str:
+    unit = " in percent" if _percent(ledger.sweep.metric) else ""
+    return f"{LEGEND} objective: {ledger.sweep.metric}{unit}."
+
+
+def verdict(ledger: Ledger, rows: Sequence[Row]) -> str | None:
+    """Whether a search has found a better setting than the file's own, in words; None of a grid."""
+    metric, best = ledger.sweep.metric, ledger.best()
+    if ledger.sweep.search == "grid" or best is None:
+        return None
+    (winner,) = (row for row in rows if row.trials and row.trials[0].number == best.number)
+    named = f"trial {best.number} ({_values(ledger, best.assignment)})"
+    own = rows[0] if rows[0].name == AS_IN_THE_FILE else None
+    theirs = {result.repeat: result.metrics for result in own.results if result.metrics} if own else {}
+    pairs = [(r.metrics[metric], theirs[r.repeat][metric]) for r in winner.results if r.metrics and r.repeat in theirs]
+    if own is None or not pairs:
+        numbers = f"{metric} {_number(metric, winner.objective(metric))}"
+        unknown = (
+            "Whether that beats the file's own setting is unknown: storage has no evaluation of it with these seeds."
+        )
+        return f"Best is {named}, with {numbers}. {unknown}"
+    gains = [(mine - other) * (1 if ledger.sweep.maximize else -1) for mine, other in pairs]
+    mine, other = (Statistic.of(values) for values in zip(*pairs, strict=True))
+    numbers = f"{metric} {_number(metric, mine)} against {_number(metric, other)}"
+    seeds = f"better in {sum(gain > 0 for gain in gains)} of {len(gains)} seeds"
+    on_test = "generated/mean_test_accuracy"
+    test = f"mean test accuracy {_number(on_test, winner.statistic(on_test))} against "
+    test += f"{_number(on_test, own.statistic(on_test))} %, which chose nothing"
+    if np.mean(gains) <= 0:
+        word = "The search has not beaten the file's own setting"
+        return f"{word}: its best, {named}, has {numbers}, {seeds}; {test}."
+    word = "beats the file's own setting" if min(gains) > 0 else "beats the file's own setting on average only"
+    doubt = "" if len(gains) > 1 else " One seed cannot tell it from chance."
+    return f"The best of {_finished(ledger)} finished trials, {named}, {word}: {numbers}, {seeds}; {test}.{doubt}"
+
+
+def _finished(ledger: Ledger) -> int:
+    return sum(trial.state == "finished" for trial in ledger.done())
+
+
+def write(ledger: Ledger) -> list[Row]:
+    """Writes tables, figures and page into the sweep's folder, in place of earlier ones; gives the table's rows."""
+    rows = table(ledger)
+    pngs = figures(ledger, rows)
+    files = {f"{name}.png": png for name, png in pngs.items()}
+    files[SUMMARY_FILE] = _csv([_summary_line(ledger, row) for row in rows])
+    files[TRIALS_FILE] = _csv([_trial_line(ledger, row, result) for row in rows for result in row.results])
+    files[TABLE_FILE] = "\n\n".join(
+        part
+        for part in (headline(ledger), report.markdown(cells(ledger, rows)), verdict(ledger, rows), legend(ledger))
+        if part
+    ).encode()
+    files[REPORT_FILE] = _page(ledger, rows, pngs).encode()
+    for name, content in files.items():
+        ledger.storage.write(f"{ledger.folder}/{name}", content)
+    return rows
+
+
+def figures(ledger: Ledger, rows: Sequence[Row]) -> dict[str, bytes]:
+    """The figures that there is something to show in, as PNG, by name."""
+    if ledger.sweep.search != "grid":
+        return _search_figures(ledger, rows)
+    if not any(row.evaluated for row in rows):
+        return {}
+    accuracy = {
+        "best": "generated/best_test_accuracy",
+        "average": "generated/mean_test_accuracy",
+        "median": "generated/median_test_accuracy",
+        "originals": "original/mean_test_accuracy",
+    }
+    similarity = {
+        "smallest": LOWEST,
+        "average": "generated/max_similarity",
+        "largest": HIGHEST,
+        "originals": "original/max_similarity",
+    }
+    return {
+        "accuracy": sweep_figures.accuracy_over(_panels(ledger, rows, accuracy)),
+        "similarity": sweep_figures.similarity_over(_panels(ledger, rows, similarity)),
+    }
+
+
+def _panels(ledger: Ledger, rows: Sequence[Row], curves: Mapping[str, str]) -> list[Panel]:
+    """Rows that differ in one parameter share a panel, with it as x axis: in one of numbers if there is one, else in
+    the one with the most values.
+
+    Args:
+        curves: the metric of each curve.
+    """
+    parameters = ledger.sweep.parameters
+    short = short_names(list(parameters))
+    first = sorted(parameters, key=lambda n: (not _numeric(parameters[n].labels), -len(parameters[n].labels)))
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        x = next(name for name in first if name in row.assignment)
+        title = _values(ledger, {name: value for name, value in row.assignment.items() if name != x})
+        groups.setdefault((x, title), []).append(row)
+    panels = []
+    for (x, title), members in groups.items():
+        if _numeric(parameters[x].labels):
+            members.sort(key=lambda row: float(row.assignment[x] or 0))
+        statistics = {curve: [row.statistic(metric) for row in members] for curve, metric in curves.items()}
+        points = {curve: np.array([_point(statistic) for statistic in found]) for curve, found in statistics.items()}
+        panels.append(Panel(title, short[x], [row.assignment[x] for row in members], points))
+    return panels
+
+
+def _numeric(labels: Sequence[Label]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in labels)
+
+
+def _point(statistic: Statistic | None) -> tuple[float, ...]:
+    if statistic is None:
+        return (math.nan,) * 4
+    std = math.nan if statistic.std is None else statistic.std
+    return statistic.mean, std, statistic.lowest, statistic.highest
+
+
+def _search_figures(ledger: Ledger, rows: Sequence[Row]) -> dict[str, bytes]:
+    sweep, done = ledger.sweep, ledger.done()
+    scale = 100 if _percent(sweep.metric) else 1
+    known = {t.number: scale * t.objective for t in done if t.objective is not None}
+    by_state = {state: [t.number for t in done if t.state == state] for state in ("finished", "stopped", "failed")}
+    finished = {number: known[number] for number in by_state["finished"] if number in known}
+    if not finished:
+        return {}
+    own = rows[0].statistic(sweep.metric) if rows[0].name == AS_IN_THE_FILE else None
+    group, _, quantity = sweep.metric.partition("/")
+    seen = Search(
+        objective=f"{group}: {quantity.replace('_', ' ')}{' (%)' if scale == 100 else ''}",
+        maximize=sweep.maximize,
+        finished=finished,
+        stopped={number: known[number] for number in by_state["stopped"] if number in known},
+        failed=by_state["failed"],
+        reference=None if own is None else scale * own.mean,
+    )
+    pngs = {"history": sweep_figures.history(seen)}
+    short = short_names(list(sweep.parameters))
+    if shares := _importances(ledger):
+        pngs["importances"] = sweep_figures.importances({short[name]: share for name, share in shares.items()})
+    slices = []
+    for name, parameter in sweep.parameters.items():
+        values = {t.number: t.assignment[name] for t in done if name in t.assignment}
+        choices = None if parameter.range else parameter.labels
+        slices.append(Slice(short[name], values, choices, log=parameter.loguniform is not None))
+    pngs["slices"] = sweep_figures.slices(seen, slices)
+    return pngs
+
+
+def _importances(ledger: Ledger) -> dict[str, float]:
+    """The share of each parameter that all trials have in the variance of the objective: Hutter et al. 2014."""
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+    if len({trial.objective for trial in ledger.done() if trial.state == "finished"}) < 2:
+        return {}
+    study = search.study_of(ledger.sweep, ledger.done())
+    return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+
+
+def _summary_line(ledger: Ledger, row: Row) -> dict[str, Any]:
+    line: dict[str, Any] = {"trial": row.name} if row.name else {}
+    line |= _settings(ledger, row.assignment) | {"seeds": row.seeds, "evaluated": row.evaluated, "state": row.state}
+    statistics = {"objective": row.objective(ledger.sweep.metric)}
+    statistics |= {name: row.statistic(name) for name in dict.fromkeys(n for r in row.results for n in r.metrics)}
+    for name, found in statistics.items():
+        if found is not None:
+            line |= {name: found.mean, f"{name}_std": found.std, f"{name}_n": found.n}
+    return line
+
+
+def _trial_line(ledger: Ledger, row: Row, result: Result) -> dict[str, Any]:
+    trial = result.trial
+    return {
+        "trial": trial.number if row.trials else row.name,
+        "repeat": result.repeat,
+        **_settings(ledger, row.assignment),
+        "state": trial.state,
+        "reason": trial.reason,
+        "seconds": trial.seconds,
+        "objective": result.metrics.get(ledger.sweep.metric, trial.objective),
+        **{stage: artifact.key for stage, artifact in result.artifacts.items()},
+        **result.metrics,
+    }
+
+
+def _settings(ledger: Ledger, assignment: Assignment) -> dict[str, Label]:
+    """The values by full dotted path, those of variants included; None where one is not set."""
+    parameters = ledger.sweep.parameters
+    varied = (path for p in parameters.values() for fields in (p.variants or {}).values() for path in fields)
+    settings: dict[str, Label] = dict.fromkeys([*parameters, *varied])
+    for name, value in assignment.items():
+        fields = (parameters[name].variants or {}).get(str(value), {})
+        settings |= {path: label(content) for path, content in fields.items()}
+    return settings | assignment
+
+
+def _csv(lines: Sequence[Mapping[str, Any]]) -> bytes:
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, fieldnames=list(dict.fromkeys(name for line in lines for name in line)))
+    writer.writeheader()
+    writer.writerows(lines)
+    return sink.getvalue().encode()
+
+
+def _page(ledger: Ledger, rows: Sequence[Row], pngs: Mapping[str, bytes]) -> str:
+    import yaml
+
+    experiment, sweep = ledger.file.experiment, ledger.sweep
+    results = [result for row in rows for result in row.results]
+    head, *body = cells(ledger, rows)
+    configuration = experiment.model_dump(mode="json", exclude={"storage", "tracking"})
+    configuration["sweep"] = sweep.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return report.render(
+        "sweep.html.jinja",
+        name=experiment.name,
+        question=ledger.file.question,
+        headline=headline(ledger),
+        verdict=verdict(ledger, rows),
+        rows=[[broken(text) for text in head], *body],
+        legend=legend(ledger),
+        figures=[(CAPTIONS[name], base64.b64encode(png).decode()) for name, png in pngs.items()],
+        failed=[t for t in ledger.done() if t.state == "failed"],
+        reports=[(result, _link(result.artifacts["report"])) for result in results if result.metrics],
+        files=[SUMMARY_FILE, TRIALS_FILE, TABLE_FILE, *(f"{name}.png" for name in pngs)],
+        configuration=yaml.safe_dump(configuration, sort_keys=False),
+    )
+
+
+def _link(artifact: Artifact) -> str | None:
+    """A report's address, seen from the sweep's folder."""
+    if not artifact.exists():
+        return None
+    return f"../../{artifact.folder}/{artifact.manifest()['files'][report.REPORT_FILE]['path']}"

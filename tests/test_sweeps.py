@@ -1,0 +1,137 @@
+"""Every experiment in sweeps/: it loads with and without its preset, and all its trials fit its networks."""
+
+import functools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdiff_ray import config, pipeline, sources, space
+from pdiff_ray.config import Data, Network
+from pdiff_ray.generators.autoencoder import Autoencoder
+from pdiff_ray.generators.diffusion import Diffusion
+from pdiff_ray.networks import check_network
+from pdiff_ray.stages.zoo import subset_of
+
+FOLDER = Path(__file__).parents[1] / "sweeps"
+FILES = sorted(FOLDER.glob("**/*.yaml"))
+CASES = [
+    (path, preset)
+    for path in FILES
+    for preset in (None, "small")
+    if preset is None or "presets:" in path.read_text() or "base/" in path.read_text()
+]
+IDS = [f"{path.stem}-{preset}" if preset else path.stem for path, preset in CASES]
+
+
+@pytest.fixture
+def load(tmp_path):
+    return lambda path, preset=None: space.load(path, [f"storage={tmp_path}"], preset)
+
+
+def trials(file):
+    """The experiments of a file: all of a grid, some draws of a search."""
+    if isinstance(file, config.Experiment):
+        return [file]
+    sweep = file.sweep
+    assignments = list(sweep.grid()) if sweep.search == "grid" else [draw(sweep, seed) for seed in range(20)]
+    return [file.vary(assignment, repeat) for assignment in assignments for repeat in range(sweep.repeats)]
+
+
+def draw(sweep, seed):
+    """An assignment such as a search makes; every other one at the ends of the ranges."""
+    rng, assignment = random.Random(seed), {}
+    for name, parameter in sweep.parameters.items():
+        if not sweep.applies(parameter, assignment):
+            continue
+        if parameter.range is None:
+            assignment[name] = rng.choice(parameter.labels)
+        elif seed % 2:
+            assignment[name] = rng.choice(parameter.range)
+        else:
+            value = rng.uniform(*parameter.range)
+            assignment[name] = round(value) if parameter.integers else value
+    return assignment
+
+
+@functools.cache
+def network_of(data, network):
+    """A network without storage, having taken images of the data's size."""
+    with torch.device("meta"):
+        return check_network(Network.model_validate_json(network), sources.describe(Data.model_validate_json(data)))
+
+
+@pytest.mark.parametrize(("path", "preset"), CASES, ids=IDS)
+def test_all_trials_can_be_planned(path, preset, load):
+    for experiment in trials(load(path, preset)):
+        plan = pipeline.make_plan(experiment)
+        assert plan.missing[0] == "base"
+        shape = experiment.data.model_dump_json(include={"name", "channels", "image_size"})
+        subset = subset_of(experiment, network_of(shape, experiment.network.model_dump_json()))
+        with torch.device("meta"):
+            Autoencoder(experiment.generator.autoencoder, subset.size)
+            Diffusion(experiment.generator.diffusion, experiment.generator.autoencoder.latent_dim)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_opens_with_question_and_command(path):
+    head = path.read_text().partition("\nname:")[0]
+    name = path.relative_to(FOLDER.parent)
+    assert f"uv run python -m pdiff_ray.sweep {name}" in head
+    assert config.load(path).name == path.stem
+    if "sweep:" in path.read_text():
+        assert "?" in head.partition("\n\n")[0]
+        assert f"{name} --preset small" in head
+
+
+# Distinct artifacts that a sweep's trials share; the same for the preset.
+SHARED = {
+    "ablate_layers": {"base": 3, "zoo": 15},
+    "ablate_members": {"base": 1, "zoo": 1, "generator": 15},
+    "ablate_noise": {"base": 1, "zoo": 1, "generator": 36},
+    "ablate_optimizer": {"base": 3, "zoo": 18},
+    "ablate_diffusion_steps": {"base": 1, "zoo": 1, "generator": 15, "samples": 30},
+    "ablate_regime": {"base": 3, "zoo": 9},
+    "tune_autoencoder": {"base": 1, "zoo": 1},
+    "tune_diffusion": {"base": 1, "zoo": 1},
+}
+
+
+@pytest.mark.parametrize("preset", [None, "small"])
+@pytest.mark.parametrize("name", SHARED)
+def test_trials_share_what_they_can(name, preset, load):
+    plans = [pipeline.make_plan(experiment) for experiment in trials(load(FOLDER / f"{name}.yaml", preset))]
+    assert {s: len({plan.artifacts[s].key for plan in plans}) for s in SHARED[name]} == SHARED[name]
+
+
+@pytest.mark.parametrize("preset", [None, "small"])
+@pytest.mark.parametrize("name", ["tune_autoencoder", "tune_diffusion"])
+def test_searches_contain_the_defaults(name, preset, load):
+    file = load(FOLDER / f"{name}.yaml", preset)
+    default, assignment = file.experiment, {}
+    for parameter_name, parameter in file.sweep.parameters.items():
+        if not file.sweep.applies(parameter, assignment):
+            continue
+        if parameter.variants:
+            # The one that changes nothing; of several, that which leaves most to the parameters after it.
+            same = [label for label in parameter.labels if file.vary({parameter_name: label}) == default]
+            assert same
+            assignment[parameter_name] = same[-1]
+            continue
+        value = functools.reduce(lambda tree, key: tree[key], parameter_name.split("."), default.model_dump())
+        value = list(value) if isinstance(value, tuple) else value
+        if parameter.range:
+            assert parameter.range[0] <= value <= parameter.range[1]
+        else:
+            assert space.label(value) in parameter.labels
+        assignment[parameter_name] = space.label(value)
+    assert file.vary(assignment) == default
+
+
+def test_table_has_every_network_on_every_data_set(load):
+    file = load(FOLDER / "paper_table1.yaml")
+    cells = [(e.network.name, e.data.name) for e in map(file.vary, file.sweep.grid())]
+    assert len(set(cells)) == len(cells) == len({n for n, _ in cells}) * len({d for _, d in cells}) == 48
+    assert json.dumps(cells).count("imagenet") == 6
