@@ -3,46 +3,78 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
 
-from benchmarks.core import BENCHMARKS
+import torch
+
 from benchmarks.harness import Result
 
-COLUMNS = "{:<12} {:>10} {:>10} {:>8}  {:<13} {:>2}  {}"
+# Those of `cluster` start Ray, or whole experiments; the others need torch alone.
+BENCHMARKS = {
+    "evaluate": "judging",
+    "zoo_step": "judging",
+    "sampling": "core",
+    "few_step": "core",
+    "store": "core",
+    "growth": "judging",
+    "actors": "cluster",
+    "ray_overhead": "cluster",
+    "rerun": "cluster",
+}
+COLUMNS = "{:<12} {:>10} {:>10} {:>8}  {:<15} {:>3} {:>8} {:>8} {:>8}  {}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as a list of objects")
-    arguments = parser.parse_args()
-    for name in arguments.names:
+    parser.add_argument("--threads", type=int, default=1, help="of both ways; default: 1, as an actor or worker has")
+    options = parser.parse_args(arguments)
+    for name in options.names:
         if name not in BENCHMARKS:
             parser.error(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
+    torch.set_num_threads(options.threads)
     results: list[Result] = []
-    print(COLUMNS.format("name", "ours (s)", "other (s)", "ratio", "(spread)", "n", "ours against other"))
-    for name in arguments.names or BENCHMARKS:
-        for result in BENCHMARKS[name]():
+    header = ("name", "ours (s)", "other (s)", "ratio", "(spread)", "n", "target", "limit", "MiB")
+    print(COLUMNS.format(*header, "ours against other"))
+    for name in options.names or BENCHMARKS:
+        for result in getattr(importlib.import_module(f"benchmarks.{BENCHMARKS[name]}"), name)():
             results.append(result)
-            low, high = result.spread
-            print(
-                COLUMNS.format(
-                    result.name, f"{result.ours_s:.4g}", f"{result.other_s:.4g}", f"{result.ratio:.1f} x",
-                    f"({low:.1f}-{high:.1f})", result.n, f"{result.what} against {result.against}",
-                )
-            )  # fmt: skip
-            if result.note:
-                print(f"{'':<13}{result.note}")
-            sys.stdout.flush()
+            print(row(result), flush=True)
+            if options.json:  # what is done is kept
+                write(options.json, results)
+    for hardware in dict.fromkeys(result.hardware for result in results):
+        print(hardware)
     if results:
-        print(results[0].hardware)
         print(", ".join(f"{package} {version}" for package, version in results[0].versions.items()))
-    if arguments.json:
-        temporary = arguments.json.with_name(f".{arguments.json.name}.tmp")
-        temporary.write_text(json.dumps([result.to_json() for result in results], indent=1))
-        temporary.replace(arguments.json)
 
 
-main()
+def row(result: Result) -> str:
+    """The result as a line of the table, and another one for its note."""
+    low, high = result.spread
+    line = COLUMNS.format(
+        result.name,
+        f"{result.ours_s:.4g}",
+        f"{result.other_s:.4g}",
+        f"{result.ratio:.2f} x",
+        f"({low:.2f}-{high:.2f})",
+        result.n,
+        "" if result.target is None else f"{result.target:.2f}",
+        "" if result.limit is None else f"{result.limit:.2f}",
+        "" if result.peak_mib is None else f"{result.peak_mib:.0f}",
+        f"{result.what} against {result.against}",
+    )
+    return f"{line}\n{'':<13}{result.note}" if result.note else line
+
+
+def write(file: Path, results: list[Result]) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps([result.to_json() for result in results], indent=1))
+    temporary.replace(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

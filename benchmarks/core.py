@@ -1,172 +1,166 @@
-"""Benchmarks of the core, with torch alone: no Ray, no MLflow."""
+"""Benchmarks of sampling and storage, with torch alone: no Ray, no MLflow."""
 
 from __future__ import annotations
 
+import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.func import functional_call
-from torch.nn import functional
+from torch import Tensor
 
 from benchmarks.harness import Result, compare
 from pdiff_ray.artifacts import Artifact, Storage
 from pdiff_ray.config import Diffusion as DiffusionSettings
-from pdiff_ray.config import Network, Sampling, SubsetRule
-from pdiff_ray.generators.diffusion import Diffusion
-from pdiff_ray.networks import build_network
-from pdiff_ray.sources import DATASETS
-from pdiff_ray.split import split_network
+from pdiff_ray.config import Evaluation, Optimizer, Sampling
+from pdiff_ray.generators import Fitting
+from pdiff_ray.generators.diffusion import Diffusion, make_scheduler
+from pdiff_ray.generators.training import fit_model
 from pdiff_ray.store import ParameterStore, Record
-from pdiff_ray.subset import Entry, Subset, resolve
+from pdiff_ray.subset import Entry, Subset
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LATENT_DIM, NUM_SAMPLES = 32, 100
+LATENT_DIM = 32
+Read = Callable[[Sequence[int]], np.ndarray]  # ids to vectors
 
 
-def sampling() -> Iterator[Result]:
-    """100 latents through 1000 steps: in one batch, against one at a time."""
+def sampling(samples: int = 100, steps: int = 1000) -> Iterator[Result]:
+    """Latents through all steps: in one batch, against one at a time."""
+    schedule = Sampling(seed=0)
     for denoiser, width, singles in (("mlp", 256, 5), ("cnn", 64, 1)):
-        model = Diffusion(DiffusionSettings(denoiser=denoiser, width=width), LATENT_DIM).to(DEVICE).eval()
-        one = Sampling(samples=1, seed=0)
+        settings = DiffusionSettings(denoiser=denoiser, width=width, num_timesteps=steps)
+        model = Diffusion(settings, LATENT_DIM).to(DEVICE).eval()
 
-        def in_turn(model: Diffusion = model, one: Sampling = one, singles: int = singles) -> None:
+        def batch(model: Diffusion = model) -> Tensor:
+            return model.sample(samples, schedule, DEVICE)
+
+        def in_turn(model: Diffusion = model, singles: int = singles) -> None:
             for _ in range(singles):
-                model.sample(1, one, DEVICE)
+                model.sample(1, schedule, DEVICE)
 
-        yield compare(
-            "sampling",
-            f"{NUM_SAMPLES} samples, 1000 steps, {denoiser} denoiser, in one batch",
-            lambda model=model: model.sample(NUM_SAMPLES, Sampling(seed=0), DEVICE),
-            "one at a time",
-            in_turn,
-            other_scale=singles / NUM_SAMPLES,
-            note=f"the other way measured on {singles} of {NUM_SAMPLES} samples and scaled",
-        )
+        def plain(model: Diffusion = model, singles: int = singles) -> None:
+            for _ in range(singles):
+                _with_diffusers(model, torch.randn(1, LATENT_DIM, device=DEVICE), schedule)
+
+        _check_sampling(model, singles, schedule)
+        what = f"{samples} samples, {steps} steps, {denoiser} denoiser, in one batch"
+        note = f"the other way measured on {singles} of {samples} samples and scaled"
+        scale, target = singles / samples, 15.0 if denoiser == "mlp" else None
+        against = "one at a time"
+        yield compare("sampling", what, batch, against, in_turn, other_scale=scale, target=target, note=note)
+        if denoiser == "mlp":
+            against = "one at a time, step by step with diffusers' scheduler"
+            yield compare("sampling", what, batch, against, plain, other_scale=scale, note=note)
 
 
-def few_step() -> Iterator[Result]:
-    """100 latents with few-step samplers, against 1000 steps."""
-    model = Diffusion(DiffusionSettings(), LATENT_DIM).to(DEVICE).eval()
+@torch.inference_mode()
+def _with_diffusers(model: Diffusion, x: Tensor, schedule: Sampling) -> Tensor:
+    """DDPM as the library's documentation has it."""
+    scheduler = make_scheduler(model.settings, schedule)
+    scheduler.set_timesteps(model.settings.num_timesteps)
+    for t in scheduler.timesteps:
+        prediction = model.denoiser(x, model.denoiser.embedding(t.expand(len(x)).to(x.device)))
+        x = scheduler.step(prediction, t, x).prev_sample
+    return x
+
+
+def _check_sampling(model: Diffusion, singles: int, schedule: Sampling) -> None:
+    """The first samples of a batch are those that the same noise gives one at a time."""
+    x, *noise = torch.randn(model.settings.num_timesteps + 1, 32, LATENT_DIM, device=DEVICE).unbind()
+    together = iter(noise)
+    batch = model.denoise(x, schedule, lambda: next(together))
+    for row in range(singles):
+        drawn = iter(noise)
+        one = model.denoise(x[row : row + 1], schedule, lambda drawn=drawn, row=row: next(drawn)[row : row + 1])
+        torch.testing.assert_close(one[0], batch[row], rtol=1e-2, atol=1e-2 * float(batch.std()))
+
+
+def few_step(samples: int = 100, train_steps: int = 600) -> Iterator[Result]:
+    """Latents with few-step samplers, against all 1000 steps; of a trained denoiser, so that they can be compared."""
+    torch.manual_seed(0)
+    model = Diffusion(DiffusionSettings(), LATENT_DIM).to(DEVICE)
+    latents = torch.randn(200, 8) @ torch.randn(8, LATENT_DIM)
+    latents = ((latents - latents.mean(0)) / latents.std(0)).to(DEVICE)
+    optimizer = Optimizer(lr=1e-3, schedule="cosine")
+    fit_model("diffusion", model, latents, model.loss, optimizer, train_steps, 50, Fitting(DEVICE, 0), ema_decay=0.999)
+    whole = Sampling(seed=0)
+    expected = model.sample(500, whole, DEVICE)
     for sampler, steps in (("ddim", 50), ("dpmsolver++", 20)):
         few = Sampling(sampler=sampler, steps=steps, seed=0)
+        found = model.sample(500, few, DEVICE)
+        assert (found.mean(0) - expected.mean(0)).abs().max() < 0.4, "the few-step samples lie elsewhere"
+        spreads = [float(x.std(0).mean()) for x in (found, expected, latents)]
+        assert 0.8 < spreads[0] / spreads[1] < 1.25, "the few-step samples vary more or less"
+        distances = [float(torch.cdist(x, latents).min(1).values.mean()) for x in (found, expected)]
         yield compare(
             "few_step",
-            f"{NUM_SAMPLES} samples, {sampler} with {steps} steps",
-            lambda few=few: model.sample(NUM_SAMPLES, few, DEVICE),
+            f"{samples} samples, {sampler} with {steps} steps",
+            lambda few=few: model.sample(samples, few, DEVICE),
             "ddpm with 1000 steps",
-            lambda: model.sample(NUM_SAMPLES, Sampling(seed=0), DEVICE),
+            lambda: model.sample(samples, whole, DEVICE),
+            target=10.0,
+            note=f"spread {spreads[0]:.2f} against {spreads[1]:.2f} (of the learned latents {spreads[2]:.2f}), "
+            f"distance to the nearest of these {distances[0]:.2f} against {distances[1]:.2f}",
         )
 
 
-def store() -> Iterator[Result]:
-    """Reading members of a store of 10,000 with 2,048 values each, against a `.pth` file per member."""
-    dimension, count, k = 2048, 10_000, 200
+def store(count: int = 10_000, k: int = 200, dimension: int = 2048) -> Iterator[Result]:
+    """Reading members from Parquet parts as the zoo writes them, against a `.pth` file per member.
+
+    All files are in the page cache. The members are others each time; `.pth` files carry no digest that is checked.
+    """
     subset = Subset((Entry("weight", (dimension,), 0, "parameter"),))
     vectors = np.random.default_rng(0).standard_normal((count, dimension), dtype=np.float32)
+    part = Evaluation().stack
     with tempfile.TemporaryDirectory() as folder:
-        storage = Storage(f"{folder}/storage")
-        artifact = Artifact(storage, "zoo", {"benchmark": "store"}, {})
+        artifact = Artifact(Storage(f"{folder}/storage"), "zoo", {"benchmark": "store"}, {})
         growing = ParameterStore(artifact)
-        for start in range(0, count, 100):
-            growing.append([Record(i, "original", vector=vectors[i]) for i in range(start, start + 100)], subset)
+        for start in range(0, count, part):
+            ids = range(start, min(start + part, count))
+            growing.append([Record(i, "original", vector=vectors[i]) for i in ids], subset)
         artifact.commit({}, {}, 0.0, growing.manifest_entries(range(count)))
         for i in range(count):
             torch.save({"weight": torch.from_numpy(vectors[i])}, f"{folder}/{i}.pth")
         opened = ParameterStore(artifact)
 
-        def from_files(ids: range) -> np.ndarray:
+        def from_files(ids: Sequence[int]) -> np.ndarray:
             loaded = [torch.load(Path(folder) / f"{i}.pth", weights_only=True)["weight"] for i in ids]
             return torch.stack(loaded).numpy()
 
-        for ids, what in ((range(5000, 5001), "one member"), (range(k), f"{k} of {count:,} members")):
-            np.testing.assert_array_equal(opened.vectors(ids), from_files(ids))
+        chosen = random.Random(0)
+
+        def in_a_row() -> range:
+            start = chosen.randrange(count - k + 1)
+            return range(start, start + k)
+
+        def at_random() -> list[int]:
+            return chosen.sample(range(count), k)
+
+        def singly(read: Read) -> Read:
+            return lambda ids: np.concatenate([read([id_]) for id_ in ids])
+
+        def anew(ids: Sequence[int]) -> np.ndarray:
+            return ParameterStore(artifact).vectors(ids)
+
+        np.testing.assert_array_equal(opened.vectors(), from_files(range(count)))  # and every part has been opened
+        some = f"{k} of {count:,} members"
+        cases: list[tuple[str, Callable[[], Sequence[int]], Read, Read, float | None]] = [
+            (f"one member, {k} times", at_random, singly(opened.vectors), singly(from_files), 20.0),
+            (f"{some}, in a row", in_a_row, opened.vectors, from_files, 20.0),
+            (f"{some}, at random", at_random, opened.vectors, from_files, 20.0),
+            (f"{some}, in a row, from a store not yet open", in_a_row, anew, from_files, None),
+        ]
+        for what, choose, ours, other, target in cases:
+            ids = choose()
+            np.testing.assert_array_equal(ours(ids), other(ids))
             yield compare(
                 "store",
-                f"read {what} of {dimension:,} values from Parquet",
-                lambda ids=ids: opened.vectors(ids),
+                f"read {what}, {dimension:,} values each",
+                lambda ours=ours, choose=choose: ours(choose()),
                 ".pth files",
-                lambda ids=ids: from_files(ids),
-                n=9,
+                lambda other=other, choose=choose: other(choose()),
+                n=21,
+                target=target,
             )
-
-
-def evaluate() -> Iterator[Result]:
-    """Networks that differ in their last two norm layers: the shared part once, against a full pass each."""
-    num_images, num_networks, measured = 1000, 100, 3
-    network, names, images = _resnet18(num_images)
-    random = torch.Generator(DEVICE).manual_seed(0)
-    own = {name: dict(network.named_parameters())[name].detach() for name in names}
-    networks = [
-        {name: t + 0.1 * torch.randn(t.shape, generator=random, device=DEVICE) for name, t in own.items()}
-        for _ in range(num_networks)
-    ]
-    split = split_network(network, names, images[:4])
-
-    @torch.inference_mode()
-    def ours(count: int = num_networks) -> torch.Tensor:
-        predictions = []
-        for chunk in images.split(250):
-            frontier = split.prefix(chunk)
-            predictions.append(torch.stack([split.suffix(frontier, tensors).argmax(1) for tensors in networks[:count]]))
-        return torch.cat(predictions, 1)
-
-    @torch.inference_mode()
-    def other() -> torch.Tensor:
-        whole = lambda tensors, chunk: functional_call(network, tensors, (chunk,)).argmax(1)  # noqa: E731
-        return torch.stack([torch.cat([whole(t, c) for c in images.split(250)]) for t in networks[:measured]])
-
-    assert torch.equal(ours(measured), other())
-    yield compare(
-        "evaluate",
-        f"{num_networks} ResNet-18 (CIFAR stem, last two norm layers) on {num_images:,} images, split",
-        ours,
-        "a full pass each",
-        other,
-        n=3,
-        other_scale=measured / num_networks,
-        note=f"the other way measured on {measured} of {num_networks} networks and scaled; {split.shared:.1%} of the "
-        "FLOPs are shared",
-    )
-
-
-def zoo_step() -> Iterator[Result]:
-    """A training step of the subset at batch 128: on cached frontier tensors, against the whole network."""
-    network, names, images = _resnet18(128)
-    labels = torch.randint(10, (128,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    split = split_network(network, names, images[:4])
-    tensors = {name: dict(network.named_parameters())[name].detach().requires_grad_() for name in names}
-    frontier = split.prefix(images)
-
-    def gradients(logits: torch.Tensor) -> list[torch.Tensor]:
-        return list(torch.autograd.grad(functional.cross_entropy(logits, labels), list(tensors.values())))
-
-    def ours() -> list[torch.Tensor]:
-        return gradients(split.suffix(frontier, tensors))
-
-    def other() -> list[torch.Tensor]:
-        return gradients(functional_call(network, tensors, (images,)))
-
-    for a, b in zip(ours(), other(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
-    yield compare("zoo_step", "ResNet-18 step at batch 128, cached frontier", ours, "the whole network", other, n=5)
-
-
-def _resnet18(num_images: int) -> tuple[torch.nn.Module, list[str], torch.Tensor]:
-    info = DATASETS["cifar10"]
-    network = build_network(Network(name="resnet18", source="torchvision", cifar_stem=True), info, 0).to(DEVICE).eval()
-    network.requires_grad_(False)
-    names = resolve(SubsetRule(last_norm_layers=2), network).names
-    images = torch.randn(num_images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return network, names, images.to(DEVICE, memory_format=torch.channels_last)
-
-
-BENCHMARKS: dict[str, Callable[[], Iterator[Result]]] = {
-    "evaluate": evaluate,
-    "zoo_step": zoo_step,
-    "sampling": sampling,
-    "few_step": few_step,
-    "store": store,
-}

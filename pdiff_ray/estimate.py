@@ -25,9 +25,10 @@ from pdiff_ray.artifacts import STAGES, Artifact, Storage, finished, read_manife
 from pdiff_ray.config import Experiment, Resources, Training, Zoo
 from pdiff_ray.data import steps_per_epoch
 from pdiff_ray.errors import StorageError
+from pdiff_ray.frontier import worth_keeping
 from pdiff_ray.generators.latent_diffusion import CHUNK, GATE_MEMBERS
 from pdiff_ray.measure import MIN_CHUNK, Anatomy, Meter, Passes
-from pdiff_ray.stages.zoo import runs_of
+from pdiff_ray.stages.zoo import full_steps, runs_of
 
 LIBRARIES_BYTES = 2**30  # of a process that has imported torch and what a stage needs
 REPORT_S = 2.0
@@ -36,7 +37,6 @@ FIRST_USE_S = {"base": 1.0, "zoo": 2.0, "generator": 1.0, "samples": 1.5, "evalu
 EVALUATION_BATCH = 500
 RECALIBRATION_IMAGES = 2048
 LIVE_TENSORS = 4  # of the largest size, in a forward pass: input, output, shortcut and workspace of a layer
-KEPT_BYTES, FLOPS_PER_BYTE = 256 * 2**20, 1000  # frontiers up to this size, or this dear, are kept
 HISTORY_S = 1.0  # that reading manifests may take
 
 
@@ -144,7 +144,7 @@ class Estimator:
 
     def sharing(self, e: Experiment) -> Sharing:
         """What the experiment's networks share."""
-        anatomy, reason = self.anatomy(e), full_steps(e)
+        anatomy, reason = self.anatomy(e), full_steps(e, anatomy.subset)
         if not anatomy.shared:
             return Sharing(0.0, 1.0, 1.0, anatomy.runs_whole or "generated parameters reach the first layer")
         prefix, suffix = anatomy.prefix_flops, anatomy.suffix_flops
@@ -277,7 +277,7 @@ class _Stages:
     def _zoo_step(self, images: _Images) -> float:
         config, anatomy = self.e.zoo, self.anatomy
         step = self._step(config, config.batch_size)
-        if not anatomy.shared or full_steps(self.e) or not _kept(anatomy, images.train):
+        if not anatomy.shared or full_steps(self.e, anatomy.subset) or not _kept(anatomy, images.train):
             return step
         least = step * 3 * anatomy.suffix_flops / (anatomy.prefix_flops + 3 * anatomy.suffix_flops)
         return max(step - config.batch_size * self._passes().prefix, least)
@@ -318,19 +318,9 @@ class _Stages:
         return max(MIN_CHUNK, min(batch_size, EVALUATION_BATCH)) * LIVE_TENSORS * self.anatomy.largest_bytes
 
 
-def full_steps(e: Experiment) -> str | None:
-    """Why training steps of the zoo are passes through the whole network; None if they read what is shared."""
-    if e.zoo.batchnorm != "frozen":
-        return f"layers train with the statistics of their batches: zoo.batchnorm {e.zoo.batchnorm}"
-    if e.data.augment != "none" or e.data.train_noise:
-        return "images vary: data.augment, data.train_noise"
-    return None
-
-
 def _kept(anatomy: Anatomy, images: int) -> bool:
     """Whether what is shared of so many images is kept, instead of computed again for every stack."""
-    size = anatomy.frontier_bytes * images
-    return size <= KEPT_BYTES or anatomy.prefix_flops >= FLOPS_PER_BYTE * anatomy.frontier_bytes
+    return worth_keeping(anatomy.frontier_bytes, anatomy.prefix_flops, images)
 
 
 def _judged_later(e: Experiment) -> tuple[int, int]:

@@ -113,8 +113,9 @@ def keep(
         return network.reason or "no layer is shared"
     images, _ = next(split.in_order(2))
     layouts = [_Layout.of(tensor) for tensor in network.prefix(dataset.prepare(images, device))]
-    size = len(split) * sum(layout.row_bytes for layout in layouts)
-    if size > SMALL_BYTES and network.prefix_flops * len(split) < FLOPS_PER_BYTE * size:
+    row_bytes = sum(layout.row_bytes for layout in layouts)
+    size = len(split) * row_bytes
+    if not worth_keeping(row_bytes, network.prefix_flops, len(split)):
         return f"computing it takes no longer than reading {_gib(size)}"
     computed = _rows(network, dataset, split, device, layouts, batch_size)
     started = time.monotonic()
@@ -150,6 +151,15 @@ def keep(
         return Frontier(network, layouts, rows, labels, float(np.load(folder / SECONDS_FILE)), device)
     except (PdiffError, OSError) as error:  # a full disk, or another process made room
         return str(error)
+
+
+def worth_keeping(row_bytes: float, flops: float, images: int) -> bool:
+    """Whether to keep the frontier of so many images.
+
+    Args:
+        row_bytes, flops: of an image's frontier, and to compute it.
+    """
+    return row_bytes * images <= SMALL_BYTES or flops >= FLOPS_PER_BYTE * row_bytes
 
 
 def _rows(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import signal
 import time
 
@@ -55,10 +56,10 @@ def test_a_grid_gives_the_same_however_many_run_at_a_time(here, tmp_path, concur
     assert needed.counts == {
         "base": (2, 0), "zoo": (2, 0), "generator": (4, 0), "samples": (8, 0), "evaluation": (8, 0), "report": (8, 0)
     }  # fmt: skip
-    heard = []
-    sweeping.run(ledger, on_result=heard.append)
+    heard = queue.SimpleQueue()  # which cannot be pickled
+    sweeping.run(ledger, on_result=heard.put)
     assert [t.state for t in ledger.done()] == ["finished"] * 8
-    assert sorted(t.number for t in heard) == list(range(8))
+    assert sorted(heard.get().number for _ in range(heard.qsize())) == list(range(8))
     assert groups(ledger) == groups(here)
     assert [t.objective for t in ledger.done()] == [t.objective for t in here.done()]
     counts = {stage: len(made(ledger, stage)) for stage in ("base", "zoo", "generator", "samples")}

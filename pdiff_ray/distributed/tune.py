@@ -116,7 +116,14 @@ def _trial(config: dict[str, Any]) -> None:
         tune.report({"rung": FINAL_RUNG, "objective": objective, "finished": True})
 
 
-class _Ledger(Searcher):
+class _NotInSnapshots:
+    """Tune pickles its parts to take a sweep up again; here the ledger does that."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Ledger(_NotInSnapshots, Searcher):
     """Gives Tune the ledger's trials, one at a time."""
 
     def __init__(
@@ -182,7 +189,7 @@ class _ASHA(ASHAScheduler):
         return decision
 
 
-class _Recorder(tune.Callback):
+class _Recorder(_NotInSnapshots, tune.Callback):
     """Writes what comes out into the ledger."""
 
     def __init__(self, ledger: Ledger, searcher: _Ledger, scheduler: _ASHA | None, on_change: OnChange) -> None:

@@ -148,11 +148,11 @@ def _from_base(
     num_steps = config.warmup_steps + every * len(run.member_ids)
     seed = derive_seed(config.seed or 0, "zoo", run.index)
     frontier = training_frontier(experiment, subset, judge, len(runs_of(config)) * num_steps)
-    full_steps = None if isinstance(frontier, Frontier) else frontier
-    sharing = {**describe_sharing(judge), "full_steps": full_steps}
+    why_full = None if isinstance(frontier, Frontier) else frontier
+    sharing = {**describe_sharing(judge), "full_steps": why_full}
     artifacts["zoo"].save_work(SHARING_FILE, json.dumps(sharing).encode())
     note = f"runs whole: {judge.split.reason}" if judge.split.reason else f"{judge.split.shared:.0%} shared"
-    context.progress("zoo", 0, config.members, f"{note}; full steps: {full_steps}" if full_steps else note)
+    context.progress("zoo", 0, config.members, f"{note}; full steps: {why_full}" if why_full else note)
     network = load_network(experiment, artifacts).to(context.device)
     training = SubsetTraining(experiment, network, subset, num_steps, context.device, frontier)
     saved = artifacts["zoo"].load_work(f"run-{run.index}.safetensors")
@@ -192,13 +192,21 @@ def training_frontier(experiment: Experiment, subset: Subset, judge: Judge, step
         judge: of the networks to train.
         steps: of all runs that would read it.
     """
-    data, config = experiment.data, experiment.zoo
-    if config.batchnorm == "recalibrated" or any(entry.kind == "buffer" for entry in subset.entries):
-        return f"zoo.batchnorm is {config.batchnorm}, so that layers train with the statistics of their batches"
-    if data.augment != "none" or data.train_noise:
-        # A prefix per batch would save nothing: full passes record no gradients before the subset either.
-        return "data.augment or data.train_noise makes every training image another one each time"
+    if reason := full_steps(experiment, subset):
+        return reason
+    config = experiment.zoo
     return judge.at(config.precision).frontier("train", reads=steps * config.batch_size)
+
+
+def full_steps(experiment: Experiment, subset: Subset) -> str | None:
+    """Why training steps of the zoo cannot read what its networks share of an image; None if they can."""
+    policy = experiment.zoo.batchnorm
+    if policy == "recalibrated" or any(entry.kind == "buffer" for entry in subset.entries):
+        return f"layers train with the statistics of their batches: zoo.batchnorm {policy}"
+    if experiment.data.augment != "none" or experiment.data.train_noise:
+        # A prefix per batch would save nothing: full passes record no gradients before the subset either.
+        return "images vary: data.augment or data.train_noise"
+    return None
 
 
 def describe_sharing(judge: Judge) -> dict[str, Any]:
