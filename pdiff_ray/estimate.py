@@ -144,7 +144,8 @@ class Estimator:
 
     def sharing(self, e: Experiment) -> Sharing:
         """What the experiment's networks share."""
-        anatomy, reason = self.anatomy(e), full_steps(e, anatomy.subset)
+        anatomy = self.anatomy(e)
+        reason = full_steps(e, anatomy.subset)
         if not anatomy.shared:
             return Sharing(0.0, 1.0, 1.0, anatomy.runs_whole or "generated parameters reach the first layer")
         prefix, suffix = anatomy.prefix_flops, anatomy.suffix_flops

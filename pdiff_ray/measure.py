@@ -25,27 +25,27 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pdiff_ray import config
-from pdiff_ray.config import Data, Optimizer
+from pdiff_ray.config import Data
 from pdiff_ray.data import Dataset, Split
 from pdiff_ray.generators import Fitting, make_generator
 from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.generators.latent_diffusion import LatentDiffusion
-from pdiff_ray.generators.training import fit_model
 from pdiff_ray.networks import build_network, check_network
-from pdiff_ray.optimization import Trainer, autocast
+from pdiff_ray.optimization import autocast
 from pdiff_ray.sources import DataInfo
 from pdiff_ray.split import split_network
 from pdiff_ray.subset import Entry, Subset, resolve
 
-PIECE_S = 0.08  # that a measurement takes, about
-LONGEST_S = 0.6  # of its shortest run; what would take longer is counted
-TOTAL_S = 6.0  # of measuring; after that, the rest is counted
+PIECE_S = 0.04  # that a measurement takes, about
+LONGEST_S = 0.3  # of its shortest run; what would take longer is counted
+TOTAL_S = 3.0  # of measuring; after that, the rest is counted
 EFFICIENCY = 0.8  # of networks, in matrix products' FLOP/s; for what is counted
 MAX_BATCH_BYTES = 2**28  # of a measured batch's operations
 MIN_CHUNK, CHUNK_BYTES = 32, 16 * 2**20  # images that judging takes at a time on a CPU: their largest tensor's size
 MAX_BUILT = 5 * 10**7  # parameters of a network that is built to be measured
-MAX_VALUES = 50_000  # of vectors that a generator is measured with; its cost is proportional to D
-FIT_STEPS = 3
+MAX_EDGE = 64  # of images that a network is given for its anatomy alone
+MAX_VALUES = 5_000  # of vectors that a generator is measured with; its cost is proportional to D
+UPDATE_PASSES = {"sgd": 3, "adam": 7, "adamw": 8}  # over all parameters, in a step of an optimizer
 
 T = TypeVar("T")
 
@@ -133,6 +133,10 @@ class Trace(TorchDispatchMode):
     @property
     def frontier_bytes(self) -> float:
         return sum(self._frontier.values())
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to exclude it from compilation would import the compiler, which takes two seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -322,7 +326,6 @@ class Meter:
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(chosen is None or name in chosen)
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        trainer = Trainer(trained, training.optimizer, 1, "measurement")
         source: Any = _Noise(info, data, count)
         source.to(self.device)
         split = Split(source, np.arange(count))
@@ -335,23 +338,28 @@ class Meter:
                 logits = network(images)
             functional.cross_entropy(logits.float(), labels).backward()
 
-        return self._seconds(run), self._seconds(trainer.optimizer.step)
+        return self._seconds(run), self._update(trained, UPDATE_PASSES[training.optimizer.name])
 
     def _ae_step(self, settings: config.Generator, subset: Subset, rows: int) -> float:
         model = LatentDiffusion(settings, subset).autoencoder.to(self.device)
-        return self._fit_step("autoencoder", model, torch.randn(rows, subset.size, device=self.device))
+        return self._fit_step(model, torch.randn(rows, subset.size, device=self.device))
 
     def _diffusion_step(self, settings: config.Generator, rows: int) -> float:
         data = torch.randn(rows, settings.autoencoder.latent_dim, device=self.device)
-        return self._fit_step("diffusion", self._diffusion(settings), data, settings.diffusion.ema_decay)
+        return self._fit_step(self._diffusion(settings), data, 1 if settings.diffusion.ema_decay else 0)
 
-    def _fit_step(self, name: str, model: Any, data: Tensor, ema_decay: float = 0.0) -> float:
-        fitting, settings = Fitting(self.device, seed=0), Optimizer(schedule="cosine")
+    def _fit_step(self, model: Any, data: Tensor, more_passes: int = 0) -> float:
+        random = torch.Generator(self.device)
 
         def run() -> None:
-            fit_model(name, model, data, model.loss, settings, FIT_STEPS, len(data), fitting, ema_decay)
+            model.loss(data, random).backward()
 
-        return self._seconds(run) / FIT_STEPS
+        return self._seconds(run) + self._update(list(model.parameters()), UPDATE_PASSES["adamw"] + more_passes)
+
+    def _update(self, parameters: Sequence[Tensor], passes: int) -> float:
+        """Of so many passes over parameters. To make an optimizer would import the compiler: two seconds."""
+        values, others = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+        return passes * self._seconds(lambda: torch._foreach_add_(values, others))
 
     def _denoising_step(self, settings: config.Generator, samples: int) -> float:
         denoiser = self._diffusion(settings).denoiser.eval()
@@ -445,9 +453,13 @@ class Meter:
 def _anatomy(network: config.Network, info: DataInfo, zoo: config.Zoo) -> Anatomy:
     try:
         with torch.device("meta"):
-            return _dissect(build_network(_plain(network), info), info, zoo)
+            built = build_network(_plain(network), info)
+            if info.image_size > MAX_EDGE or sum(p.numel() for p in built.parameters()) > MAX_BUILT:
+                return _dissect(built, info, zoo)
     except Exception:  # the network reads values, or something is wrong with it, which `check_network` tells
         return _dissect(check_network(network, info), info, zoo)
+    # Some operations on the meta device import the compiler, which takes two seconds.
+    return _dissect(build_network(_plain(network), info), info, zoo)
 
 
 def _plain(network: config.Network) -> config.Network:
@@ -485,10 +497,13 @@ def _generated(network: nn.Module, subset: Subset, zoo: config.Zoo | None) -> li
 def _autoencoder_size(settings: config.Autoencoder, values: int) -> tuple[int, float]:
     """Parameters, and bytes of all operations on a vector."""
     with torch.device("meta"):
-        model, vectors = Autoencoder(settings, values), torch.empty(1, values)
+        model = Autoencoder(settings, values)
+    parameters = sum(p.numel() for p in model.parameters())
+    device = "cpu" if parameters <= MAX_BUILT else "meta"  # as in `_anatomy`
+    model, vectors = model.to_empty(device=device), torch.zeros(1, values, device=device)
     with torch.no_grad(), Trace([vectors]) as trace:
         model.decode(model.encode(vectors))
-    return sum(p.numel() for p in model.parameters()), trace.bytes[False]
+    return parameters, trace.bytes[False]
 
 
 def _replay(calls: Sequence[Callable[[], Any]]) -> Callable[[], None]:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pdiff_ray import figures
 from pdiff_ray.artifacts import STAGES, Artifact, load_tree
 from pdiff_ray.config import Experiment
 from pdiff_ray.stages.base import HISTORY_FILE
@@ -47,6 +46,8 @@ FIGURES = {
 
 def build(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> None:
     """Builds the report from the evaluation and what led to it."""
+    from pdiff_ray import figures  # matplotlib takes a second, and all commands import this module
+
     started = time.monotonic()
     summary = load_summary(artifacts)
     records = ParameterStore(artifacts["evaluation"]).records()

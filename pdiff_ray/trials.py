@@ -80,7 +80,7 @@ class Ledger:
     def ask(self) -> Trial | None:
         """The next trial to run, None if there is none."""
         if self._again:
-            trial = replace(self._again.pop(0), state="running", reason=None, curve=())
+            trial = replace(self._again.pop(0), state="running", reason=None)
         else:
             number = next(n for n in itertools.count() if n not in self.trials)
             if number >= self.total:

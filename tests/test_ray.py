@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -147,3 +148,29 @@ def test_progress_reaches_the_driver(ray):
         while not heard and time.monotonic() < deadline:
             time.sleep(0.05)
     assert heard == [("zoo", 3, 10, "note")]
+
+
+RELEASES = """
+import threading, time, ray
+from pdiff_ray import distributed
+from pdiff_ray.config import Resources
+distributed.prepare(Resources())
+from pdiff_ray.distributed import session
+ray.init(include_dashboard=False, num_cpus=1, log_to_driver=False)
+references = [ray.put(i) for i in range(20_000)]
+def churn():
+    while references:
+        cycle = [references.pop()]
+        cycle.append(cycle)
+        time.sleep(1e-5)
+threading.Thread(target=churn, daemon=True).start()
+session._shutdown()
+print("alive")
+"""
+
+
+@pytest.mark.slow
+def test_ray_ends_while_another_thread_collects_references():
+    ended = subprocess.run([sys.executable, "-c", RELEASES], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.endswith("alive\n")

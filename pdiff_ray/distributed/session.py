@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import socket
@@ -78,7 +79,7 @@ def connect(resources: Resources, progress: Progress) -> Iterator[str]:
         thread.join()
         ray.kill(events)
         if ours:
-            ray.shutdown()
+            _shutdown()
 
 
 def _init(resources: Resources) -> None:
@@ -92,8 +93,17 @@ def _init(resources: Resources) -> None:
     try:
         check_resources(resources, ray.cluster_resources())
     except ConfigError:
-        ray.shutdown()
+        _shutdown()
         raise
+
+
+def _shutdown() -> None:
+    """Ends Ray, which ends this process if a reference is released meanwhile, as a collection in any thread may do."""
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        gc.enable()
 
 
 def check_resources(resources: Resources, available: Mapping[str, float]) -> None:

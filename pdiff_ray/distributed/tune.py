@@ -98,6 +98,9 @@ def _trial(config: dict[str, Any]) -> None:
     def report_rung(rung: int, objective: float) -> None:
         tune.report({"rung": rung, "objective": objective})
 
+    # A generator that goes on from where it was killed does not come to these rungs again.
+    for rung, value in config["curve"]:
+        report_rung(rung, value)
     try:
         objective = run_trial(
             config["experiments"],
@@ -147,7 +150,7 @@ class _Ledger(_NotInSnapshots, Searcher):
                 self.on_change(failed)
                 continue
             self.trials[trial_id] = trial
-            return {**self.shared, "number": trial.number, "experiments": experiments}
+            return {**self.shared, "number": trial.number, "curve": trial.curve, "experiments": experiments}
         return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -205,8 +208,9 @@ class _Recorder(_NotInSnapshots, tune.Callback):
     ) -> None:
         if result["rung"] < FINAL_RUNG:
             known = self.searcher.trials[trial.trial_id]
-            point = (result["rung"], result["objective"])
-            self.searcher.trials[trial.trial_id] = replace(known, curve=(*known.curve, point))
+            curve = {**dict(known.curve), result["rung"]: result["objective"]}
+            self.searcher.trials[trial.trial_id] = replace(known, curve=tuple(sorted(curve.items())))
+            self.ledger.record(self.searcher.trials[trial.trial_id])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result
