@@ -61,6 +61,7 @@ def test_base_training_is_data_parallel(here, tmp_path):
     assert artifacts["base"].key != its["base"].key, "results differ, so keys must"
 
 
+@pytest.mark.slow
 def test_what_a_worker_finds_wrong_reaches_the_user(tmp_path):
     experiment, artifacts = tiny(tmp_path, "training.optimizer={name: sgd, lr: 1e30}", *TWO)
     with pytest.raises(PdiffError, match=r"training\.optimizer\.lr"):
@@ -68,6 +69,7 @@ def test_what_a_worker_finds_wrong_reaches_the_user(tmp_path):
     assert not artifacts["base"].exists()
 
 
+@pytest.mark.slow
 def test_a_lost_zoo_worker_costs_the_members_in_flight(here, tmp_path, ray):
     overrides = ("zoo.members=120", "evaluation.stack=5", *TWO)
     whole, its = tiny(here[0].storage, *overrides)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import build, context, tiny
 
-from pdiff_ray import pipeline
+from pdiff_ray import pipeline, report
 from pdiff_ray.errors import ConfigError, PdiffError
 from pdiff_ray.judge import Judge
 from pdiff_ray.report import load_summary, sharing_text, table_rows
@@ -102,7 +102,7 @@ def test_a_manifest_says_what_was_shared(done):
     assert "changed_predictions" not in info
     text = sharing_text(zoo_info, info)
     assert "98.9% of a pass's FLOPs" in text
-    assert "Zoo steps were full passes: data.augment or data.train_noise" in text
+    assert "Zoo steps were full passes: images vary: data.augment or data.train_noise" in text
     assert not sharing_text({}, {})  # imported, or of another version
 
 
@@ -135,6 +135,9 @@ def test_one_member_works(done):
     summary = load_summary(artifacts)
     assert summary["verdict"]["word"] == "unknown"
     assert "-" in table_rows(summary)[1]  # no similarity among one original
+    assert artifacts["samples"].manifest()["info"]["relative_latent_std"] is None
+    assert artifacts["generator"].manifest()["info"]["unexplained_variance"] is None
+    report.build(one, artifacts)
 
 
 @pytest.mark.parametrize("regime", ["trajectory", "independent"])

@@ -61,9 +61,9 @@ class LatentDiffusion:
         with torch.inference_mode():
             latents = _in_chunks(self.autoencoder.encode, normalized)
             decoded = _in_chunks(self.autoencoder.decode, latents)
-        fitting.notes["unexplained_variance"] = float(
-            (decoded - normalized).square().mean() / (normalized - normalized.mean(0)).square().mean().clamp(min=1e-12)
-        )
+        variance = float((normalized - normalized.mean(0)).square().mean())
+        error = float((decoded - normalized).square().mean())
+        fitting.notes["unexplained_variance"] = error / variance if variance > 0 else None  # a lone member has none
         self._gate(vectors, self.normalizer.unnormalize(decoded), fitting)
         latents = latents.clone()  # out of inference mode: the diffusion model is trained on them
         if diffusion.standardize_latents:

@@ -104,8 +104,8 @@ def build_samples(experiment: Experiment, artifacts: Mapping[str, Artifact], con
     for start in range(0, len(records), experiment.evaluation.stack):
         store.append(records[start : start + experiment.evaluation.stack], subset)
     # Below 1, the samples vary less than the members: training long shrinks them toward the mean.
-    drawn, learned = (latents[group].std(0, correction=0).mean() for group in ("generated", "original"))
-    spread = float(drawn / learned.clamp(min=1e-12))
+    drawn, learned = (float(latents[group].std(0, correction=0).mean()) for group in ("generated", "original"))
+    spread = drawn / learned if learned > 0 else None  # a lone member does not vary
     info = {"samples": len(records), "relative_latent_std": spread, "sampling_s": round(sampled_s, 3)}
     artifact.commit(
         {LATENTS_FILE: save_tree(latents)},
