@@ -1,4 +1,4 @@
-"""Writes the table of fields in docs/configuration.md from the schema: `uv run python docs/generate.py`."""
+"""Writes the tables of fields in the documentation from the schema: `uv run python docs/generate.py`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from pdiff_ray.config import Experiment
+from pdiff_ray.space import Parameter, Sweep
 
-PAGE = Path(__file__).parent / "configuration.md"
-MARK = "<!-- fields: made by docs/generate.py from pdiff_ray/config.py -->\n"
+FOLDER = Path(__file__).parent
+MARK = "<!-- fields: made by docs/generate.py from the schema -->\n"
+TABLES = {
+    "configuration.md": [(Experiment, "")],
+    "sweeps.md": [(Sweep, "sweep."), (Parameter, "sweep.parameters.PATH.")],
+}
 
 
 def rows(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -23,7 +28,8 @@ def rows(model: type[BaseModel], prefix: str = "") -> list[str]:
             lines += rows(nested, f"{prefix}{name}.")
             continue
         text = field.description or ""
-        lines.append(f"| `{prefix}{name}` | {_default(field.default)} | {_kind(field)}{text} |")
+        default = field.get_default(call_default_factory=True)
+        lines.append(f"| `{prefix}{field.alias or name}` | {_default(default)} | {_kind(field)}{text} |")
     return lines
 
 
@@ -34,7 +40,7 @@ def _default(value: Any) -> str:
         return ""
     if isinstance(value, tuple):
         value = list(value)
-    return "`{}`" if isinstance(value, dict) else f"`{value}`"
+    return f"`{value}`"
 
 
 def _kind(field: Any) -> str:
@@ -44,11 +50,13 @@ def _kind(field: Any) -> str:
     return ""
 
 
-def page() -> str:
-    """The page with its table renewed."""
-    head = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
-    return "\n".join([head + MARK, "| field | default | |", "|---|---|---|", *rows(Experiment)]) + "\n"
+def page(name: str) -> str:
+    """A page with its table renewed."""
+    head = (FOLDER / name).read_text(encoding="utf-8").partition(MARK)[0]
+    lines = [line for model, prefix in TABLES[name] for line in rows(model, prefix)]
+    return "\n".join([head + MARK, "| field | default | |", "|---|---|---|", *lines]) + "\n"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for name in TABLES:
+        (FOLDER / name).write_text(page(name), encoding="utf-8")

@@ -125,8 +125,14 @@ def _sweep_trials(file: SweepFile, dry_run: bool, in_process: bool) -> None:
 
     with tracking.follow(ledger) as tell:
         sweeping.run(ledger, in_process=in_process, on_result=tell)
+        if confirmation := ledger.confirmation():
+            from pdiff_ray import sweep_report
+
+            with tracking.follow(confirmation) as tell_too:
+                sweeping.run(confirmation, in_process=in_process, on_result=tell_too)
+                sweep_report.write(confirmation)
         print_sweep(ledger)  # MLflow takes what that writes
-    if sweeping.print_failures(ledger):
+    if sweeping.print_failures(ledger) + (sweeping.print_failures(confirmation) if confirmation else 0):
         raise PdiffError("trials failed; the same command tries them again")
 
 
@@ -254,7 +260,7 @@ def print_sweep(ledger: Ledger) -> None:
     if len(shown) < len(rows):
         console.print(f"{len(rows) - len(shown)} more trials in the report")
     console.print(f"\n{sweep_report.legend(ledger)}", style="dim")
-    if verdict := sweep_report.verdict(ledger, rows):
+    if verdict := sweep_report.verdict(ledger):
         console.print(f"verdict: {verdict}", markup=False)
     place = ledger.storage.location(ledger.folder)
     console.print(f"\nreport     {place}/{sweep_report.REPORT_FILE}")

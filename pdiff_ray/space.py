@@ -77,16 +77,13 @@ class Parameter(Section):
         """The values of a choice or of variants as they are shown."""
         return list(self.variants) if self.variants else [label(value) for value in self.choice or ()]
 
-    def changes(self, name: str, chosen: Label) -> dict[str, Any]:
-        """The fields that a value changes, as a mapping to lay over an experiment's."""
+    def fields(self, name: str, chosen: Label) -> dict[str, Any]:
+        """The fields that a value changes, by dotted path."""
         if self.variants:
-            changes: dict[str, Any] = {}
-            for path, value in self.variants[str(chosen)].items():
-                changes = merge(changes, nested(path, value))
-            return changes
+            return self.variants[str(chosen)]
         if self.choice:
-            return nested(name, next(value for value in self.choice if label(value) == chosen))
-        return nested(name, chosen)
+            return {name: next(value for value in self.choice if label(value) == chosen)}
+        return {name: chosen}
 
 
 def label(value: Any) -> Label:
@@ -99,7 +96,7 @@ def label(value: Any) -> Label:
 class Sweep(Section):
     """A question: which fields vary, over what, and how trials are chosen."""
 
-    unkeyed = frozenset({"num_trials", "max_concurrent", "time_budget", "max_retries"})
+    unkeyed = frozenset({"num_trials", "max_concurrent", "time_budget", "max_retries", "confirm"})
 
     search: Literal["grid", "random", "optuna"] = Field(
         "grid", description="every combination, independent draws, or Optuna's TPE"
@@ -122,6 +119,11 @@ class Sweep(Section):
         None, gt=0, description="seconds (or 30m, 2h) after which no trial goes on; the same command continues"
     )
     max_retries: int = Field(1, ge=0, description="of a trial that crashed or lost its node, from where it was")
+    confirm: int = Field(
+        3,
+        ge=0,
+        description="of a search: new seeds with which the best setting and the file's own are compared at the end",
+    )
     seed: int = Field(0, ge=0, description="of the search")
 
     @model_validator(mode="before")
@@ -147,6 +149,10 @@ class Sweep(Section):
                     raise ValueError(f"parameters.{name} is a range, which a grid cannot enumerate; list its values")
         elif self.num_trials is None:
             raise ValueError(f"num_trials is needed by search {self.search!r}")
+        elif self.scheduler == "asha" and self.repeats > 1:
+            raise ValueError(
+                f"repeats is {self.repeats}; scheduler asha judges one unfinished generator, take repeats 1"
+            )
         for position, (name, parameter) in enumerate(self.parameters.items()):
             for other, values in parameter.when.items():
                 earlier = list(self.parameters)[:position]
@@ -214,6 +220,11 @@ class SweepFile:
         paragraph = itertools.takewhile(lambda line: line.startswith("#") and line.strip("# "), lines)
         return " ".join(line.strip("# ") for line in paragraph)
 
+    def fields(self, assignment: Assignment) -> dict[str, Any]:
+        """What an assignment changes, by dotted path; later parameters win."""
+        parts = (self.sweep.parameters[name].fields(name, value) for name, value in assignment.items())
+        return dict(itertools.chain.from_iterable(part.items() for part in parts))
+
     def vary(self, assignment: Assignment, repeat: int = 0) -> Experiment:
         """The experiment of an assignment; `repeat` is added to its seeds.
 
@@ -221,14 +232,18 @@ class SweepFile:
             ConfigError: the values do not exist or do not fit together.
         """
         raw = self.raw
-        for name, value in assignment.items():
-            raw = merge(raw, self.sweep.parameters[name].changes(name, value))
+        for path, value in self.fields(assignment).items():
+            raw = merge(raw, nested(path, value))
         where = f"{self.path}: sweep: " + describe(assignment)
+        return config.parse_experiment(self.with_seeds(raw, repeat, where), where)
+
+    def with_seeds(self, raw: dict[str, Any], repeat: int, where: str | None = None) -> dict[str, Any]:
+        """A mapping of the experiment with its seeds raised."""
         if repeat:
-            plain = config.parse_experiment(raw, where).model_dump()
+            plain = config.parse_experiment(raw, where or self.path).model_dump()
             for path in self.sweep.seeds:
                 raw = merge(raw, nested(path, _at(plain, path) + repeat))
-        return config.parse_experiment(raw, where)
+        return raw
 
 
 def describe(assignment: Mapping[str, Label]) -> str:

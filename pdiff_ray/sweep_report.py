@@ -26,10 +26,9 @@ from pdiff_ray.space import Assignment, Label, format_label, label
 from pdiff_ray.store import ParameterStore
 from pdiff_ray.summary import named_metrics
 from pdiff_ray.sweep_figures import Panel, Search, Slice
-from pdiff_ray.trials import Ledger
+from pdiff_ray.trials import AS_IN_THE_FILE, Ledger
 
 REPORT_FILE, SUMMARY_FILE, TRIALS_FILE, TABLE_FILE = "report.html", "summary.csv", "trials.csv", "summary.md"
-AS_IN_THE_FILE = "as in the file"
 COLUMNS = {
     "original/mean_test_accuracy": "original",
     "ensemble/mean_test_accuracy": "ensemble",
@@ -271,35 +270,44 @@ def legend(ledger: Ledger) -> str:
     return f"{LEGEND} objective: {ledger.sweep.metric}{unit}."
 
 
-def verdict(ledger: Ledger, rows: Sequence[Row]) -> str | None:
+def verdict(ledger: Ledger) -> str | None:
     """Whether a search has found a better setting than the file's own, in words; None of a grid."""
-    metric, best = ledger.sweep.metric, ledger.best()
+    best, confirmation = ledger.best(), ledger.confirmation()
     if ledger.sweep.search == "grid" or best is None:
         return None
-    (winner,) = (row for row in rows if row.trials and row.trials[0].number == best.number)
+    return _verdict(ledger, best, table(confirmation) if confirmation else [])
+
+
+def _verdict(ledger: Ledger, best: Trial, compared: Sequence[Row]) -> str:
+    """Args: compared: the file's own setting and the best trial's, with seeds that the search has not seen."""
+    metric = ledger.sweep.metric
     named = f"trial {best.number} ({_values(ledger, best.assignment)})"
-    own = rows[0] if rows[0].name == AS_IN_THE_FILE else None
-    theirs = {result.repeat: result.metrics for result in own.results if result.metrics} if own else {}
-    pairs = [(r.metrics[metric], theirs[r.repeat][metric]) for r in winner.results if r.metrics and r.repeat in theirs]
-    if own is None or not pairs:
-        numbers = f"{metric} {_number(metric, winner.objective(metric))}"
-        unknown = (
-            "Whether that beats the file's own setting is unknown: storage has no evaluation of it with these seeds."
+    results = [{r.repeat: r.metrics for r in row.results if r.metrics} for row in compared]
+    own, winner = results or ({}, {})
+    seeds = sorted(own.keys() & winner.keys())
+    if not seeds:
+        found = Statistic.of([best.objective] if best.objective is not None else [])
+        return (
+            f"The best so far is {named}, with {metric} {_number(metric, found)}. Whether that beats the file's own "
+            "setting with other seeds has not been measured."
         )
-        return f"Best is {named}, with {numbers}. {unknown}"
-    gains = [(mine - other) * (1 if ledger.sweep.maximize else -1) for mine, other in pairs]
-    mine, other = (Statistic.of(values) for values in zip(*pairs, strict=True))
-    numbers = f"{metric} {_number(metric, mine)} against {_number(metric, other)}"
-    seeds = f"better in {sum(gain > 0 for gain in gains)} of {len(gains)} seeds"
-    on_test = "generated/mean_test_accuracy"
-    test = f"mean test accuracy {_number(on_test, winner.statistic(on_test))} against "
-    test += f"{_number(on_test, own.statistic(on_test))} %, which chose nothing"
-    if np.mean(gains) <= 0:
-        word = "The search has not beaten the file's own setting"
-        return f"{word}: its best, {named}, has {numbers}, {seeds}; {test}."
-    word = "beats the file's own setting" if min(gains) > 0 else "beats the file's own setting on average only"
-    doubt = "" if len(gains) > 1 else " One seed cannot tell it from chance."
-    return f"The best of {_finished(ledger)} finished trials, {named}, {word}: {numbers}, {seeds}; {test}.{doubt}"
+    sign = 1 if ledger.sweep.maximize else -1
+    gains = [sign * (winner[seed][metric] - own[seed][metric]) for seed in seeds]
+
+    def both(name: str) -> str:
+        mine, other = (_number(name, Statistic.of([of[seed][name] for seed in seeds])) for of in (winner, own))
+        return f"{mine} against {other}"
+
+    better = f"better in {sum(gain > 0 for gain in gains)} of {len(gains)} seeds that the search has not seen"
+    numbers = f"{metric} {both(metric)}, {better}"
+    test = f"mean test accuracy {both('generated/mean_test_accuracy')} %, which chose nothing"
+    if min(gains) > 0:
+        word = "beats the file's own setting"
+    elif np.mean(gains) > 0:
+        word = "beats the file's own setting on average only"
+    else:
+        return f"The search has not beaten the file's own setting: its best, {named}, has {numbers}; {test}."
+    return f"The best of {_finished(ledger)} finished trials, {named}, {word}: {numbers}; {test}."
 
 
 def _finished(ledger: Ledger) -> int:
@@ -315,7 +323,7 @@ def write(ledger: Ledger) -> list[Row]:
     files[TRIALS_FILE] = _csv([_trial_line(ledger, row, result) for row in rows for result in row.results])
     files[TABLE_FILE] = "\n\n".join(
         part
-        for part in (headline(ledger), report.markdown(cells(ledger, rows)), verdict(ledger, rows), legend(ledger))
+        for part in (headline(ledger), report.markdown(cells(ledger, rows)), verdict(ledger), legend(ledger))
         if part
     ).encode()
     files[REPORT_FILE] = _page(ledger, rows, pngs).encode()
@@ -483,7 +491,7 @@ def _page(ledger: Ledger, rows: Sequence[Row], pngs: Mapping[str, bytes]) -> str
         name=experiment.name,
         question=ledger.file.question,
         headline=headline(ledger),
-        verdict=verdict(ledger, rows),
+        verdict=verdict(ledger),
         rows=[[broken(text) for text in head], *body],
         legend=legend(ledger),
         figures=[(CAPTIONS[name], base64.b64encode(png).decode()) for name, png in pngs.items()],

@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from pdiff_ray import report, search
+from pdiff_ray import config, report, search
 from pdiff_ray.artifacts import STAGES, Artifact, Storage
 from pdiff_ray.config import Experiment
 from pdiff_ray.errors import StorageError
 from pdiff_ray.generators import NUM_RUNGS
 from pdiff_ray.search import Trial
-from pdiff_ray.space import OBJECTIVES, Assignment, Parameter, SweepFile
+from pdiff_ray.space import OBJECTIVES, Assignment, Parameter, Sweep, SweepFile
 from pdiff_ray.stages import Context, artifacts_of, base, evaluate, generate, zoo
 from pdiff_ray.stages.base import load_network, open_dataset
 
@@ -35,6 +35,7 @@ BUILDERS: dict[str, Callable[..., None]] = {
     "samples": generate.build_samples,
     "evaluation": evaluate.build,
 }
+SETTING, AS_IN_THE_FILE = "setting", "as in the file"  # what a search's confirmation varies
 FINAL_RUNG = NUM_RUNGS + 1  # after the generator's: the evaluation
 
 
@@ -120,6 +121,21 @@ class Ledger:
 
     def artifacts(self, experiment: Experiment) -> dict[str, Artifact]:
         return artifacts_of(experiment, self.storage)
+
+    def confirmation(self) -> Ledger | None:
+        """The sweep that compares the best setting of a search with the file's own, with seeds that it has not seen.
+
+        None while the search goes on, and for a grid.
+        """
+        best, sweep = self.best(), self.sweep
+        if sweep.search == "grid" or not sweep.confirm or best is None or len(self.done()) < self.total:
+            return None
+        raw = self.file.with_seeds(self.file.raw, sweep.repeats)
+        settings = {AS_IN_THE_FILE: {}, f"trial {best.number}": self.file.fields(best.assignment)}
+        shared = {name: getattr(sweep, name) for name in ("seeds", "metric", "max_concurrent", "max_retries")}
+        compared = Sweep(parameters={SETTING: Parameter(variants=settings)}, repeats=sweep.confirm, **shared)
+        experiment = config.parse_experiment(raw, self.file.path)
+        return Ledger(SweepFile(experiment, compared, raw, self.file.path))
 
     def best(self) -> Trial | None:
         """The finished trial with the best objective."""

@@ -35,6 +35,7 @@ ASHA = {
     "max_concurrent": 1,
     "max_retries": KILLS,
     "scheduler": "asha",
+    "confirm": 0,
     "metric": "generated/mean_validation_loss",
     "parameters": {
         "generator.autoencoder.lr": {"loguniform": [1.0e-6, 1.0e-1]},

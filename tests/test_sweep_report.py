@@ -243,17 +243,34 @@ def test_search_figures_and_files(searched, recwarn):
     assert not recwarn.list
 
 
-def test_verdict_compares_with_the_files_own_setting(searched):
-    assert "unknown" in sweep_report.verdict(searched, sweep_report.table(searched))
+def test_the_files_own_setting_is_a_row_if_it_is_evaluated(searched):
     own = searched.experiments(Trial(-1, {}, (0, 1)))
     run_trial(own, searched.storage, context(), searched.sweep.metric)
     rows = sweep_report.table(searched)
     assert rows[0].name == "as in the file"
     assert len(rows) == 5
-    best = min(searched.trials[number].objective for number in (0, 1))
-    told = sweep_report.verdict(searched, rows)
-    assert ("has not beaten" in told) == (best >= rows[0].objective(searched.sweep.metric).mean)
-    assert "of 2 seeds" in told
+
+
+def test_a_search_is_confirmed_with_new_seeds(storage):
+    ledger = ledger_of(storage, SEARCH | {"num_trials": 2, "confirm": 2}, "confirmed")
+    assert ledger.confirmation() is None
+    sweeping.run(ledger, in_process=True)
+    assert "has not been measured" in sweep_report.verdict(ledger)
+    confirmation = ledger.confirmation()
+    best = ledger.best()
+    seen = {experiment.generator.seed for trial in ledger.done() for experiment in ledger.experiments(trial)}
+    planned = [confirmation.experiments(trial) for trial in confirmation.planned()]
+    assert {experiment.generator.seed for (experiment,) in planned} == {2, 3}
+    assert seen == {0, 1}
+    plain = {experiment.generator.seed: experiment for (experiment,) in planned[::2]}
+    assert plain[2] == ledger.file.vary({}, 2)
+    assert planned[1] == [ledger.file.vary(best.assignment, 2)]
+    sweeping.run(confirmation, in_process=True)
+    losses = [g[0]["generated"]["validation_loss_mean"] for g in (groups(confirmation, t) for t in confirmation.done())]
+    wins = sum(winner < own for own, winner in zip(losses[::2], losses[1::2], strict=True))
+    assert f"better in {wins} of 2 seeds" in sweep_report.verdict(ledger)
+    sweep_report.write(ledger)
+    assert f"better in {wins} of 2 seeds" in read(ledger, "summary.md").decode()
 
 
 @pytest.mark.parametrize(
@@ -269,13 +286,12 @@ def test_verdict_is_honest(storage, mine, words):
     ledger = ledger_of(storage, SEARCH | {"metric": "generated/mean_validation_accuracy"}, "verdict")
     metric = ledger.sweep.metric
     best = Trial(0, {}, (0, 1), "finished", statistics.mean(mine))
-    ledger.trials = {0: best}
 
-    def row(name, trials, values):
+    def row(values):
         results = [Result(best, r, {}, {metric: value, MEAN: value}) for r, value in enumerate(values)]
-        return Row(name, {}, 2, trials, results)
+        return Row("", {}, 2, (best,), results)
 
-    told = sweep_report.verdict(ledger, [row("as in the file", (), (0.5, 0.5)), row("0", (best,), mine)])
+    told = sweep_report._verdict(ledger, best, [row((0.5, 0.5)), row(mine)])
     assert words in told
     assert f"{100 * statistics.mean(mine):.2f}" in told
 
