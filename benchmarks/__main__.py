@@ -22,6 +22,7 @@ BENCHMARKS = {
     "growth": "judging",
     "actors": "cluster",
     "ray_overhead": "cluster",
+    "trial_overhead": "cluster",
     "rerun": "cluster",
 }
 COLUMNS = "{:<12} {:>10} {:>10} {:>8}  {:<15} {:>3} {:>8} {:>8} {:>8}  {}"

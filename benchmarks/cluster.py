@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import yaml
 
 from benchmarks.harness import Result, compare, result, seconds
-from pdiff_ray import config, distributed
+from pdiff_ray import config, distributed, space
 from pdiff_ray.artifacts import Artifact, Storage
 from pdiff_ray.data import default_cache
 from pdiff_ray.stages import Context, artifacts_of, base, evaluate, generate, silent, zoo
 from pdiff_ray.store import ParameterStore
+from pdiff_ray.trials import Ledger
 
 QUICKSTART = Path(__file__).parent.parent / "sweeps" / "quickstart.yaml"
 # Evaluation takes as long whatever the networks have learned.
@@ -124,6 +130,47 @@ def ray_overhead(overrides: tuple[str, ...] = BRIEF, n: int = 5) -> Iterator[Res
             n=n,
             target=1 / 1.1,
             note="start-up apart, on both sides",
+        )
+
+
+def trial_overhead(trials: int = 10, trial_s: float = 60.0, overrides: tuple[str, ...] = BRIEF) -> Iterator[Result]:
+    """Trials of a sweep on Ray Tune, one after another, against the same trials in this process.
+
+    What Ray adds to a trial of a few seconds, from one trial's end to the next, is added to one of `trial_s`.
+    """
+    from pdiff_ray import sweeping
+
+    with tempfile.TemporaryDirectory() as folder, _evaluation(overrides) as (evaluation, _):
+        ends: dict[str, list[float]] = {}
+        objectives = []
+        for place in ("ray", "here"):
+            storage = f"{folder}/{place}"
+            shutil.copytree(evaluation.artifacts["base"].storage.local, storage)
+            file = Path(folder) / f"{place}.yaml"
+            sweep = {"parameters": {"sampling.seed": list(range(1, trials + 1))}, "max_concurrent": 1}
+            file.write_text(yaml.safe_dump({"base": str(QUICKSTART), "name": "overhead", "sweep": sweep}))
+            ledger = Ledger(space.load(file, [f"storage={storage}", *overrides]))
+            times = ends[place] = [time.perf_counter()]
+            with contextlib.redirect_stdout(io.StringIO()):
+                sweeping.run(
+                    ledger,
+                    in_process=place == "here",
+                    on_result=lambda _, times=times: times.append(time.perf_counter()),
+                )
+            objectives.append([trial.objective for trial in ledger.done()])
+        assert objectives[0] == objectives[1]
+        ray_s, here_s = (np.diff(times) for times in (ends["ray"], ends["here"]))
+        # The first also waits for the actor: its process, its imports.
+        added = ray_s[1:] - here_s[1:]
+        start_s = ray_s[0] - here_s[0]
+        yield result(
+            "trial_overhead",
+            f"a trial of {trial_s:g} s on Ray Tune",
+            "in this process",
+            [(trial_s + float(more), trial_s) for more in added],
+            target=0.95,
+            note=f"measured on {trials} trials of {np.median(here_s):.1f} s, which Ray makes {np.median(added):+.2f} s "
+            f"longer; the first takes {start_s:.1f} s more, once for each actor",
         )
 
 

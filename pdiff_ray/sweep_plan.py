@@ -136,7 +136,9 @@ def show(ledger: Ledger) -> None:
         stops = ", and ASHA will stop some of them early" if sweep.scheduler == "asha" else ""
         console.print(f"[dim]What the search will try is unknown: its trials are taken as the file has them{stops}.[/]")
         if sweep.confirm:
-            console.print(f"[dim]Then the best setting and the file's own are run with {sweep.confirm} new seeds each.[/]")
+            console.print(
+                f"[dim]Then the best setting and the file's own are run with {sweep.confirm} new seeds each.[/]"
+            )
     if sweep.time_budget:
         console.print(f"time budget: {duration(sweep.time_budget)} for a launch; the same command goes on from there")
     if plan.unknown:

@@ -119,7 +119,8 @@ def test_ten_kills_change_nothing(tmp_path, sweep):
         moment = time.monotonic() + rng.uniform(6, 20)
         while time.monotonic() < moment and process.poll() is None:
             time.sleep(0.01)
-        assert process.poll() is None, f"over after {kills} kills, too early to say anything"
+        if process.poll() is not None:
+            pytest.fail(f"over after {kills} kills, too early to say anything:\n{process.communicate()[0]}")
         kills += kill(process, what, rng)
     if process.poll() is not None:
         process = start(file, disturbed)
@@ -133,11 +134,12 @@ def test_ten_kills_change_nothing(tmp_path, sweep):
     if sweep is ASHA:
         assert {t.state for t in ledger.done()} == {"finished", "stopped"}
     assert table(ledger) == table(whole)
-    assert not list((disturbed / "tmp").iterdir())
+    # Nothing of Ray's that a later launch will not remove by its age.
+    assert all(left.name.startswith("ray-") for left in (disturbed / "tmp").iterdir())
 
     client = mlflow.MlflowClient(tracking_uri=tracking_uri(ledger.file.experiment, ledger.storage))
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1000)
-    trials = [run.data.tags["trial"] for run in runs if run.data.tags["kind"] == "trial"]
+    trials = [run.data.tags["pdiff.trial"] for run in runs if run.data.tags["kind"] == "trial"]
     assert sorted(map(int, trials)) == list(range(ledger.total))
     assert [run.data.tags["kind"] for run in runs].count("sweep") == 1
     assert "RUNNING" not in {run.info.status for run in runs}
