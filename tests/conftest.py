@@ -22,6 +22,6 @@ def ray():
     """One local Ray for all tests that want one."""
     import ray
 
-    ray.init(include_dashboard=False, num_cpus=4)
+    ray.init(address="local", include_dashboard=False, num_cpus=4)
     yield ray
     ray.shutdown()

@@ -91,7 +91,7 @@ def cluster(tmp_path):
     address = f"127.0.0.1:{port}"
     driver = tmp_path / "driver"
     driver.mkdir()
-    shared = {**JOINED, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    shared = {**JOINED, "PDIFF_TEST_CLUSTER": address, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     own = ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000"]
     ray_start("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", *own, **shared)
     try:
@@ -102,8 +102,26 @@ def cluster(tmp_path):
     finally:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if address in " ".join(process.cmdline()) and process.pid != os.getpid():
+                if process.environ().get("PDIFF_TEST_CLUSTER") == address:
                     process.kill()
+
+
+LOCAL = """
+from pdiff_ray import distributed
+from pdiff_ray.config import Resources
+from pdiff_ray.stages import silent
+distributed.prepare(Resources(workers=1, actors=1))
+from pdiff_ray.distributed import session
+with session.connect(Resources(workers=1, actors=1), silent):
+    print(session.ray.get_runtime_context().gcs_address)
+"""
+
+
+def test_without_an_address_ray_is_a_local_one(cluster):
+    address, _ = cluster
+    ended = subprocess.run([sys.executable, "-c", LOCAL], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() not in ("", address)
 
 
 def test_nodes_share_only_storage_and_mlflow(cluster, bucket, mlflow_server, tmp_path):

@@ -158,7 +158,7 @@ from pdiff_ray import distributed
 from pdiff_ray.config import Resources
 distributed.prepare(Resources())
 from pdiff_ray.distributed import session
-ray.init(include_dashboard=False, num_cpus=1, log_to_driver=False)
+ray.init(address="local", include_dashboard=False, num_cpus=1, log_to_driver=False)
 references = [ray.put(i) for i in range(20_000)]
 def churn():
     while references:

@@ -89,7 +89,8 @@ def _init(resources: Resources) -> None:
         _reach(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    # "local": else Ray would join whatever cluster was last started on this machine.
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         check_resources(resources, ray.cluster_resources())
     except ConfigError:
