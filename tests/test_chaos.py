@@ -26,12 +26,12 @@ KILLS = 10
 LONGER = {
     "base": str(TINY),
     "zoo": {"members": 40, "optimizer": {"lr": 0.3}},
-    "generator": {"autoencoder": {"steps": 1500}, "diffusion": {"steps": 1500}},
+    "generator": {"autoencoder": {"steps": 3000}, "diffusion": {"steps": 3000}},
     "resources": {"workers": 2, "max_failures": KILLS},
 }
 ASHA = {
     "search": "optuna",
-    "num_trials": 14,
+    "num_trials": 20,
     "max_concurrent": 1,
     "max_retries": KILLS,
     "scheduler": "asha",
@@ -53,13 +53,18 @@ GRID = {
 
 def start(file, storage):
     code = "from pdiff_ray.cli import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "sweep", str(file), "--storage", str(storage)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        text=True,
-    )
+    storage.mkdir(exist_ok=True)
+    with open(storage.with_suffix(".log"), "w") as output:
+        return subprocess.Popen(
+            [sys.executable, "-c", code, "sweep", str(file), "--storage", str(storage)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def said(storage):
+    return storage.with_suffix(".log").read_text()
 
 
 def kill(process, what, rng):
@@ -81,19 +86,24 @@ def kill(process, what, rng):
     return True
 
 
+def wait(process, condition):
+    while process.poll() is None and not condition():
+        time.sleep(0.01)
+
+
 def name(process):
     with contextlib.suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
 
 
-def finish(process, within_s):
+def finish(process, storage):
     try:
-        output, _ = process.communicate(timeout=within_s)
+        process.wait(timeout=600)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail("the sweep hangs")
-    assert process.returncode == 0, output
+        pytest.fail(f"the sweep hangs:\n{said(storage)}")
+    assert process.returncode == 0, said(storage)
 
 
 def table(ledger):
@@ -108,23 +118,22 @@ def test_ten_kills_change_nothing(tmp_path, sweep):
     file = tmp_path / "chaos.yaml"
     file.write_text(yaml.safe_dump({**LONGER, "name": "chaos", "sweep": sweep}, sort_keys=False))
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    finish(start(file, undisturbed), 600)
+    finish(start(file, undisturbed), undisturbed)
 
     rng, kills, process = random.Random(0), 0, None
     while kills < KILLS:
         if process is None or process.poll() is not None:
             process = start(file, disturbed)
-        what = rng.choice(["driver", "worker", "ray"])
-        # Ray takes some seconds to start; less than a trial or two fits in between.
-        moment = time.monotonic() + rng.uniform(6, 20)
-        while time.monotonic() < moment and process.poll() is None:
-            time.sleep(0.01)
+            if rng.random() < 0.8:  # else Ray itself is killed while it starts
+                wait(process, lambda: "running" in said(disturbed))
+        what, moment = rng.choice(["driver", "worker", "ray"]), time.monotonic() + rng.uniform(0, 14)
+        wait(process, lambda moment=moment: time.monotonic() > moment)
         if process.poll() is not None:
-            pytest.fail(f"over after {kills} kills, too early to say anything:\n{process.communicate()[0]}")
+            pytest.fail(f"over after {kills} kills, too early to say anything:\n{said(disturbed)}")
         kills += kill(process, what, rng)
     if process.poll() is not None:
         process = start(file, disturbed)
-    finish(process, 600)
+    finish(process, disturbed)
 
     whole, ledger = (Ledger(space.load(file, [f"storage={s}"])) for s in (undisturbed, disturbed))
     assert [(t.number, t.assignment, t.state, t.objective, t.curve) for t in ledger.done()] == [
