@@ -67,7 +67,9 @@ def experiment_options(function: Any) -> Any:
     return function
 
 
-in_process_option = click.option("--in-process", is_flag=True, help="Run without Ray, in this process; to debug.")
+in_process_option = click.option(
+    "--in-process", is_flag=True, help="Run without Ray, in this process, which is then the only worker; to debug."
+)
 
 
 def load_experiment(file: str, **options: Any) -> Experiment:
@@ -78,9 +80,21 @@ def load_experiment(file: str, **options: Any) -> Experiment:
 
 
 def _overrides(
-    overrides: tuple[str, ...], storage: str | None, tracking_uri: str | None, address: str | None, **_: Any
+    overrides: tuple[str, ...],
+    storage: str | None,
+    tracking_uri: str | None,
+    address: str | None,
+    in_process: bool = False,
+    **_: Any,
 ) -> list[str]:
-    given = {"storage": storage, "tracking.uri": tracking_uri, "resources.address": address}
+    # A base is named after the number of workers that train it.
+    workers = 1 if in_process else None
+    given = {
+        "storage": storage,
+        "tracking.uri": tracking_uri,
+        "resources.address": address,
+        "resources.workers": workers,
+    }
     return [*overrides, *(f"{path}={value}" for path, value in given.items() if value)]
 
 
@@ -92,7 +106,7 @@ def sweep(file: str, dry_run: bool, in_process: bool, **options: Any) -> None:
     """Run the experiment of FILE, or all trials of its sweep, from data to report; what is there is used again."""
     from pdiff_ray import space
 
-    loaded = space.load(file, _overrides(**options), options["preset"])
+    loaded = space.load(file, _overrides(**options, in_process=in_process), options["preset"])
     if isinstance(loaded, space.SweepFile):
         _sweep_trials(loaded, dry_run, in_process)
     else:
@@ -133,7 +147,7 @@ def _sweep_trials(file: SweepFile, dry_run: bool, in_process: bool) -> None:
                 sweep_report.write(confirmation)
         print_sweep(ledger)  # MLflow takes what that writes
     if sweeping.print_failures(ledger) + (sweeping.print_failures(confirmation) if confirmation else 0):
-        raise PdiffError("trials failed; the same command tries them again")
+        raise PdiffError("trials failed" + ("; the same command tries them again" if ledger.open_trials() else ""))
 
 
 @cli.command()
@@ -144,7 +158,7 @@ def run(stage: str, file: str, in_process: bool, **options: Any) -> None:
     """Build one STAGE of the experiment of FILE and what it needs; of a sweep's, with what varies as FILE has it."""
     from pdiff_ray import pipeline
 
-    plan = pipeline.make_plan(load_experiment(file, **options), target=stage)
+    plan = pipeline.make_plan(load_experiment(file, in_process=in_process, **options), target=stage)
     _start(plan)
     pipeline.run(plan, in_process=in_process)
     click.echo(f"{stage}: {plan.artifacts[stage].location}")
@@ -414,6 +428,8 @@ def log_command(file: str, **options: Any) -> None:
         if not ledger.done():
             raise PdiffError(f"no trial has ended yet in {ledger.storage.location(ledger.folder)}")
         written = tracking.log(ledger)
+        if (confirmation := ledger.confirmation()) and confirmation.done():
+            tracking.log(confirmation)
         click.echo(f"{written} of {len(ledger.done())} trials written; the others were there")
         return
     plan = pipeline.make_plan(loaded)

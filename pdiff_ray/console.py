@@ -13,6 +13,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from pdiff_ray.search import Trial
 
@@ -129,7 +130,7 @@ class SweepDisplay:
         for column in ("trial", "values", "state", "stage", "objective", "seconds"):
             table.add_column(column, justify="right" if column in ("trial", "objective", "seconds") else "left")
         for task, (done, total, note) in self.tasks.items():
-            table.add_row("", "", task, f"{done}/{total} {note}", "", "")
+            table.add_row("", "", task, Text(f"{done}/{total} {note}"), "", "")
         running = sorted(self._running(), key=lambda t: t.number)
         rows = max(3, console.height - 8 - len(self.tasks) - len(running))  # what a terminal can show of the ended ones
         ended = [t for t in self.trials.values() if t.state != "running"][-rows:]
@@ -138,7 +139,7 @@ class SweepDisplay:
             seconds = trial.seconds or time.monotonic() - self.began.get(trial.number, time.monotonic())
             table.add_row(
                 str(trial.number),
-                trial.text,
+                Text(trial.text),
                 trial.state,
                 f"{stage} {done}/{total}" if stage else "",
                 "" if trial.objective is None else f"{trial.objective:.4f}",

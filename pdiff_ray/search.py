@@ -28,6 +28,7 @@ class Trial:
         objective: the sweep's metric, mean over repeats.
         curve: (rung, objective) of the unfinished generator, where a scheduler asked for it.
         reason: why it failed.
+        crashed: failed by the loss of its process, node or storage, not by its values.
         seconds: that it ran.
     """
 
@@ -38,6 +39,7 @@ class Trial:
     objective: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
     reason: str | None = None
+    crashed: bool = False
     seconds: float | None = None
 
     @property

@@ -65,7 +65,7 @@ def make_plan(ledger: Ledger, estimator: Estimator) -> SweepPlan:
         concurrent=_concurrent(ledger, len(todo) + new),
     )
     first = ("base", "zoo") if sweep.search == "grid" or not ledger.varies_zoos else ()
-    trials = [ledger.experiments(trial) for trial in todo]
+    trials = [ledger.possible(trial) for trial in todo]
     if new:
         any_trial = Trial(-1, {}, tuple(range(sweep.repeats)))
         trials.append(ledger.experiments(any_trial))

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich.text import Text
 
 from pdiff_ray import report, search, sweep_figures
 from pdiff_ray.artifacts import Artifact
-from pdiff_ray.errors import ConfigError
+from pdiff_ray.console import console
+from pdiff_ray.errors import ConfigError, StorageError
 from pdiff_ray.search import Trial
 from pdiff_ray.similarity import iou, unpack_wrong
 from pdiff_ray.space import Assignment, Label, format_label, label
@@ -163,8 +165,13 @@ def _results(ledger: Ledger, trial: Trial) -> list[Result]:
     results = []
     for repeat, experiment in zip(trial.repeats, experiments, strict=True):
         artifacts = ledger.artifacts(experiment)
-        whole = trial.state == "finished" and artifacts["evaluation"].exists()
-        results.append(Result(trial, repeat, artifacts, _metrics(artifacts) if whole else {}))
+        metrics: Mapping[str, float] = {}
+        if trial.state == "finished" and artifacts["evaluation"].exists():
+            try:
+                metrics = _metrics(artifacts)
+            except StorageError as error:  # one damaged result does not cost the others' table
+                console.print("[bold yellow]warning[/]:", Text(str(error)))
+        results.append(Result(trial, repeat, artifacts, metrics))
     return results
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from rich.text import Text
+
 from pdiff_ray import pipeline
 from pdiff_ray.console import SweepDisplay, console, sweep_display
 from pdiff_ray.errors import PdiffError
@@ -23,11 +25,12 @@ def check(ledger: Ledger) -> None:
         PdiffError
     """
     seen: set[str] = set()
-    for trial in ledger.planned() or [Trial(-1, {}, (0,))]:
+    # What a search will try is not known, and what it has begun to try may be what cannot be built.
+    for trial in (ledger.planned() if ledger.sweep.search == "grid" else []) or [Trial(-1, {}, (0,))]:
         for experiment in ledger.experiments(trial):
             # What decides whether it can be built; the seeds do not.
-            parts = (experiment.data, experiment.network, experiment.zoo.subset, experiment.zoo.batchnorm)
-            same = repr((*parts, experiment.zoo.imported, experiment.generator.autoencoder))
+            zoo = experiment.zoo.model_dump(include={"subset", "batchnorm", "imported", "members"})
+            same = repr((experiment.data, experiment.network, zoo, experiment.generator.autoencoder))
             if same not in seen:
                 seen.add(same)
                 pipeline.check(pipeline.make_plan(experiment))
@@ -39,8 +42,7 @@ def run(ledger: Ledger, *, in_process: bool = False, on_result: OnChange = lambd
     Args:
         on_result: is given every trial that has ended.
     """
-    todo = ledger.total - sum(t.state != "failed" or ledger.sweep.search != "grid" for t in ledger.done())
-    if todo <= 0:
+    if not ledger.open_trials() and len(ledger.done()) == ledger.total:
         return
     check(ledger)
     with sweep_display(ledger.total, ledger.sweep.metric, ledger.sweep.maximize, ledger.done()) as shown:
@@ -77,7 +79,7 @@ def _run_here(ledger: Ledger, _: Needs, shown: SweepDisplay, on_change: OnChange
 def _run_on_ray(ledger: Ledger, needed: Needs, shown: SweepDisplay, on_change: OnChange) -> None:
     from pdiff_ray import distributed
 
-    resources = ledger.file.experiment.resources
+    started, resources = time.monotonic(), ledger.file.experiment.resources
     shown("Ray", 0, 1, "starting")
     distributed.prepare(resources)
     from pdiff_ray.distributed import session
@@ -91,14 +93,16 @@ def _run_on_ray(ledger: Ledger, needed: Needs, shown: SweepDisplay, on_change: O
             jobs = [Job(experiment, ledger.artifacts(experiment), stages) for experiment, stages in needed.jobs]
             unbuildable = train(jobs, events)
             shown.clear()
+            if unbuildable and ledger.sweep.search != "grid":  # all trials need it
+                raise PdiffError(next(iter(unbuildable.values())))
         from pdiff_ray.distributed import tune
 
-        tune.run(ledger, events, unbuildable, on_change)
+        tune.run(ledger, events, unbuildable, on_change, time.monotonic() - started)
 
 
 def print_failures(ledger: Ledger) -> int:
     """Prints the reasons of failed trials; gives their number."""
     failed = [trial for trial in ledger.done() if trial.state == "failed"]
     for trial in failed:
-        console.print(f"[bold red]failed[/]: trial {trial.number} ({trial.text}): {trial.reason}")
+        console.print("[bold red]failed[/]:", Text(f"trial {trial.number} ({trial.text}): {trial.reason}"))
     return len(failed)

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from torch import Tensor
 from pdiff_ray import config, report, search
 from pdiff_ray.artifacts import STAGES, Artifact, Storage
 from pdiff_ray.config import Experiment
-from pdiff_ray.errors import StorageError
+from pdiff_ray.errors import ConfigError, PdiffError, StorageError
 from pdiff_ray.generators import NUM_RUNGS
 from pdiff_ray.search import Trial
 from pdiff_ray.space import OBJECTIVES, Assignment, Parameter, Sweep, SweepFile
@@ -65,9 +66,15 @@ class Ledger:
         return len(self._combinations) or self.sweep.num_trials or 0
 
     def open_trials(self) -> list[Trial]:
-        """Trials that were begun: interrupted or, in a grid, failed. A search has learned from its failures."""
-        again = ("running", "failed") if self.sweep.search == "grid" else ("running",)
-        return [t for _, t in sorted(self.trials.items()) if t.state in again and t.number < self.total]
+        """Trials to run again: interrupted, failed or without their results; a search has learned from its failures."""
+        return [t for _, t in sorted(self.trials.items()) if t.number < self.total and self._is_open(t)]
+
+    def _is_open(self, trial: Trial) -> bool:
+        if trial.state == "failed":
+            return trial.crashed or self.sweep.search == "grid"
+        if trial.state == "finished":
+            return not all(has_results(self.artifacts(experiment)) for experiment in self.possible(trial))
+        return trial.state == "running"
 
     def planned(self) -> list[Trial]:
         """The trials that are known to be run; of a search, those that were begun."""
@@ -81,7 +88,7 @@ class Ledger:
     def ask(self) -> Trial | None:
         """The next trial to run, None if there is none."""
         if self._again:
-            trial = replace(self._again.pop(0), state="running", reason=None)
+            trial = replace(self._again.pop(0), state="running", reason=None, crashed=False)
         else:
             number = next(n for n in itertools.count() if n not in self.trials)
             if number >= self.total:
@@ -113,6 +120,13 @@ class Ledger:
             found = [experiment.model_copy(update=alone) for experiment in found]
         return found
 
+    def possible(self, trial: Trial) -> list[Experiment]:
+        """The experiments of a trial; none, if a search has combined values that do not fit together."""
+        try:
+            return self.experiments(trial)
+        except ConfigError:
+            return []
+
     @property
     def varies_zoos(self) -> bool:
         """Whether trials may need different zoos, repeats apart."""
@@ -132,7 +146,9 @@ class Ledger:
             return None
         raw = self.file.with_seeds(self.file.raw, sweep.repeats)
         settings = {AS_IN_THE_FILE: {}, f"trial {best.number}": self.file.fields(best.assignment)}
-        shared = {name: getattr(sweep, name) for name in ("seeds", "metric", "max_concurrent", "max_retries")}
+        shared = {
+            name: getattr(sweep, name) for name in ("seeds", "metric", "max_concurrent", "max_retries", "time_budget")
+        }
         compared = Sweep(parameters={SETTING: Parameter(variants=settings)}, repeats=sweep.confirm, **shared)
         experiment = config.parse_experiment(raw, self.file.path)
         return Ledger(SweepFile(experiment, compared, raw, self.file.path))
@@ -190,7 +206,7 @@ def run_trial(
     for experiment in experiments:
         artifacts = artifacts_of(experiment, storage)
         for stage in STAGES:
-            if artifacts["report"].exists():
+            if has_results(artifacts):
                 break
             with claim(artifacts[stage]) as missing:
                 if missing and stage == "report":
@@ -201,7 +217,15 @@ def run_trial(
                 elif missing:
                     BUILDERS[stage](experiment, artifacts, context)
         objectives.append(objective(artifacts, metric))
-    return float(np.mean(objectives))
+    found = float(np.mean(objectives))
+    if not math.isfinite(found):
+        raise PdiffError(f"{metric} is {found}: the logits of a generated network are not finite")
+    return found
+
+
+def has_results(artifacts: Mapping[str, Artifact]) -> bool:
+    """Whether an experiment has been evaluated and reported."""
+    return artifacts["evaluation"].exists() and artifacts["report"].exists()
 
 
 def objective(artifacts: Mapping[str, Artifact], metric: str) -> float:
@@ -226,7 +250,8 @@ def _preview(
 
     def preview(rung: int, vectors: Tensor) -> None:
         values = [getattr(judgement, field_of) for judgement in judge.judge(vectors, [split])]
-        report_rung(rung, float(np.mean(values)))
+        mean = float(np.mean(values))
+        report_rung(rung, math.inf if math.isnan(mean) else mean)  # a loss; as a number that a scheduler can compare
 
     return preview
 
@@ -257,12 +282,12 @@ def needs(ledger: Ledger) -> Needs:
         trials.append(Trial(-1, {}, tuple(range(ledger.sweep.repeats))))  # all have the zoos of this one
     jobs: dict[str, tuple[Experiment, list[str]]] = {}
     seen: dict[str, dict[str, bool]] = {stage: {} for stage in STAGES}
-    for experiment in itertools.chain.from_iterable(ledger.experiments(trial) for trial in trials):
+    for experiment in itertools.chain.from_iterable(ledger.possible(trial) for trial in trials):
         artifacts = ledger.artifacts(experiment)
         for stage, artifact in artifacts.items():
             if artifact.key not in seen[stage]:
                 seen[stage][artifact.key] = artifact.exists()
-        if not seen["zoo"][artifacts["zoo"].key] and (ledger.sweep.search == "grid" or not ledger.varies_zoos):
-            stages = [stage for stage in ("base", "zoo") if not seen[stage][artifacts[stage].key]]
+        stages = [stage for stage in ("base", "zoo") if not seen[stage][artifacts[stage].key]]
+        if stages and not has_results(artifacts) and (ledger.sweep.search == "grid" or not ledger.varies_zoos):
             jobs.setdefault(artifacts["zoo"].key, (experiment, stages))
     return Needs(list(jobs.values()), {stage: (len(keys), sum(keys.values())) for stage, keys in seen.items()})

@@ -7,7 +7,7 @@ from pdiff_ray import config
 from pdiff_ray.artifacts import load_tree, save_tree
 from pdiff_ray.config import Generator, Optimizer, Sampling
 from pdiff_ray.errors import ConfigError, PdiffError
-from pdiff_ray.generators import GENERATORS, Fitting, make_generator
+from pdiff_ray.generators import GENERATORS, NUM_RUNGS, Fitting, make_generator
 from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.generators.diffusion import Diffusion, GraphStep, linear_steps, make_scheduler
 from pdiff_ray.generators.normalizer import Normalizer
@@ -462,3 +462,19 @@ def test_gaussian_view_keeps_distances():
     vectors = draw(20, 14)
     generator, _ = fitted(Generator(name="gaussian"), vectors)
     torch.testing.assert_close(torch.cdist(*[generator.encode(vectors)] * 2), torch.cdist(vectors, vectors))
+
+
+def test_a_kill_while_a_rung_is_shown_does_not_lose_the_rung():
+    saved, seen = {}, []
+
+    def preview(rung, vectors):
+        seen.append(rung)
+        if seen.count(rung) == 1 and rung == 5:
+            raise KeyboardInterrupt
+
+    settings = small(autoencoder={"steps": 200}, diffusion={"steps": 200})
+    work = {"load": saved.get, "save": saved.__setitem__, "preview": preview, "checkpoint_s": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        fitted(settings, draw(16, 14), **work)
+    fitted(settings, draw(16, 14), **work)
+    assert sorted(set(seen)) == list(range(1, NUM_RUNGS + 1))

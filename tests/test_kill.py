@@ -56,6 +56,7 @@ def run_until(storage, seen):
     }
 
 
+@pytest.mark.slow
 def test_killed_at_every_stage(tmp_path):
     undisturbed, storage = tmp_path / "undisturbed", tmp_path / "killed"
     subprocess.run(command(undisturbed), check=True, stdout=subprocess.DEVNULL)

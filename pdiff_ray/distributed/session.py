@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdiff_ray.config import Resources
 from pdiff_ray.distributed import ray_address
@@ -58,7 +59,7 @@ def connect(resources: Resources, progress: Progress) -> Iterator[str]:
     if ours:
         _init(resources)
     name = f"pdiff-events-{uuid.uuid4().hex[:8]}"
-    events: Any = ray.remote(_Events).options(num_cpus=0, name=name).remote()
+    events: Any = ray.remote(_Events).options(name=name, **beside_driver()).remote()
     stop = threading.Event()
 
     def relay() -> None:
@@ -80,6 +81,12 @@ def connect(resources: Resources, progress: Progress) -> Iterator[str]:
         ray.kill(events)
         if ours:
             _shutdown()
+
+
+def beside_driver() -> dict[str, Any]:
+    """Options of an actor that lives as long as the driver does: on its node, so that no other's loss takes it away."""
+    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": node}
 
 
 def _init(resources: Resources) -> None:
@@ -112,6 +119,7 @@ def check_resources(resources: Resources, available: Mapping[str, float]) -> Non
     for what, count, cpus, gpus in (
         ("worker", resources.workers, resources.cpus_per_worker, resources.gpus_per_worker),
         ("actor", resources.actors, resources.cpus_per_actor, resources.gpus_per_actor),
+        ("trial", 1, resources.cpus_per_trial, resources.gpus_per_trial),
     ):
         for kind, each, name in (("CPU", cpus, "cores"), ("GPU", 0 if gpus == "auto" else float(gpus), "GPUs")):
             if count * each > available.get(kind, 0):

@@ -68,6 +68,11 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
     except TrainingFailedError:
         if not failures(events):
             raise
+        reason = next(iter(failures(events).values()))
+        for job in jobs:
+            for artifact in (job.artifacts[stage] for stage in job.stages):
+                if not artifact.exists():  # trials must not build what a group of workers is to build
+                    report_failure(events, artifact.key, f"the group of workers has ended: {reason}")
     finally:
         with contextlib.suppress(OSError):  # Ray's marker files; the results are artifacts
             storage.fs.delete_dir(storage.path(f"tmp/{name}"))

@@ -23,8 +23,8 @@ from ray.tune.search import Searcher
 
 from pdiff_ray.artifacts import Artifact, Storage
 from pdiff_ray.data import default_cache
-from pdiff_ray.distributed.session import failures, gpu_share, report_failure, report_progress
-from pdiff_ray.errors import PdiffError
+from pdiff_ray.distributed.session import beside_driver, failures, gpu_share, report_failure, report_progress
+from pdiff_ray.errors import PdiffError, StorageError
 from pdiff_ray.search import Trial
 from pdiff_ray.stages import Context
 from pdiff_ray.trials import FINAL_RUNG, Ledger, run_trial
@@ -35,17 +35,18 @@ POLL_S = 0.5
 OnChange = Callable[[Trial], None]
 
 
-def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnChange) -> None:
+def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnChange, spent_s: float = 0.0) -> None:
     """Runs the trials that are left, until there is none or the time budget is used up.
 
     Args:
         unbuildable: keys of bases and zoos that could not be built, and why; trials that need them fail.
         on_change: is given every trial as it begins and as it ends.
+        spent_s: of the time budget.
     """
     sweep, resources = ledger.sweep, ledger.file.experiment.resources
     claims = f"pdiff-claims-{uuid.uuid4().hex[:8]}"
     # Held here: a named actor lives as long as its handle.
-    keeper: Any = ray.remote(_Claims).options(num_cpus=0, name=claims).remote()
+    keeper: Any = ray.remote(_Claims).options(name=claims, **beside_driver()).remote()
     shared = {
         "storage": ledger.storage.uri,
         "metric": sweep.metric,
@@ -65,7 +66,7 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
             scheduler=scheduler,
             num_samples=-1,  # until the ledger has no more
             max_concurrent_trials=sweep.max_concurrent,
-            time_budget_s=sweep.time_budget,
+            time_budget_s=None if sweep.time_budget is None else max(1.0, sweep.time_budget - spent_s),
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
@@ -110,6 +111,9 @@ def _trial(config: dict[str, Any]) -> None:
             lambda artifact: _claimed(artifact, config["claims"]),
             report_rung if config["rungs"] else None,
         )
+    except StorageError as error:  # it may be back at the next attempt
+        report_failure(config["events"], f"trial {number}", str(error))
+        raise
     except PdiffError as error:  # another attempt would find the same
         tune.report({"rung": FINAL_RUNG, "failed": str(error)})
     except Exception as error:
@@ -226,10 +230,10 @@ class _Recorder(_NotInSnapshots, tune.Callback):
         known = failures(self.searcher.shared["events"])
         told = known.get(f"trial {self.searcher.trials[trial.trial_id].number}")
         last = (trial.get_error() or "its process died").strip().splitlines()[-1]
-        self._end(trial, state="failed", reason=told or last)
+        self._end(trial, state="failed", reason=told or last, crashed=True)
 
     def _end(self, trial: Any, **outcome: Any) -> None:
-        seconds = round(time.monotonic() - self.started[trial.trial_id], 3)
+        seconds = round(time.monotonic() - self.started.get(trial.trial_id, time.monotonic()), 3)
         ended = replace(self.searcher.trials[trial.trial_id], seconds=seconds, **outcome)
         self.ledger.record(ended)
         self.on_change(ended)
@@ -249,8 +253,9 @@ class _Claims:
         self.leases[key] = (holder, time.monotonic() + LEASE_S)
         return True
 
-    def release(self, key: str) -> None:
-        self.leases.pop(key, None)
+    def release(self, key: str, holder: str) -> None:
+        if self.leases.get(key, ("", 0.0))[0] == holder:  # else it has run out, and another one has it
+            del self.leases[key]
 
 
 @contextlib.contextmanager
@@ -269,7 +274,7 @@ def _claimed(artifact: Artifact, claims: str) -> Iterator[bool]:
             yield not artifact.exists()  # it may have come between the two questions
         finally:
             done.set()
-            ray.get(actor.release.remote(artifact.key))
+            ray.get(actor.release.remote(artifact.key, holder))
         return
     yield False
 

@@ -101,6 +101,8 @@ def fit_model(
         losses[step] = loss.detach()
         if ema:
             ema.update(model, step)
+        if step + 1 in due:  # before the state is saved: a rung may be shown twice, but is never left out
+            show(due[step + 1])
         if (step + 1) % 50 == 0 or step + 1 == num_steps:
             value = losses[step].item()
             trainer.check(value, step, f"generator.{name}.lr")
@@ -108,8 +110,6 @@ def fit_model(
             if time.monotonic() - last_saved >= fitting.checkpoint_s:
                 save(step + 1)
                 last_saved = time.monotonic()
-        if step + 1 in due:
-            show(due[step + 1])
     # A model that is done is kept too: the next one's training may be interrupted.
     if first < num_steps:
         save(num_steps)

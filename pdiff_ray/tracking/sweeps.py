@@ -153,7 +153,7 @@ class _Writer:
 
     def mark(self) -> Mark:
         """A note that all of the trials have been written."""
-        content = "".join(_fingerprint(trial) for _, trial in sorted(self.trials.items()))
+        content = "".join(_fingerprint(trial) for _, trial in sorted(self.trials.items())) + self._table()
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
         return Mark(self.ledger.storage, self.uri, self.experiment, f"{self.ledger.key}-{digest}")
 

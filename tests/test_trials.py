@@ -1,0 +1,134 @@
+"""The ledger of a sweep: what is run again and what is not, whatever has happened to a trial or its results."""
+
+import math
+import shutil
+
+import pytest
+import yaml
+from helpers import TINY, tiny
+
+from pdiff_ray import cli, space, sweep_report, sweeping, trials
+from pdiff_ray.distributed.tune import _Claims
+from pdiff_ray.errors import PdiffError
+from pdiff_ray.search import Trial
+from pdiff_ray.trials import Ledger, needs
+
+SEARCH = {
+    "search": "optuna",
+    "num_trials": 2,
+    "confirm": 0,
+    "metric": "generated/mean_train_loss",
+    "parameters": {"generator.diffusion.num_timesteps": [5, 20], "sampling.steps": [4, 10]},
+}
+IMPOSSIBLE = {"generator.diffusion.num_timesteps": 5, "sampling.steps": 10}
+GRID = {"parameters": {"sampling.sampler": ["ddpm", "ddim"]}}
+
+
+def ledger_of(storage, sweep, **more):
+    path = storage.parent / f"{storage.name}.yaml"
+    path.write_text(yaml.safe_dump({"name": "s", "base": str(TINY), "sweep": sweep, **more}, sort_keys=False))
+    return Ledger(space.load(path, [f"storage={storage}"]))
+
+
+def run(ledger):
+    """The numbers of the trials that are run."""
+    ran = []
+    sweeping.run(ledger, in_process=True, on_result=lambda trial: ran.append(trial.number))
+    return ran
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    storage = tmp_path_factory.mktemp("grid") / "storage"
+    run(ledger_of(storage, GRID))
+    return storage
+
+
+@pytest.fixture
+def copy(grid, tmp_path):
+    """A storage of its own with a finished grid."""
+    shutil.copytree(grid, tmp_path / "storage")
+    return tmp_path / "storage"
+
+
+def test_a_loss_that_is_no_number_fails_its_trial(tmp_path, monkeypatch):
+    ledger = ledger_of(tmp_path / "storage", {**SEARCH, "parameters": GRID["parameters"]})
+    monkeypatch.setattr(trials, "objective", lambda artifacts, metric: math.nan)
+    assert run(ledger) == [0, 1]
+    assert [t.state for t in ledger.done()] == ["failed"] * 2
+    assert "mean_train_loss is nan" in ledger.done()[0].reason
+    assert ledger.best() is None
+
+
+def test_a_search_has_learned_from_failures_but_not_from_crashes(tmp_path):
+    ledger = ledger_of(tmp_path / "storage", SEARCH)
+    ledger.record(Trial(0, IMPOSSIBLE, (0,), "failed", reason="they do not fit together"))
+    ledger.record(Trial(1, IMPOSSIBLE, (0,), "failed", reason="its process died", crashed=True))
+    assert [t.number for t in ledger.open_trials()] == [1]
+    assert ledger_of(tmp_path / "storage", SEARCH).ask().number == 1
+
+
+def test_a_search_goes_on_after_a_kill_in_a_trial_that_cannot_be(tmp_path):
+    ledger = ledger_of(tmp_path / "storage", {**SEARCH, "num_trials": 1})
+    ledger.record(Trial(0, IMPOSSIBLE, (0,)))
+    again = ledger_of(tmp_path / "storage", {**SEARCH, "num_trials": 1})
+    assert needs(again).counts["zoo"] == (1, 0)
+    assert run(again) == [0]
+    assert again.done()[0].state == "failed"
+
+
+@pytest.mark.parametrize("stage", ["evaluation", "report"])
+def test_deleted_results_are_made_again(copy, stage):
+    ledger = ledger_of(copy, GRID)
+    assert not ledger.open_trials()
+    experiment = ledger.experiments(ledger.done()[1])[0]
+    shutil.rmtree(copy / ledger.artifacts(experiment)[stage].folder)
+    again = ledger_of(copy, GRID)
+    assert run(again) == [1]
+    assert again.artifacts(experiment)[stage].exists()
+    assert not needs(again).jobs, "what is deleted is made again, not what it was made from"
+
+
+def test_a_deleted_base_is_trained_by_the_group_of_workers(copy):
+    ledger = ledger_of(copy, GRID)
+    experiment = ledger.experiments(ledger.done()[0])[0]
+    artifacts = ledger.artifacts(experiment)
+    for stage in ("base", "evaluation"):
+        shutil.rmtree(copy / artifacts[stage].folder)
+    ((_, stages),) = needs(ledger_of(copy, GRID)).jobs
+    assert stages == ["base"]
+
+
+def test_a_damaged_result_costs_its_own_row(copy, capsys):
+    ledger = ledger_of(copy, GRID)
+    artifact = ledger.artifacts(ledger.experiments(ledger.done()[0])[0])["evaluation"]
+    for part in (copy / artifact.folder).rglob("*.parquet"):
+        part.write_bytes(part.read_bytes()[:100])
+    rows = sweep_report.table(ledger)
+    assert [row.evaluated for row in rows] == [0, 1]
+    assert artifact.key in capsys.readouterr().out
+
+
+def test_one_process_is_one_worker(tmp_path):
+    """The name of a base says how many workers trained it."""
+    two, one = (tiny(tmp_path, f"resources.workers={count}")[1]["base"] for count in (2, 1))
+    arguments = ["base", str(TINY), "--storage", str(tmp_path), "--set", "resources.workers=2", "--in-process"]
+    cli.run.main(arguments, standalone_mode=False)
+    assert not two.exists()
+    assert one.exists()
+
+
+def test_a_lease_that_ran_out_is_not_released_by_its_old_holder():
+    claims = _Claims()
+    assert claims.claim("zoo", "one")
+    claims.leases["zoo"] = ("one", 0.0)
+    assert claims.claim("zoo", "two")
+    claims.release("zoo", "one")
+    assert not claims.claim("zoo", "three")
+
+
+def test_a_damaged_trial_is_named(tmp_path):
+    ledger = ledger_of(tmp_path / "storage", SEARCH)
+    ledger.storage.write(f"{ledger.folder}/trials/00000.json", b"{")
+    with pytest.raises(PdiffError, match=r"trials/00000\.json: damaged"):
+        ledger_of(tmp_path / "storage", SEARCH)
