@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdiff_ray import config, pipeline, sources, space
+from pdiff_ray import cli, config, pipeline, sources, space
 from pdiff_ray.config import Data, Network
 from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.generators.diffusion import Diffusion
@@ -135,3 +135,18 @@ def test_table_has_every_network_on_every_data_set(load):
     cells = [(e.network.name, e.data.name) for e in map(file.vary, file.sweep.grid())]
     assert len(set(cells)) == len(cells) == len({n for n, _ in cells}) * len({d for _, d in cells}) == 48
     assert json.dumps(cells).count("imagenet") == 6
+
+
+@pytest.mark.parametrize(
+    ("path", "preset"),
+    [pytest.param(*case, marks=() if case[1] else pytest.mark.slow) for case in CASES],  # large networks take seconds
+    ids=IDS,
+)
+def test_dry_run_tells_what_it_would_take(path, preset, tmp_path, capsys):
+    options = ["--preset", preset] if preset else []
+    cli.sweep.main([str(path), "--storage", str(tmp_path / "none"), "--dry-run", *options], standalone_mode=False)
+    told = capsys.readouterr().out
+    assert "to build" in told
+    assert "of devices" in told
+    assert "GiB" in told
+    assert not (tmp_path / "none").exists(), "a dry run leaves nothing"
