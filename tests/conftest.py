@@ -1,6 +1,7 @@
 """One thread, as tests share the machine, a cache of their own, and a Ray on the loopback interface."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ def ray():
     """One local Ray for all tests that want one."""
     import ray
 
+    # Workers find the networks in `helpers`.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     ray.init(address="local", include_dashboard=False, num_cpus=4)
     yield ray
     ray.shutdown()

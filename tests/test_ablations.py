@@ -11,7 +11,7 @@ import pytest
 from pdiff_ray import space, sweep_report
 from pdiff_ray.trials import Ledger
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 CHANCE = 0.1  # of ten digits

@@ -20,7 +20,7 @@ from pdiff_ray import space, sweep_report
 from pdiff_ray.tracking import tracking_uri
 from pdiff_ray.trials import Ledger
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 KILLS = 10
 LONGER = {
