@@ -5,9 +5,8 @@ Weights and images are random: times do not depend on them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Result, Work, compare, peak_mib, result, seconds
 from pdiff_ray.config import Data, Network, SubsetRule
-from pdiff_ray.data import Dataset, Split
+from pdiff_ray.data import Dataset, Split, random_images
 from pdiff_ray.judge import Judge
 from pdiff_ray.networks import build_network
 from pdiff_ray.sources import DataInfo
@@ -52,27 +51,6 @@ CASES = [
 ]
 
 
-class _Images:
-    """A source of random images (N, 3, S, S), with random labels."""
-
-    def __init__(self, count: int, size: int) -> None:
-        random = torch.Generator().manual_seed(0)
-        self.images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=random)
-        self.labels = torch.randint(10, (count,), generator=random)
-        self.key = f"benchmark-{count}-{size}"
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device) -> None:
-        self.images, self.labels = self.images.to(device), self.labels.to(device)
-
-    def batches(self, index_batches: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        for indices in index_batches:
-            chosen = torch.from_numpy(indices).to(self.images.device)
-            yield self.images[chosen], self.labels[chosen]
-
-
 class Subject:
     """Networks on random images: their judge, and the plain way beside it."""
 
@@ -81,12 +59,11 @@ class Subject:
         self.network = build_network(network, info, 0).to(DEVICE).eval().requires_grad_(False)
         self.network.to(memory_format=torch.channels_last)
         self.subset: Subset = resolve(rule, self.network)
-        self.info, self.images = info, _Images(num_images, image_size)
+        self.info, self.images = info, random_images(info, Data(), num_images)
         self.judge = Judge(self.network, self.subset, self.dataset(slice(None)), DEVICE)
 
     def dataset(self, rows: slice) -> Dataset:
-        source: Any = self.images
-        split = Split(source, np.arange(len(self.images))[rows])
+        split = Split(self.images, np.arange(len(self.images))[rows])
         return Dataset(self.info, Data(), split, split, split, split)
 
     def vectors(self, count: int) -> Tensor:
@@ -159,7 +136,10 @@ def zoo_step(batch_size: int = 128, case: Case = CASES[0]) -> Iterator[Result]:
     frontier = split.prefix(images)
 
     def gradients(logits: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(functional.cross_entropy(logits, labels), list(tensors.values())))
+        for tensor in tensors.values():
+            tensor.grad = None
+        functional.cross_entropy(logits, labels).backward()
+        return [tensor.grad for tensor in tensors.values() if tensor.grad is not None]
 
     def ours() -> list[Tensor]:
         return gradients(split.suffix(frontier, tensors))

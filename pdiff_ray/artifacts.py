@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # part of every key: raise it when a stage's meaning changes
 STAGES = ("base", "zoo", "generator", "samples", "evaluation", "report")
+WORK = "work"  # folder of an artifact that is being made
 STALE_TEMPORARY_S = 24 * 3600
 
 
@@ -255,17 +256,20 @@ class Artifact:
         }
         text = json.dumps(manifest, indent=1).encode()
         self.storage.write(f"{self.folder}/manifest.json", text, exclusive=True)
-        for name in self.storage.list(f"{self.folder}/work", recursive=True):
+        for name in self.storage.list(f"{self.folder}/{WORK}", recursive=True):
             self.storage.delete(name)
 
     # State of work in progress: replaced again and again, gone once the artifact exists.
 
     def save_work(self, name: str, content: bytes) -> None:
-        self.storage.write(f"{self.folder}/work/{name}", content)
+        self.storage.write(self._work(name), content)
 
     def load_work(self, name: str) -> bytes | None:
-        path = f"{self.folder}/work/{name}"
+        path = self._work(name)
         return self.storage.read(path) if self.storage.exists(path) else None
+
+    def _work(self, name: str) -> str:
+        return f"{self.folder}/{WORK}/{name}"
 
 
 def read_manifest(storage: Storage, folder: str) -> dict[str, Any]:

@@ -60,6 +60,15 @@ class _Cached:
             yield self.images[chosen], self.labels[chosen]
 
 
+def random_images(info: DataInfo, config: Data, count: int) -> _Cached:
+    """A source of `count` images and labels that mean nothing, always the same: to measure on."""
+    random, shape = np.random.default_rng(0), (count, info.channels, info.image_size, info.image_size)
+    images: np.ndarray = random.integers(256, size=shape, dtype=np.uint8)
+    if config.pixel_noise:
+        images = random.standard_normal(shape, dtype=np.float32)
+    return _Cached(images, random.integers(info.num_classes, size=count), f"random-{_hash([shape, images.dtype.name])}")
+
+
 class _Streamed(torch.utils.data.Dataset):
     """Images decoded by DataLoader processes each time they are wanted."""
 

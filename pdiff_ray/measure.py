@@ -12,7 +12,7 @@ import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from pdiff_ray import config
 from pdiff_ray.config import Data
-from pdiff_ray.data import Dataset, Split
+from pdiff_ray.data import Dataset, Split, random_images
 from pdiff_ray.generators import Fitting, make_generator
 from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.generators.latent_diffusion import LatentDiffusion
@@ -161,27 +161,6 @@ class Trace(TorchDispatchMode):
 
 def _bytes(tensor: Tensor) -> float:
     return float(tensor.numel() * tensor.itemsize)
-
-
-class _Noise:
-    """A source of images that has no data."""
-
-    def __init__(self, info: DataInfo, data: Data, count: int) -> None:
-        shape = (count, info.channels, info.image_size, info.image_size)
-        self.images = torch.randn(shape) if data.pixel_noise else torch.randint(256, shape, dtype=torch.uint8)
-        self.labels = torch.zeros(count, dtype=torch.int64)
-        self.key = "noise"
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device) -> None:
-        self.images, self.labels = self.images.to(device), self.labels.to(device)
-
-    def batches(self, index_batches: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        for indices in index_batches:
-            chosen = torch.from_numpy(indices).to(self.images.device)
-            yield self.images[chosen], self.labels[chosen]
 
 
 class Meter:
@@ -326,7 +305,7 @@ class Meter:
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(chosen is None or name in chosen)
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        source: Any = _Noise(info, data, count)
+        source = random_images(info, data, count)
         source.to(self.device)
         split = Split(source, np.arange(count))
         dataset = Dataset(info, data, split, split, split, split)
