@@ -140,6 +140,8 @@ class SubsetRule(Section):
 class Zoo(Section):
     """The zoo of networks that the generator learns from (stage `zoo`)."""
 
+    unkeyed = frozenset({"stack"})
+
     members: int = Field(200, ge=1, description="K, the number of networks kept")
     regime: Literal["trajectory", "branches", "independent"] = Field(
         "trajectory", description="one run from the base; several runs from it; or a fresh network per member"
@@ -152,6 +154,9 @@ class Zoo(Section):
     warmup_steps: int = Field(100, ge=0, description="steps before those of the first member")
     steps_per_member: int | Literal["epoch"] = Field(10, description="steps between members")
     batch_size: int = Field(128, ge=2, description="images per step of a run")
+    stack: int | None = Field(
+        None, ge=1, description="branches that a worker trains as one program; default: by memory on a GPU, else 1"
+    )
     optimizer: Optimizer = Optimizer(lr=0.03, weight_decay=5e-4)
     precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast of forward and backward")
     imported: str | None = Field(None, description="label of a zoo that `pdiff import` brought in; nothing is trained")

@@ -211,7 +211,7 @@ class Judge:
         if self._batch_size:
             return self._batch_size
         own = self._own()
-        per_image = self._bytes_per_image(lambda images: self.split(*images, own), [self._examples])
+        per_image = max(self._bytes_per_image(lambda images: self.split(*images, own), [self._examples]))
         if self.device.type == "cuda":
             return max(1, min(GPU_IMAGES, int(self._free_bytes() / per_image)))
         fewest, most = CPU_IMAGES
@@ -220,8 +220,30 @@ class Judge:
     @functools.cached_property
     def stacked(self) -> int:
         """Networks whose suffixes run as one program; one if that fails."""
-        if self._stacked == 1 or (self._stacked is None and self.device.type != "cuda"):
+        if self._stacked == 1 or (self._stacked is None and self.device.type != "cuda") or not self.stackable:
             return 1
+        if self._stacked:
+            return self._stacked
+        per_image = max(self._suffix_bytes_per_image())
+        return max(1, int(self._free_bytes() / per_image / self.batch_size))
+
+    def trained_together(self, batch_size: int, most: int | None = None) -> int:
+        """Networks whose training steps at a batch size run as one program; one if that fails.
+
+        Args:
+            most: default: as many as fit on an accelerator, one on a CPU.
+        """
+        if most == 1 or (most is None and self.device.type != "cuda") or not self.stackable:
+            return 1
+        if most:
+            return most
+        # Every tensor is kept for the backward pass, which makes a gradient of about each one's size.
+        per_image = 2 * sum(self._suffix_bytes_per_image())
+        return max(1, int(GPU_SHARE * torch.cuda.mem_get_info(self.device)[0] / per_image / batch_size))
+
+    @functools.cached_property
+    def stackable(self) -> bool:
+        """Whether the suffixes of several networks can run as one program, with the same logits."""
         own, frontier = self._own(), self.split.prefix(self._examples)
         suffix = functools.partial(self.split.suffix, frontier)
         try:
@@ -229,11 +251,8 @@ class Judge:
                 logits = torch.vmap(suffix)({name: tensor[None] for name, tensor in own.items()})[0]
                 torch.testing.assert_close(logits, suffix(own), rtol=1e-3, atol=1e-3)
         except Exception:  # whatever vmap meets in a network
-            return 1
-        if self._stacked:
-            return self._stacked
-        per_image = self._bytes_per_image(lambda inputs: self.split.suffix(inputs, own), frontier)
-        return max(1, int(self._free_bytes() / per_image / self.batch_size))
+            return False
+        return True
 
     @functools.cached_property
     def _examples(self) -> Tensor:
@@ -245,14 +264,18 @@ class Judge:
         state = dict([*self.network.named_parameters(remove_duplicate=False), *self.network.named_buffers()])
         return {name: state[name].detach() for name in self.split.names}
 
-    def _bytes_per_image(self, run: Callable[[Sequence[Tensor]], Tensor], inputs: Sequence[Tensor]) -> float:
-        """Size of the largest tensor that grows with the batch, on the way from inputs (B, ...)."""
+    def _suffix_bytes_per_image(self) -> list[float]:
+        own = self._own()
+        return self._bytes_per_image(lambda inputs: self.split.suffix(inputs, own), self.split.prefix(self._examples))
+
+    def _bytes_per_image(self, run: Callable[[Sequence[Tensor]], Tensor], inputs: Sequence[Tensor]) -> list[float]:
+        """Sizes of the tensors on the way from inputs (B, ...), as far as they grow with the batch."""
         sizes = []
         for count in (EXAMPLE_IMAGES // 2, EXAMPLE_IMAGES):
             with torch.no_grad(), autocast(self.device, self.precision), _Sizes() as found:
                 run([tensor[:count] for tensor in inputs])
             sizes.append(found.nbytes)
-        return max(large - small for small, large in zip(*sizes, strict=True)) / (EXAMPLE_IMAGES // 2)
+        return [(large - small) / (EXAMPLE_IMAGES // 2) for small, large in zip(*sizes, strict=True)]
 
     def _free_bytes(self) -> float:
         """For one of the tensors that are alive at a time, on an accelerator."""

@@ -107,8 +107,8 @@ def trained(experiment, judge, dataset, frontier, steps):
     network = build_network(experiment.network, dataset.info, 0)
     network.load_state_dict(judge.network.state_dict())
     training = zoo.SubsetTraining(experiment, network, judge.subset, steps, CPU, frontier)
-    training.run(dataset, 0, steps, seed=0)
-    return [network.get_parameter(name).grad for name in judge.subset.names], training.vector()
+    training.run(dataset, 0, steps, seeds=[0])
+    return [tensor.grad for tensor in training.tensors.values()], training.vectors()[0]
 
 
 @pytest.mark.parametrize(
@@ -213,6 +213,74 @@ def test_a_zoo_on_a_kept_frontier_resumes(tmp_path, monkeypatch):
         assert info["full_steps"] == ("a test" if way == "plain" else None)
     np.testing.assert_array_equal(vectors["interrupted"], vectors["whole"])
     np.testing.assert_allclose(vectors["plain"], vectors["whole"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("network", "size", "precision", "optimizer"),
+    [
+        (RESNET, 8, "float32", "adamw"),
+        (CONVNEXT, 32, "float32", "sgd"),
+        (SMALL_VIT, 8, "float32", "adam"),
+        (SMALL_VIT, 8, "bfloat16", "sgd"),
+    ],
+)
+def test_networks_trained_as_one_program_are_those_trained_alone(tmp_path, network, size, precision, optimizer):
+    dataset = noise(size)
+    settings = {"name": optimizer, "lr": 0.01, "schedule": "cosine"}
+    experiment = experiment_of(dataset, precision=precision, optimizer=settings)
+    judge = judge_of(network, LAST_NORMS, dataset, tmp_path)
+    kept = zoo.training_frontier(experiment, judge.subset, judge, 100)
+    starts = judge.subset.flatten(judge.network.state_dict()) * torch.tensor([[1.0], [0.9], [1.1]])
+
+    def training(count):
+        return zoo.SubsetTraining(experiment, judge.network, judge.subset, 6, CPU, kept, count)
+
+    together, halfway = training(3), training(3)
+    together.load(starts)
+    together.run(dataset, 0, 3, seeds=[5, 6, 7])
+    halfway.restore(together.states(1))
+    halfway.run(dataset, 3, 6, seeds=[5, 6, 7])
+    for index, start in enumerate(starts):
+        alone = training(1)
+        alone.load(start[None])
+        alone.run(dataset, 0, 6, seeds=[5 + index])
+        moved = (alone.vectors()[0] - start).abs().max()
+        assert (halfway.vectors()[index] - alone.vectors()[0]).abs().max() <= 1e-3 * moved
+
+
+def test_what_cannot_be_stacked_is_trained_alone(tmp_path, monkeypatch):
+    judge = judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path)
+    assert judge.trained_together(16, most=3) == 3
+    assert judge.trained_together(16) == 1  # on a CPU
+    monkeypatch.setattr(torch, "vmap", lambda *args: 1 / 0)
+    judge = judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path)
+    assert judge.trained_together(16, most=3) == 1
+
+
+@pytest.mark.parametrize(("stack", "then"), [(3, 3), (3, 2), (1, 3)])
+def test_branches_as_one_program_go_on_in_other_stacks(tmp_path, stack, then):
+    """Those of an interrupted zoo, in stacks of the same and of another size: the members of branches made alone."""
+    options = ("data.train_noise=0", "zoo.steps_per_member=6", "zoo.branches=3", "evaluation.stack=2")
+    alone, its = tiny(tmp_path / "alone", *options)
+    build(alone, its, "base", "zoo")
+    experiment, artifacts = tiny(tmp_path / "stacked", *options, f"zoo.stack={stack}")
+    build(experiment, artifacts, "base")
+
+    def stop(task, done, total, note=""):
+        if task == "zoo" and done >= 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        zoo.build(experiment, artifacts, context(progress=stop))
+    saved = [artifacts["zoo"].load_work(f"run-{index}.safetensors") for index in range(3)]
+    assert sum(state is not None for state in saved) == stack
+    notes = []
+    experiment, artifacts = tiny(tmp_path / "stacked", *options, f"zoo.stack={then}")
+    zoo.build(experiment, artifacts, context(progress=lambda task, done, total, note="": notes.append(note)))
+    first = [note for note in notes if note.startswith("run 0")]
+    assert [note.partition("step ")[2] for note in first] == ["23", "29"]  # of 11, 17, 23 and 29
+    expected = ParameterStore(its["zoo"]).vectors()
+    np.testing.assert_allclose(ParameterStore(artifacts["zoo"]).vectors(), expected, rtol=1e-3, atol=1e-4)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -217,9 +217,9 @@ class Evaluator:
         steps = self.experiment.evaluation.fine_tuned_steps
         network = load_network(self.experiment, self.artifacts).to(self.context.device)
         training = SubsetTraining(self.experiment, network, self.subset, steps, self.context.device, self._frontier)
-        training.load(torch.from_numpy(vector))
-        training.run(self.dataset, 0, steps, seed)
-        return training.vector().cpu().numpy()
+        training.load(torch.from_numpy(vector)[None])
+        training.run(self.dataset, 0, steps, [seed])
+        return training.vectors()[0].cpu().numpy()
 
 
 def _spread(vectors: np.ndarray) -> float:

@@ -8,16 +8,17 @@ state with each part of members it writes, so that only members in flight are ev
 from __future__ import annotations
 
 import contextlib
-import functools
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from pdiff_ray.artifacts import Artifact, load_tree, save_tree
@@ -81,23 +82,18 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     store = ParameterStore(artifact)
     present = set(store.ids)
 
-    @functools.cache
-    def judge() -> Judge:
-        return make_judge(experiment, load_network(experiment, artifacts), subset, dataset, context)
-
     # Shared out before looking at what is there: workers look at different times.
-    for run in runs_of(config)[(context.rank - shift) % context.world :: context.world]:
-        if present.issuperset(run.member_ids):
-            continue
-        members = (
-            _independent(experiment, dataset, subset, run, context)
-            if config.regime == "independent"
-            else _from_base(experiment, artifacts, dataset, subset, run, present, judge(), context)
-        )
-        for records, state in members:
+    own = runs_of(config)[(context.rank - shift) % context.world :: context.world]
+    missing = [run for run in own if not present.issuperset(run.member_ids)]
+    if config.regime == "independent":
+        for run in missing:
+            store.append([_independent(experiment, dataset, subset, run, context)], subset)
+    elif missing:
+        judge = make_judge(experiment, load_network(experiment, artifacts), subset, dataset, context)
+        for records, states in _from_base(experiment, artifacts, dataset, subset, missing, present, judge, context):
             store.append(records, subset)
-            if state is not None:
-                artifact.save_work(f"run-{run.index}.safetensors", save_tree(state))
+            for run, state in states.items():
+                artifact.save_work(_state_file(run), save_tree(state))
     if set(ParameterStore(artifact).ids).issuperset(range(config.members)):
         finish(artifact, subset, config.members, time.monotonic() - started)
 
@@ -115,9 +111,7 @@ def finish(artifact: Artifact, subset: Subset, members: int, seconds: float) -> 
     artifact.commit({"subset.json": subset.to_json().encode()}, info, seconds, store.manifest_entries(ids))
 
 
-def _independent(
-    experiment: Experiment, dataset: Dataset, subset: Subset, run: Run, context: Context
-) -> Iterator[tuple[list[Record], None]]:
+def _independent(experiment: Experiment, dataset: Dataset, subset: Subset, run: Run, context: Context) -> Record:
     """One member, trained from its own initialisation by the recipe of the base."""
     (id_,) = run.member_ids
     seed = derive_seed(experiment.zoo.seed or 0, "independent", id_)
@@ -127,7 +121,7 @@ def _independent(
     judgement = make_judge(experiment, network, subset, dataset, context).judge(vector[None])[0]
     record = Record(id_, "original", vector=vector.cpu().numpy(), seed=seed, **stamp())
     context.progress("zoo", id_ + 1, experiment.zoo.members, f"test {judgement.test_accuracy:.1%}")
-    yield [judged(record, judgement)], None
+    return judged(record, judgement)
 
 
 def _from_base(
@@ -135,41 +129,70 @@ def _from_base(
     artifacts: Mapping[str, Artifact],
     dataset: Dataset,
     subset: Subset,
-    run: Run,
+    runs: Sequence[Run],
     present: set[int],
     judge: Judge,
     context: Context,
-) -> Iterator[tuple[list[Record], dict[str, Any]]]:
-    """Members of a run that trains the subset on from the base; in stacks, each with the state after its last one."""
+) -> Iterator[tuple[list[Record], dict[Run, dict[str, Any]]]]:
+    """Members of runs that train the subset on from the base; some at a time, each time with the runs' states."""
     config = experiment.zoo
     every = config.steps_per_member
     if every == "epoch":
         every = steps_per_epoch(len(dataset.train), config.batch_size)
-    num_steps = config.warmup_steps + every * len(run.member_ids)
-    seed = derive_seed(config.seed or 0, "zoo", run.index)
-    frontier = training_frontier(experiment, subset, judge, len(runs_of(config)) * num_steps)
+    num_runs = len(runs_of(config))
+    num_steps = {run: config.warmup_steps + every * len(run.member_ids) for run in runs}
+    frontier = training_frontier(experiment, subset, judge, num_runs * max(num_steps.values()))
     why_full = None if isinstance(frontier, Frontier) else frontier
     sharing = {**describe_sharing(judge), "full_steps": why_full}
     artifacts["zoo"].save_work(SHARING_FILE, json.dumps(sharing).encode())
+    most = 1 if why_full else judge.at(config.precision).trained_together(config.batch_size, config.stack)
     note = f"runs whole: {judge.split.reason}" if judge.split.reason else f"{judge.split.shared:.0%} shared"
-    context.progress("zoo", 0, config.members, f"{note}; full steps: {why_full}" if why_full else note)
-    network = load_network(experiment, artifacts).to(context.device)
-    training = SubsetTraining(experiment, network, subset, num_steps, context.device, frontier)
-    saved = artifacts["zoo"].load_work(f"run-{run.index}.safetensors")
-    kept = training.restore(load_tree(saved, f"zoo run {run.index}")) if saved is not None else 0
-    pending: list[Record] = []
-    for position in range(kept, len(run.member_ids)):
-        id_ = run.member_ids[position]
-        first = config.warmup_steps + every * position if position else 0
-        stop = config.warmup_steps + every * (position + 1)
-        training.run(dataset, first, stop, seed)
-        record = Record(id_, "original", vector=training.vector().cpu().numpy(), seed=seed, step=stop, **stamp())
-        if id_ not in present:
-            pending.append(record)
-        if len(pending) == experiment.evaluation.stack or id_ == run.member_ids[-1]:
-            yield _judged(pending, judge), training.state(position + 1)
-            pending = []
-        context.progress("zoo", (position + 1) * len(runs_of(config)), config.members, f"run {run.index}, step {stop}")
+    note += f"; full steps: {why_full}" if why_full else ""
+    note += f"; {min(most, len(runs))} runs at a time" if most > 1 and len(runs) > 1 else ""
+    context.progress("zoo", 0, config.members, note)
+    states = {run: _load_state(artifacts["zoo"], run) for run in runs}
+    for together in _in_step(states, most):
+        seeds = [derive_seed(config.seed or 0, "zoo", run.index) for run in together]
+        network, steps = load_network(experiment, artifacts).to(context.device), num_steps[together[0]]
+        training = SubsetTraining(experiment, network, subset, steps, context.device, frontier, len(together))
+        kept = training.restore([state for run in together if (state := states[run])])
+        pending: list[Record] = []
+        last = len(together[0].member_ids) - 1
+        for position in range(kept, last + 1):
+            first = config.warmup_steps + every * position if position else 0
+            stop = config.warmup_steps + every * (position + 1)
+            training.run(dataset, first, stop, seeds)
+            ids = [run.member_ids[position] for run in together]
+            for id_, vector, seed in zip(ids, training.vectors().cpu().numpy(), seeds, strict=True):
+                if id_ not in present:
+                    pending.append(Record(id_, "original", vector=vector, seed=seed, step=stop, **stamp()))
+            if len(pending) >= experiment.evaluation.stack or position == last:
+                saved = training.states(position + 1)
+                yield _judged(pending, judge), dict(zip(together, saved, strict=True))
+                pending = []
+            names = ", ".join(str(run.index) for run in together)
+            context.progress("zoo", (position + 1) * num_runs, config.members, f"run {names}, step {stop}")
+
+
+def _in_step(states: Mapping[Run, Mapping[str, Any] | None], most: int) -> Iterator[list[Run]]:
+    """Runs that are equally long and equally far, at most so many at a time."""
+
+    def phase(run: Run) -> tuple[int, int]:
+        state = states[run]
+        return len(run.member_ids), state["kept"] if state else 0
+
+    for _, group in itertools.groupby(sorted(states, key=phase), phase):
+        same = list(group)
+        yield from (same[start : start + most] for start in range(0, len(same), most))
+
+
+def _state_file(run: Run) -> str:
+    return f"run-{run.index}.safetensors"
+
+
+def _load_state(zoo: Artifact, run: Run) -> dict[str, Any] | None:
+    saved = zoo.load_work(_state_file(run))
+    return None if saved is None else load_tree(saved, f"zoo run {run.index}")
 
 
 def _judged(records: list[Record], judge: Judge) -> list[Record]:
@@ -215,14 +238,16 @@ def describe_sharing(judge: Judge) -> dict[str, Any]:
 
 
 class SubsetTraining:
-    """Training of a subset with everything else frozen.
+    """Training of networks in a subset, with everything else frozen.
 
     BatchNorm layers whose statistics stay the base's are in eval mode, so that what is trained is what will be judged.
     Those whose statistics belong to the vector, or all if they will be measured anew, are in train mode.
 
     Args:
-        network: has the values to start from, and receives those trained.
+        network: has the values to start from, and what is frozen; where BatchNorm is in train mode its statistics
+            change.
         frontier: of the training images, to be read instead of them; or why not (`training_frontier`).
+        count: n, networks that are trained as one program; more than one only with a frontier.
     """
 
     def __init__(
@@ -233,69 +258,116 @@ class SubsetTraining:
         num_steps: int,
         device: torch.device,
         frontier: Frontier | str,
+        count: int = 1,
     ) -> None:
         config = experiment.zoo
-        self.config, self.network, self.subset, self.device = config, network, subset, device
+        self.config, self.network, self.subset, self.device, self.count = config, network, subset, device, count
         self.frontier = frontier if isinstance(frontier, Frontier) else None
-        network.train(config.batchnorm == "recalibrated")
+        if count > 1 and self.frontier is None:
+            raise ValueError(f"{count} networks cannot be trained as one program with full steps: {frontier}")
+        network.requires_grad_(False).train(config.batchnorm == "recalibrated")
         for entry in subset.entries:
             if entry.kind == "buffer":
                 network.get_submodule(entry.name.rpartition(".")[0]).train()
-        chosen = {entry.name for entry in subset.entries if entry.kind == "parameter"}
-        parameters = []
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(name in chosen)
-            if name in chosen:
-                parameters.append(parameter)
+        self.tensors = {
+            entry.name: nn.Parameter(network.get_parameter(entry.name).detach().repeat(count, *[1] * len(entry.shape)))
+            for entry in subset.entries
+            if entry.kind == "parameter"
+        }
         optimizer = config.optimizer
         if config.regime == "independent":  # whole networks are trained, and trained further, by the base's recipe
             base = experiment.training.optimizer
             optimizer = base.model_copy(update={"lr": base.lr / 10, "schedule": "constant"})
-        self.trainer = Trainer(parameters, optimizer, num_steps, "training of the zoo")
+        self.trainer = Trainer(list(self.tensors.values()), optimizer, num_steps, "training of the zoo")
 
-    def run(self, dataset: Dataset, start: int, stop: int, seed: int) -> None:
-        """Steps `start` to `stop` - 1, of the batches that `seed` gives."""
+    def run(self, dataset: Dataset, start: int, stop: int, seeds: Sequence[int]) -> None:
+        """Steps `start` to `stop` - 1, of the batches that each network's seed gives."""
         loss = torch.zeros(())
-        for step, (forward, labels) in enumerate(self._batches(dataset, start, stop, seed), start):
-            seed_global(seed, "step", step)
-            with autocast(self.device, self.config.precision):
-                logits = forward()
-            loss = functional.cross_entropy(logits.float(), labels)
+        batches = self._kept(dataset, start, stop, seeds) if self.frontier else self._full(dataset, start, stop, *seeds)
+        for step, (logits, labels) in enumerate(batches, start):
+            # The mean over a network's images, and their sum, as no network's gradient depends on another one's.
+            loss = functional.cross_entropy(logits.float(), labels) * self.count
             self.trainer.step(loss, step)
         self.trainer.check(loss.item(), stop, "zoo.optimizer.lr")
 
-    def _batches(
-        self, dataset: Dataset, start: int, stop: int, seed: int
-    ) -> Iterator[tuple[Callable[[], Tensor], Tensor]]:
-        """What computes the logits (B, M) of a batch, and its labels (B,)."""
-        if self.frontier is None:
-            batches = dataset.training_batches(self.config.batch_size, start, stop, self.device, seed)
-            for images, labels in batches:
-                yield functools.partial(self.network, images), labels
-            return
+    def _full(self, dataset: Dataset, start: int, stop: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits (B, M) and labels (B,) of each batch, from the images."""
+        batches = dataset.training_batches(self.config.batch_size, start, stop, self.device, seed)
+        for step, (images, labels) in enumerate(batches, start):
+            seed_global(seed, "step", step)
+            own = {name: tensor.squeeze(0) for name, tensor in self.tensors.items()}
+            with autocast(self.device, self.config.precision):
+                logits = functional_call(self.network, own, (images,))
+            yield logits, labels
+
+    def _kept(self, dataset: Dataset, start: int, stop: int, seeds: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits (n B, M) and labels (n B,) of each step's batches, from the frontier."""
+        assert self.frontier is not None
         suffix = self.frontier.network.suffix
-        tensors = {name: self.network.get_parameter(name) for name in self.subset.names}
-        for frontier, labels in self.frontier.batches(
-            dataset.training_positions(self.config.batch_size, start, stop, seed)
-        ):
-            yield functools.partial(suffix, frontier, tensors), labels
+        positions = [dataset.training_positions(self.config.batch_size, start, stop, seed) for seed in seeds]
+        chosen = (np.concatenate(batches) for batches in zip(*positions, strict=True))
+        for frontier, labels in self.frontier.batches(chosen):
+            with autocast(self.device, self.config.precision):
+                if self.count == 1:
+                    logits = suffix(frontier, {name: tensor.squeeze(0) for name, tensor in self.tensors.items()})
+                else:
+                    apart = tuple(tensor.unflatten(0, (self.count, -1)) for tensor in frontier)
+                    logits = torch.vmap(suffix)(apart, self.tensors).flatten(0, 1)
+            yield logits, labels
 
-    def vector(self) -> Tensor:
-        """The subset as it is now (D,)."""
-        return self.subset.flatten(self.network.state_dict())
+    def vectors(self) -> Tensor:
+        """The subsets as they are now (n, D)."""
+        fixed = self.network.state_dict()
+        own = [{name: tensor[i] for name, tensor in self.tensors.items()} for i in range(self.count)]
+        return torch.stack([self.subset.flatten({**fixed, **tensors}) for tensors in own])
 
-    def load(self, vector: Tensor) -> None:
-        """Puts a vector (D,) into the network."""
-        self.network.load_state_dict(self.subset.unflatten(vector), strict=False)
+    @torch.no_grad()
+    def load(self, vectors: Tensor) -> None:
+        """Goes on from vectors (n, D)."""
+        values = self.subset.unflatten(vectors)
+        for name, tensor in self.tensors.items():
+            tensor.copy_(values[name])
+        statistics = {name: value[0] for name, value in values.items() if name not in self.tensors}
+        self.network.load_state_dict(statistics, strict=False)
 
-    def state(self, kept: int) -> dict[str, Any]:
-        """What `restore` needs to go on after `kept` members."""
+    def states(self, kept: int) -> list[dict[str, Any]]:
+        """What `restore` needs to go on after `kept` members, of each network."""
         # Statistics outside of the subset move as well where BatchNorm is in train mode.
         moving = {} if self.config.batchnorm == "frozen" else dict(self.network.named_buffers())
-        trained = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
-        return {"kept": kept, "tensors": {**trained, **moving}, "optimizer": self.trainer.state()}
+        optimizer = self.trainer.state()
+        return [
+            {
+                "kept": kept,
+                "tensors": {**moving, **{name: tensor[i] for name, tensor in self.tensors.items()}},
+                "optimizer": {
+                    index: {key: value if key == "step" else value[i] for key, value in state.items()}
+                    for index, state in optimizer.items()
+                },
+            }
+            for i in range(self.count)
+        ]
 
-    def restore(self, state: dict[str, Any]) -> int:
-        self.network.load_state_dict(state["tensors"], strict=False)
-        self.trainer.load_state(state["optimizer"])
-        return state["kept"]
+    @torch.no_grad()
+    def restore(self, states: Sequence[dict[str, Any]]) -> int:
+        """Goes on from states (n), or from the beginning if there are none.
+
+        Returns:
+            Members kept.
+        """
+        if not states:
+            return 0
+        for name, tensor in self.tensors.items():
+            tensor.copy_(torch.stack([state["tensors"][name] for state in states]))
+        statistics = {name: value for name, value in states[0]["tensors"].items() if name not in self.tensors}
+        self.network.load_state_dict(statistics, strict=False)
+        first = states[0]["optimizer"]
+        self.trainer.load_state(
+            {
+                index: {
+                    key: value if key == "step" else torch.stack([state["optimizer"][index][key] for state in states])
+                    for key, value in own.items()
+                }
+                for index, own in first.items()
+            }
+        )
+        return states[0]["kept"]
