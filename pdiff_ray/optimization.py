@@ -47,10 +47,18 @@ class Trainer:
 
     def step(self, loss: Tensor, step: int) -> None:
         """Applies the gradient of `loss` with the learning rate of `step`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * lr_factor(self.config.schedule, step, self.num_steps)
+        self.backward(loss)
+        self.apply(step)
+
+    def backward(self, loss: Tensor) -> None:
+        """Replaces the gradients by those of `loss`."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+
+    def apply(self, step: int) -> None:
+        """Applies the gradients with the learning rate of `step`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * lr_factor(self.config.schedule, step, self.num_steps)
         self.optimizer.step()
 
     def check(self, loss: float, step: int, lr_field: str) -> None:

@@ -7,9 +7,11 @@ from pdiff_ray import config
 from pdiff_ray.artifacts import load_tree, save_tree
 from pdiff_ray.config import Generator, Optimizer, Sampling
 from pdiff_ray.errors import ConfigError, PdiffError
-from pdiff_ray.generators import GENERATORS, NUM_RUNGS, Fitting, make_generator
+from pdiff_ray.generators import GENERATORS, NUM_RUNGS, Fitting, graphs, make_generator
+from pdiff_ray.generators import diffusion as diffusion_module
 from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.generators.diffusion import Diffusion, GraphStep, linear_steps, make_scheduler
+from pdiff_ray.generators.graphs import graphed
 from pdiff_ray.generators.normalizer import Normalizer
 from pdiff_ray.generators.training import EMA, fit_model
 from pdiff_ray.optimization import Trainer, lr_factor
@@ -205,6 +207,46 @@ def test_step_on_fixed_memory_is_the_same(denoiser):
             step.noise.copy_(row)
             step()
     torch.testing.assert_close(step.x, expected)
+
+
+def test_training_without_a_graph_goes_on_as_it_was():
+    """Where none can be captured, as without a GPU."""
+    model, random = torch.nn.Linear(3, 1), torch.Generator().manual_seed(0)
+
+    def backward():
+        model.zero_grad()
+        loss = model(torch.randn(5, 3, generator=random)).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    before = random.get_state()
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
+        assert graphed(backward, list(model.parameters()), random) is backward
+    assert torch.equal(random.get_state(), before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("error")
+def test_graphs_compute_what_single_kernels_do(monkeypatch):
+    device = torch.device("cuda")
+    diffusion = Diffusion(config.Diffusion(width=64, num_timesteps=50), 4).to(device)
+
+    def results():
+        fitting = Fitting(device, 0)
+        make_generator(small(), SUBSET).fit(draw(60, 14).to(device), fitting)
+        return diffusion.sample(20, Sampling(seed=0), device), fitting.history
+
+    def refused(*_):
+        raise RuntimeError("a test")
+
+    samples, losses = results()
+    monkeypatch.setattr(graphs, "capture", refused)
+    monkeypatch.setattr(diffusion_module, "capture", refused)
+    with pytest.warns(UserWarning, match="a test"):
+        plain, expected = results()
+    torch.testing.assert_close(samples, plain, rtol=1e-3, atol=1e-3)
+    for name, values in expected.items():
+        torch.testing.assert_close(torch.tensor(losses[name]), torch.tensor(values), rtol=1e-2, atol=1e-3)
 
 
 def test_samples_of_a_batch_are_those_drawn_one_at_a_time():

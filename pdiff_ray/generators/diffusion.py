@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from pdiff_ray.config import Diffusion as Settings
 from pdiff_ray.config import Sampling
+from pdiff_ray.generators.graphs import capture
 from pdiff_ray.seeds import generator
 
 ONEDNN, ONEDNN_BATCH = torch.backends.mkldnn.is_available(), 16  # for fewer rows MKL takes less time
@@ -167,20 +168,13 @@ class Diffusion(nn.Module):
         return x
 
     def _denoise_graphed(self, x: Tensor, times: Tensor, steps: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-        """The same steps, each a replay of one CUDA graph: launching their many small kernels takes longer than they.
+        """The same steps, each a replay of one CUDA graph.
 
         Raises:
             RuntimeError: the step cannot be captured.
         """
         step = GraphStep(self.denoiser, x, times, steps)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries set themselves up on a first call, which no graph may hold
-            step()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
+        graph, _ = capture(step)
         step.restart(x)
         for of_noise in steps[:, 2].tolist():
             if of_noise:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pdiff_ray.config import Optimizer
 from pdiff_ray.generators import Fitting
+from pdiff_ray.generators.graphs import graphed
 from pdiff_ray.optimization import Trainer
 from pdiff_ray.seeds import generator
 
@@ -89,16 +90,21 @@ def fit_model(
         model.load_state_dict(current, strict=False)
         model.train()
 
-    last_saved = time.monotonic()
-    model.train()
-    for step in range(first, num_steps):
-        if batch_size >= len(data):
-            batch = data
-        else:
+    def backward() -> Tensor:
+        batch = data
+        if batch_size < len(data):
             batch = data[torch.randint(len(data), (batch_size,), generator=random, device=fitting.device)]
         loss = loss_of(batch, random)
-        trainer.step(loss, step)
-        losses[step] = loss.detach()
+        trainer.backward(loss)
+        return loss.detach()
+
+    last_saved = time.monotonic()
+    model.train()
+    if fitting.device.type == "cuda" and first < num_steps:
+        backward = graphed(backward, list(model.parameters()), random)
+    for step in range(first, num_steps):
+        losses[step] = backward()
+        trainer.apply(step)
         if ema:
             ema.update(model, step)
         if step + 1 in due:  # before the state is saved: a rung may be shown twice, but is never left out
