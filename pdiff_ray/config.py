@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -438,7 +438,7 @@ def parse(model: type[S], raw: Any, where: str, at: str = "") -> S:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        by_path: dict[str, list[Any]] = {}
+        by_path: dict[tuple[str, ...], list[Any]] = {}
         for problem in error.errors():
             by_path.setdefault(_path(model, problem["loc"]), []).append(problem)
         prefix = f"{at}." if at else ""
@@ -446,11 +446,27 @@ def parse(model: type[S], raw: Any, where: str, at: str = "") -> S:
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses keys that are given twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: base: the files inherit from each other in a circle")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a safe one
     except FileNotFoundError:
         near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.yaml")))
         asked = f" (base of {seen[-1].name})" if seen else ""
@@ -490,37 +506,52 @@ def nested(path: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _path(model: type[BaseModel], location: Sequence[int | str]) -> str:
-    """The dotted path of a problem's location, without the alternative that pydantic tried, where there are some."""
+def _path(model: type[BaseModel], location: Sequence[int | str]) -> tuple[str, ...]:
+    """The path of a problem's location, without the alternative that pydantic tried, where there are some."""
     kept: list[str] = []
     for part in location:
-        if kept and isinstance(part, str) and not _fields_at(model, kept):
+        if isinstance(part, str) and not _has_keys(_type_at(model, kept)):
             break
         kept.append(str(part))
-    return ".".join(kept)
+    return tuple(kept)
 
 
-def _explain(model: type[BaseModel], path: str, prefix: str, problems: Sequence[Any]) -> str:
+def _explain(model: type[BaseModel], path: Sequence[str], prefix: str, problems: Sequence[Any]) -> str:
     """One line for pydantic's problems with one field: path, value, remedy. Several are of alternatives."""
-    problem = problems[0]
+    problem, named = problems[0], f"{prefix}{'.'.join(path)}".rstrip(".")
     if problem["type"] == "extra_forbidden":
-        parent, _, key = path.rpartition(".")
-        known = _fields_at(model, parent.split(".") if parent else [])
+        *parent, key = path
+        known = _fields_at(model, parent)
         near = did_you_mean(key, known) or f"; known here: {', '.join(known)}"
-        return f"{prefix}{path}: unknown key{near}"
+        return f"{named}: unknown key{near}"
     if problem["type"] == "missing":
-        return f"{prefix}{path}: required but not given"
+        return f"{named}: required but not given"
     if problem["type"] == "value_error":
         message = problem["msg"].removeprefix("Value error, ")
-        named = f"{prefix}{path}".rstrip(".")
         return f"{named}: {message}" if named else message
-    return f"{prefix}{path}: {problem['input']!r} is not accepted: {'; or: '.join(p['msg'] for p in problems)}"
+    if problem["type"] in ("model_type", "dict_type") and (known := _fields_at(model, path)):
+        return f"{named}: {problem['input']!r} is not accepted: it takes a mapping with some of {', '.join(known)}"
+    return f"{named}: {problem['input']!r} is not accepted: {'; or: '.join(p['msg'] for p in problems)}"
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    found = _type_at(model, location)
+    fields = getattr(found, "model_fields", {}) if _has_keys(found) else {}
+    return [field.alias or name for name, field in fields.items()]
+
+
+def _type_at(model: type[BaseModel], location: Sequence[str]) -> Any:
+    """The type of what is at a path; None where a path cannot lead."""
+    found: Any = model
     for part in location:
-        field = model.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
-            return []
-        model = field.annotation
-    return list(model.model_fields)
+        if get_origin(found) is dict:
+            found = get_args(found)[1]
+        elif _has_keys(found) and part in found.model_fields:
+            found = found.model_fields[part].annotation
+        else:
+            return None
+    return found
+
+
+def _has_keys(found: Any) -> bool:
+    return get_origin(found) is dict or (isinstance(found, type) and issubclass(found, BaseModel))

@@ -42,7 +42,7 @@ REFUSED = {
         ["resources.gpus_per_worker: 'some'", "valid number", "'auto'"],
     ),
     "none of the choices": ("sampling: {sampler: euler}", ["sampling.sampler", "'euler'", "'ddim'"]),
-    "number for a section": ("zoo: 3", ["zoo: 3", "valid dictionary"]),
+    "number for a section": ("zoo: 3", ["zoo: 3", "takes a mapping with some of members"]),
     "bad element": ("evaluation: {noise_sigmas: [0.1, big]}", ["evaluation.noise_sigmas.1", "'big'"]),
     "too small": ("zoo: {members: 0}", ["zoo.members", "0 is not accepted", "greater than or equal to 1"]),
     "not finite": ("zoo: {optimizer: {lr: .inf}}", ["zoo.optimizer.lr", "inf", "finite"]),
@@ -129,7 +129,12 @@ def test_circular_base(write):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("name: [", "line 1: not valid YAML"), ("- a", "mapping of sections, this one is list"), ("", "NoneType")],
+    [
+        ("name: a\nzoo: {members: 3}\nzoo: {members: 4}", "line 3: not valid YAML: the key 'zoo' is given twice"),
+        ("name: [", "line 1: not valid YAML"),
+        ("- a", "mapping of sections, this one is list"),
+        ("", "NoneType"),
+    ],
 )
 def test_no_experiment(write, text, expected):
     with pytest.raises(ConfigError, match=expected):

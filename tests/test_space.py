@@ -87,6 +87,11 @@ def test_a_file_with_a_sweep_is_an_experiment_without_it(tmp_path):
         ({"parameters": {"storage": ["a", "b"]}}, r"sweep\.parameters\.storage: 'storage' is the same in all"),
         ({"parameters": {}}, r"sweep\.parameters: \{\} is not accepted"),
         (
+            {"parameters": {"zoo.members": 3}},
+            r"sweep\.parameters\.zoo\.members: 3 is not accepted: .* choice, variants",
+        ),
+        ([1], r"sweep: \[1\] is not accepted: it takes a mapping with some of search, parameters"),
+        (
             {"parameters": {"generator.members": [4]}, "repeat": 2},
             r"sweep\.repeat: unknown key; did you mean 'repeats'",
         ),
