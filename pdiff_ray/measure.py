@@ -479,7 +479,8 @@ def _autoencoder_size(settings: config.Autoencoder, values: int) -> tuple[int, f
         model = Autoencoder(settings, values)
     parameters = sum(p.numel() for p in model.parameters())
     device = "cpu" if parameters <= MAX_BUILT else "meta"  # as in `_anatomy`
-    model, vectors = model.to_empty(device=device), torch.zeros(1, values, device=device)
+    with torch.device(device):
+        model, vectors = Autoencoder(settings, values), torch.zeros(1, values)
     with torch.no_grad(), Trace([vectors]) as trace:
         model.decode(model.encode(vectors))
     return parameters, trace.bytes[False]
