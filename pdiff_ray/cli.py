@@ -276,6 +276,8 @@ def print_sweep(ledger: Ledger) -> None:
     console.print(f"\n{sweep_report.legend(ledger)}", style="dim")
     if verdict := sweep_report.verdict(ledger):
         console.print(f"verdict: {verdict}", markup=False)
+    if warning := sweep_report.warning(rows):
+        console.print("[bold red]WARNING[/]:", Text(warning))
     place = ledger.storage.location(ledger.folder)
     console.print(f"\nreport     {place}/{sweep_report.REPORT_FILE}")
     console.print(f"tables     {place}/{sweep_report.SUMMARY_FILE}, {sweep_report.TRIALS_FILE}")

@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -86,12 +86,14 @@ class Result:
 
     Attributes:
         metrics: of its evaluation, by name; empty without one.
+        gate: what became of members that were coded and decoded; empty if that is not known.
     """
 
     trial: Trial
     repeat: int
     artifacts: Mapping[str, Artifact]
     metrics: Mapping[str, float]
+    gate: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -166,12 +168,14 @@ def _results(ledger: Ledger, trial: Trial) -> list[Result]:
     for repeat, experiment in zip(trial.repeats, experiments, strict=True):
         artifacts = ledger.artifacts(experiment)
         metrics: Mapping[str, float] = {}
+        gate: Mapping[str, Any] = {}
         if trial.state == "finished" and artifacts["evaluation"].exists():
             try:
                 metrics = _metrics(artifacts)
+                gate = artifacts["generator"].manifest()["info"].get("gate", {})
             except StorageError as error:  # one damaged result does not cost the others' table
                 console.print("[bold yellow]warning[/]:", Text(str(error)))
-        results.append(Result(trial, repeat, artifacts, metrics))
+        results.append(Result(trial, repeat, artifacts, metrics, gate))
     return results
 
 
@@ -196,6 +200,18 @@ def headline(ledger: Ledger) -> str:
     parts += [f"{counts[state]} {state}" for state in ("stopped", "failed") if counts[state]]
     to_come = ledger.total - counts.total()
     return ", ".join(parts) + (f", {to_come} still to come" if to_come else "")
+
+
+def warning(rows: Sequence[Row]) -> str:
+    """Which results suffer from their autoencoder; empty if none does."""
+    failed = [result for row in rows for result in row.results if not result.gate.get("passed", True)]
+    if not failed:
+        return ""
+    names = dict.fromkeys(str(r.trial.number) if r.trial.number >= 0 else AS_IN_THE_FILE for r in failed)
+    return (
+        f"The autoencoder loses accuracy in {len(failed)} results (of trials {', '.join(names)}): no sample can be better "
+        "than the decoded members, see the trials' reports. Raise generator.autoencoder.steps or latent_dim."
+    )
 
 
 def cells(ledger: Ledger, rows: Sequence[Row], width: float = math.inf) -> list[list[str]]:
@@ -328,11 +344,8 @@ def write(ledger: Ledger) -> list[Row]:
     files = {f"{name}.png": png for name, png in pngs.items()}
     files[SUMMARY_FILE] = _csv([_summary_line(ledger, row) for row in rows])
     files[TRIALS_FILE] = _csv([_trial_line(ledger, row, result) for row in rows for result in row.results])
-    files[TABLE_FILE] = "\n\n".join(
-        part
-        for part in (headline(ledger), report.markdown(cells(ledger, rows)), verdict(ledger), legend(ledger))
-        if part
-    ).encode()
+    parts = (headline(ledger), report.markdown(cells(ledger, rows)), verdict(ledger), warning(rows), legend(ledger))
+    files[TABLE_FILE] = "\n\n".join(part for part in parts if part).encode()
     files[REPORT_FILE] = _page(ledger, rows, pngs).encode()
     for name, content in files.items():
         ledger.storage.write(f"{ledger.folder}/{name}", content)
@@ -499,6 +512,7 @@ def _page(ledger: Ledger, rows: Sequence[Row], pngs: Mapping[str, bytes]) -> str
         question=ledger.file.question,
         headline=headline(ledger),
         verdict=verdict(ledger),
+        warning=warning(rows),
         rows=[[broken(text) for text in head], *body],
         legend=legend(ledger),
         figures=[(CAPTIONS[name], base64.b64encode(png).decode()) for name, png in pngs.items()],

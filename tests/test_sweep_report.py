@@ -4,6 +4,7 @@ import csv
 import io
 import statistics
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -193,6 +194,16 @@ def test_failed_and_missing_seeds_are_told(grid):
         assert [line["reason"] for line in lines(ledger, "trials.csv")].count("<out of memory>") == 1
     finally:
         sweep_report.write(grid)
+
+
+def test_an_autoencoder_that_loses_accuracy_is_told(grid):
+    rows = sweep_report.table(grid)
+    assert all(result.gate for row in rows for result in row.results)
+    first, second = rows[0].results
+    lossy, fine = replace(first, gate={"passed": False}), replace(second, gate={"passed": True})
+    expected = f"The autoencoder loses accuracy in 1 results (of trials {first.trial.number})"
+    assert sweep_report.warning([replace(rows[0], results=[lossy, fine])]).startswith(expected)
+    assert sweep_report.warning([replace(rows[0], results=[fine])]) == ""
 
 
 def test_single_seed_has_no_deviation(grid):
