@@ -119,7 +119,7 @@ def keep(
         return f"computing it takes no longer than reading {_gib(size)}"
     computed = _rows(network, dataset, split, device, layouts, batch_size)
     started = time.monotonic()
-    if device.type == "cuda" and reads >= len(split) and size <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and reads >= len(split) and size <= DEVICE_SHARE * free_bytes(device):
         *rows, labels = (torch.cat(parts) for parts in zip(*computed, strict=True))
         torch.cuda.synchronize(device)
         return Frontier(network, layouts, rows, labels, time.monotonic() - started, device)
@@ -151,6 +151,13 @@ def keep(
         return Frontier(network, layouts, rows, labels, float(np.load(folder / SECONDS_FILE)), device)
     except (PdiffError, OSError) as error:  # a full disk, or another process made room
         return str(error)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory of a GPU that this process can take: what is free, or what is left of its share."""
+    free, total = torch.cuda.mem_get_info(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return min(free, share * total - torch.cuda.memory_allocated(device))
 
 
 def worth_keeping(row_bytes: float, flops: float, images: int) -> bool:

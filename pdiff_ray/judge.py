@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pdiff_ray.data import Dataset
-from pdiff_ray.frontier import Frontier, keep
+from pdiff_ray.frontier import Frontier, free_bytes, keep
 from pdiff_ray.optimization import autocast
 from pdiff_ray.split import SplitNetwork, split_network
 from pdiff_ray.store import Record
@@ -239,7 +239,7 @@ class Judge:
             return most
         # Every tensor is kept for the backward pass, which makes a gradient of about each one's size.
         per_image = 2 * sum(self._suffix_bytes_per_image())
-        return max(1, int(GPU_SHARE * torch.cuda.mem_get_info(self.device)[0] / per_image / batch_size))
+        return max(1, int(GPU_SHARE * free_bytes(self.device) / per_image / batch_size))
 
     @functools.cached_property
     def stackable(self) -> bool:
@@ -279,7 +279,7 @@ class Judge:
 
     def _free_bytes(self) -> float:
         """For one of the tensors that are alive at a time, on an accelerator."""
-        return GPU_SHARE * torch.cuda.mem_get_info(self.device)[0] / LIVE_TENSORS
+        return GPU_SHARE * free_bytes(self.device) / LIVE_TENSORS
 
     # The networks.
 

@@ -209,8 +209,8 @@ def warning(rows: Sequence[Row]) -> str:
         return ""
     names = dict.fromkeys(str(r.trial.number) if r.trial.number >= 0 else AS_IN_THE_FILE for r in failed)
     return (
-        f"The autoencoder loses accuracy in {len(failed)} results (of trials {', '.join(names)}): no sample can be better "
-        "than the decoded members, see the trials' reports. Raise generator.autoencoder.steps or latent_dim."
+        f"The autoencoder loses accuracy in {len(failed)} results (of trials {', '.join(names)}): no sample can be "
+        "better than the decoded members, see the trials' reports. Raise generator.autoencoder.steps or latent_dim."
     )
 
 

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayTaskError
 
 from pdiff_ray.artifacts import Artifact
 from pdiff_ray.config import Experiment
 from pdiff_ray.data import default_cache
-from pdiff_ray.distributed.session import gpu_share, report_progress
+from pdiff_ray.distributed.session import gpu_share, report_progress, take_place
 from pdiff_ray.errors import PdiffError
 from pdiff_ray.stages import Context, generate
 from pdiff_ray.stages.evaluate import Evaluator, Stack
@@ -23,9 +22,8 @@ BUILDERS = {"generator": generate.build_generator, "samples": generate.build_sam
 class _Worker:
     """What an actor does; it reads and writes storage itself, so that only names travel."""
 
-    def __init__(self, experiment: Experiment, artifacts: Mapping[str, Artifact], events: str) -> None:
-        torch.set_num_threads(experiment.resources.cpus_per_actor)
-        device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    def __init__(self, experiment: Experiment, artifacts: Mapping[str, Artifact], events: str, gpus: float) -> None:
+        device = take_place(experiment.resources.cpus_per_actor, gpus)
         self.experiment, self.artifacts = experiment, artifacts
         self.context = Context(device, default_cache(), progress=report_progress(events))
         self.evaluator: Evaluator | None = None
@@ -49,7 +47,7 @@ class Pool:
         actor = ray.remote(_Worker).options(
             num_cpus=resources.cpus_per_actor, num_gpus=gpus, max_restarts=resources.max_failures
         )
-        self.actors: list[Any] = [actor.remote(experiment, artifacts, events) for _ in range(resources.actors)]
+        self.actors: list[Any] = [actor.remote(experiment, artifacts, events, gpus) for _ in range(resources.actors)]
 
         self.deaths = dict.fromkeys(self.actors, 0)
 

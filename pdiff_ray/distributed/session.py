@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
+import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdiff_ray.config import Resources
@@ -154,6 +155,23 @@ def gpu_share(configured: float | str, processes: int) -> float:
         return float(configured)
     gpus = int(ray.cluster_resources().get("GPU", 0))
     return 1 / math.ceil(processes / gpus) if gpus else 0.0
+
+
+def take_place(threads: int, gpus: float, device: torch.device | None = None) -> torch.device:
+    """Keeps this actor or worker to its share of cores, and of a GPU's memory, so that no neighbour fails for it.
+
+    Args:
+        gpus: its share of them, as it was given by Ray.
+        device: its GPU, where it sees several.
+
+    Returns:
+        Its device.
+    """
+    torch.set_num_threads(threads)
+    device = device or torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    if device.type == "cuda" and 0 < gpus < 1:
+        torch.cuda.set_per_process_memory_fraction(gpus, device)
+    return device
 
 
 def report_progress(events: str) -> Progress:

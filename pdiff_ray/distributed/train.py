@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray.train
-import torch
 import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
@@ -18,7 +17,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from pdiff_ray.artifacts import Artifact
 from pdiff_ray.config import Experiment
 from pdiff_ray.data import default_cache
-from pdiff_ray.distributed.session import failures, gpu_share, report_failure, report_progress
+from pdiff_ray.distributed.session import failures, gpu_share, report_failure, report_progress, take_place
 from pdiff_ray.errors import PdiffError
 from pdiff_ray.stages import Context, base, zoo
 
@@ -51,7 +50,7 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
     name = f"ray-train-{uuid.uuid4().hex[:8]}"
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"jobs": list(jobs), "events": events},
+        train_loop_config={"jobs": list(jobs), "events": events, "gpus": gpus},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=per_worker),
         # NCCL takes one process per GPU.
         torch_config=TorchConfig("nccl" if gpus >= 1 else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
@@ -89,16 +88,14 @@ def useful_workers(jobs: Sequence[Job]) -> int:
 
 def _work(config: dict[str, Any]) -> None:
     jobs, events = config["jobs"], config["events"]
-    torch.set_num_threads(jobs[0].experiment.resources.cpus_per_worker)
+    device = take_place(jobs[0].experiment.resources.cpus_per_worker, config["gpus"], get_device())
     worker, progress = ray.train.get_context(), report_progress(events)
     rank, world = worker.get_world_rank(), worker.get_world_size()
     failed = failures(events)  # a restart cannot help them
 
     def context(number: int) -> Context:
         suffix = f" {number + 1}/{len(jobs)}" if len(jobs) > 1 else ""
-        return Context(
-            get_device(), default_cache(), rank, world, lambda task, *rest: progress(f"{task}{suffix}", *rest)
-        )
+        return Context(device, default_cache(), rank, world, lambda task, *rest: progress(f"{task}{suffix}", *rest))
 
     for number, job in enumerate(jobs):
         artifact = job.artifacts["base"]

@@ -16,14 +16,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import ray
-import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from pdiff_ray.artifacts import Artifact, Storage
 from pdiff_ray.data import default_cache
-from pdiff_ray.distributed.session import beside_driver, failures, gpu_share, report_failure, report_progress
+from pdiff_ray.distributed.session import (
+    beside_driver,
+    failures,
+    gpu_share,
+    report_failure,
+    report_progress,
+    take_place,
+)
 from pdiff_ray.errors import PdiffError, StorageError
 from pdiff_ray.search import Trial
 from pdiff_ray.stages import Context
@@ -47,15 +53,16 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
     claims = f"pdiff-claims-{uuid.uuid4().hex[:8]}"
     # Held here: a named actor lives as long as its handle.
     keeper: Any = ray.remote(_Claims).options(name=claims, **beside_driver()).remote()
+    gpus = gpu_share(resources.gpus_per_trial, sweep.max_concurrent or 1)
     shared = {
         "storage": ledger.storage.uri,
         "metric": sweep.metric,
         "events": events,
         "claims": claims,
         "threads": resources.cpus_per_trial,
+        "gpus": gpus,
         "rungs": sweep.scheduler == "asha",
     }
-    gpus = gpu_share(resources.gpus_per_trial, sweep.max_concurrent or 1)
     scheduler = _ASHA(ledger) if sweep.scheduler == "asha" else None
     searcher = _Ledger(ledger, unbuildable, shared, on_change)
     storage, name = ledger.storage, f"ray-tune-{uuid.uuid4().hex[:8]}"
@@ -88,10 +95,9 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
 
 def _trial(config: dict[str, Any]) -> None:
     """A trial, in an actor that runs one after another."""
-    torch.set_num_threads(config["threads"])
     number, progress = config["number"], report_progress(config["events"])
     context = Context(
-        torch.device("cuda" if ray.get_gpu_ids() else "cpu"),
+        take_place(config["threads"], config["gpus"]),
         default_cache(),
         progress=lambda task, *rest: progress(f"trial {number}|{task}", *rest),
     )
