@@ -160,6 +160,30 @@ def zoo_step(batch_size: int = 128, case: Case = CASES[0]) -> Iterator[Result]:
         limit=flops(other) / max(1, flops(ours)),
     )
 
+    count = 4
+    branches = [subject.subset.unflatten(vector) for vector in subject.vectors(count).to(DEVICE)]
+    stacked = {name: torch.stack([own[name] for own in branches]).requires_grad_() for name in tensors}
+
+    def together() -> list[Tensor]:
+        for tensor in stacked.values():
+            tensor.grad = None
+        logits = torch.vmap(lambda own: split.suffix(frontier, own))(stacked)
+        (functional.cross_entropy(logits.flatten(0, 1), labels.repeat(count)) * count).backward()
+        return [tensor.grad for tensor in stacked.values() if tensor.grad is not None]
+
+    def in_turn() -> list[Tensor]:
+        alone = []
+        for own in branches:
+            for name, tensor in tensors.items():
+                tensor.data.copy_(own[name])
+            alone.append(ours())
+        return [torch.stack(parts) for parts in zip(*alone, strict=True)]
+
+    for a, b in zip(together(), in_turn(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+    what = f"{case.title}: {count} branches as one program"
+    yield compare("zoo_step", what, together, "one after another", in_turn, n=7)
+
 
 def flops(work: Work) -> int:
     """Of matrix products and convolutions, two each multiply and add."""

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from pdiff_ray import config
 from pdiff_ray.config import Data
 from pdiff_ray.data import Dataset, Split, random_images
+from pdiff_ray.errors import ConfigError
 from pdiff_ray.generators import Fitting, make_generator
 from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.generators.latent_diffusion import LatentDiffusion
@@ -177,6 +178,7 @@ class Meter:
         self.counted = False
         self._known: dict[str, Any] = {}
         self._built: tuple[str, nn.Module] | None = None
+        self._examined: tuple[str, nn.Module] | None = None
 
     def anatomy(self, network: config.Network, info: DataInfo, zoo: config.Zoo) -> Anatomy:
         """The anatomy of a network for images of `info` and the subset of `zoo`.
@@ -186,7 +188,7 @@ class Meter:
         """
 
         def measure() -> Anatomy:
-            found = _anatomy(network, info, zoo)
+            found = self._dissect(network, info, zoo)
             if ":" not in network.name or not found.subset.entries:
                 return found
             # The user's own network may be one that cannot be split; tracing the known ones would take seconds.
@@ -369,6 +371,18 @@ class Meter:
             parameter.grad = None
         return self._built[1]
 
+    def _dissect(self, network: config.Network, info: DataInfo, zoo: config.Zoo) -> Anatomy:
+        key = repr((network, _shape(info)))
+        if self._examined is None or self._examined[0] != key:  # sweeps cut one network in many ways
+            self._examined = key, _to_dissect(network, info)
+        try:
+            return _dissect(self._examined[1], info, zoo)
+        except ConfigError:
+            raise
+        except Exception:  # as in `_to_dissect`
+            self._examined = key, check_network(network, info)
+            return _dissect(self._examined[1], info, zoo)
+
     def _images(self, info: DataInfo, count: int) -> Tensor:
         images = torch.randn(count, info.channels, info.image_size, info.image_size, device=self.device)
         return images.contiguous(memory_format=torch.channels_last)
@@ -429,16 +443,17 @@ class Meter:
             torch.cuda.synchronize(self.device)
 
 
-def _anatomy(network: config.Network, info: DataInfo, zoo: config.Zoo) -> Anatomy:
+def _to_dissect(network: config.Network, info: DataInfo) -> nn.Module:
+    """A network to be traced; a large one has no values."""
     try:
         with torch.device("meta"):
             built = build_network(_plain(network), info)
-            if info.image_size > MAX_EDGE or sum(p.numel() for p in built.parameters()) > MAX_BUILT:
-                return _dissect(built, info, zoo)
-    except Exception:  # the network reads values, or something is wrong with it, which `check_network` tells
-        return _dissect(check_network(network, info), info, zoo)
+    except Exception:  # it reads values, or something is wrong with it, which `check_network` tells
+        return check_network(network, info)
+    if info.image_size > MAX_EDGE or sum(p.numel() for p in built.parameters()) > MAX_BUILT:
+        return built
     # Some operations on the meta device import the compiler, which takes two seconds.
-    return _dissect(build_network(_plain(network), info), info, zoo)
+    return build_network(_plain(network), info)
 
 
 def _plain(network: config.Network) -> config.Network:
@@ -449,9 +464,10 @@ def _dissect(network: nn.Module, info: DataInfo, zoo: config.Zoo) -> Anatomy:
     subset = resolve(zoo.subset, network, zoo.batchnorm)
     generated = [tensor for _, tensor in _generated(network, subset, zoo)]
     count = 2
-    images = torch.zeros(count, info.channels, info.image_size, info.image_size)
-    with torch.no_grad(), Trace([images], generated) as trace:
-        network.eval()(images)
+    with torch.device(next(network.parameters()).device):  # where it may make tensors of its own
+        images = torch.zeros(count, info.channels, info.image_size, info.image_size)
+        with torch.no_grad(), Trace([images], generated) as trace:
+            network.eval()(images)
     return Anatomy(
         parameters=sum(p.numel() for p in network.parameters()),
         subset=subset,
@@ -478,7 +494,7 @@ def _autoencoder_size(settings: config.Autoencoder, values: int) -> tuple[int, f
     with torch.device("meta"):
         model = Autoencoder(settings, values)
     parameters = sum(p.numel() for p in model.parameters())
-    device = "cpu" if parameters <= MAX_BUILT else "meta"  # as in `_anatomy`
+    device = "cpu" if parameters <= MAX_BUILT else "meta"  # as in `_to_dissect`
     with torch.device(device):
         model, vectors = Autoencoder(settings, values), torch.zeros(1, values)
     with torch.no_grad(), Trace([vectors]) as trace:
