@@ -21,13 +21,14 @@ from typing import Any, Literal
 import torch
 
 from pdiff_ray import sources
+from pdiff_ray.anatomy import Anatomy
 from pdiff_ray.artifacts import STAGES, Artifact, Storage, finished, read_manifest
 from pdiff_ray.config import Experiment, Resources, Training, Zoo
 from pdiff_ray.data import steps_per_epoch
 from pdiff_ray.errors import StorageError
 from pdiff_ray.frontier import worth_keeping
 from pdiff_ray.generators.latent_diffusion import CHUNK, GATE_MEMBERS
-from pdiff_ray.measure import MIN_CHUNK, Anatomy, Meter, Passes
+from pdiff_ray.measure import MIN_CHUNK, Meter, Passes
 from pdiff_ray.stages.zoo import full_steps, runs_of
 
 LIBRARIES_BYTES = 2**30  # of a process that has imported torch and what a stage needs

@@ -1,4 +1,4 @@
-"""What pieces of work cost: the operations of a network, and short runs of the real training, judging and denoising.
+"""What pieces of work cost, by short runs of the real training, judging and denoising.
 
 Nothing needs data: images are noise of the right size. What would take too long is run on fewer images, or counted in
 FLOPs, and scaled.
@@ -9,7 +9,6 @@ Shapes: B images of a batch, C channels, S the edge in pixels, D values in the s
 from __future__ import annotations
 
 import contextlib
-import functools
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,11 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from pdiff_ray import config
+from pdiff_ray.anatomy import MAX_BUILT, Anatomy, Trace, dissect, generated_tensors, network_to_dissect, plain
 from pdiff_ray.config import Data
 from pdiff_ray.data import Dataset, Split, random_images
 from pdiff_ray.errors import ConfigError
@@ -35,7 +32,7 @@ from pdiff_ray.networks import build_network, check_network
 from pdiff_ray.optimization import autocast
 from pdiff_ray.sources import DataInfo
 from pdiff_ray.split import split_network
-from pdiff_ray.subset import Entry, Subset, resolve
+from pdiff_ray.subset import Entry, Subset
 
 PIECE_S = 0.04  # that a measurement takes, about
 LONGEST_S = 0.3  # of its shortest run; what would take longer is counted
@@ -43,46 +40,10 @@ TOTAL_S = 3.0  # of measuring; after that, the rest is counted
 EFFICIENCY = 0.8  # of networks, in matrix products' FLOP/s; for what is counted
 MAX_BATCH_BYTES = 2**28  # of a measured batch's operations
 MIN_CHUNK, CHUNK_BYTES = 32, 16 * 2**20  # images that judging takes at a time on a CPU: their largest tensor's size
-MAX_BUILT = 5 * 10**7  # parameters of a network that is built to be measured
-MAX_EDGE = 64  # of images that a network is given for its anatomy alone
 MAX_VALUES = 5_000  # of vectors that a generator is measured with; its cost is proportional to D
 UPDATE_PASSES = {"sgd": 3, "adam": 7, "adamw": 8}  # over all parameters, in a step of an optimizer
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What a forward pass of a network in eval mode does, per image, before and after generated tensors take part.
-
-    Attributes:
-        parameters: of the network.
-        subset: what is generated of it.
-        prefix_flops, suffix_flops: of operations that generated tensors do not reach, and of the others.
-        operation_bytes, suffix_bytes: outputs of all operations and of the suffix: what training keeps, at most.
-        largest_bytes: of the largest output.
-        frontier_bytes: of what the suffix reads of the prefix.
-        runs_whole: why nothing is shared, where that is known.
-    """
-
-    parameters: int
-    subset: Subset
-    prefix_flops: float
-    suffix_flops: float
-    operation_bytes: float
-    suffix_bytes: float
-    largest_bytes: float
-    frontier_bytes: float
-    runs_whole: str | None = None
-
-    @property
-    def flops(self) -> float:
-        return self.prefix_flops + self.suffix_flops
-
-    @property
-    def shared(self) -> float:
-        """The prefix's part of the FLOPs, 0 to 1; that of `split.SplitNetwork`."""
-        return self.prefix_flops / max(1, self.flops)
 
 
 @dataclass(frozen=True)
@@ -114,56 +75,6 @@ class GeneratorCost:
     row_bytes: float
 
 
-class Trace(TorchDispatchMode):
-    """Watches operations, and tells those that depend on given tensors alone from those that `generated` ones reach.
-
-    Eager operations serve as the graph does in `pdiff_ray.split`, without the seconds that torch.export takes, and on
-    the meta device without memory.
-    """
-
-    def __init__(self, given: Collection[Tensor], generated: Collection[Tensor] = ()) -> None:
-        super().__init__()
-        self._given, self._generated = {id(t) for t in given}, {id(t) for t in generated}
-        self._alive: list[Any] = [given, generated]  # an id is a tensor's as long as that lives
-        self._frontier: dict[int, float] = {}
-        self.calls: dict[bool, list[Callable[[], Any]]] = {False: [], True: []}  # by whether generated tensors reach it
-        self.flops = {False: 0.0, True: 0.0}
-        self.bytes = {False: 0.0, True: 0.0}
-        self.largest = 0.0
-
-    @property
-    def frontier_bytes(self) -> float:
-        return sum(self._frontier.values())
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # to exclude it from compilation would import the compiler, which takes two seconds
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        reached = any(id(t) in self._generated for t in read)
-        if not reached and not any(id(t) in self._given for t in read):
-            return output  # of parameters alone
-        if reached:
-            self._frontier |= {id(t): _bytes(t) for t in read if id(t) in self._given}
-        written = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        (self._generated if reached else self._given).update(id(t) for t in written)
-        self._alive.append((read, written))
-        self.calls[reached].append(functools.partial(func, *args, **kwargs))
-        if (count := flop_registry.get(func.overloadpacket)) is not None:
-            self.flops[reached] += count(*args, **kwargs, out_val=output)
-        if not func.is_view and not func._schema.is_mutable:
-            self.bytes[reached] += sum(map(_bytes, written))
-            self.largest = max([self.largest, *map(_bytes, written)])
-        return output
-
-
-def _bytes(tensor: Tensor) -> float:
-    return float(tensor.numel() * tensor.itemsize)
-
-
 class Meter:
     """Measures on a device, each distinct piece once.
 
@@ -193,7 +104,7 @@ class Meter:
                 return found
             # The user's own network may be one that cannot be split; tracing the known ones would take seconds.
             built = self._network(network, info).eval()
-            names = [name for name, _ in _generated(built, found.subset, zoo)]
+            names = [name for name, _ in generated_tensors(built, found.subset, zoo)]
             reason = split_network(built, names, self._images(info, 4)).reason
             return (
                 found
@@ -222,7 +133,7 @@ class Meter:
                 )
             built = self._network(network, info).eval()
             images = self._images(info, count)
-            generated = [tensor for _, tensor in _generated(built, anatomy.subset, zoo)]
+            generated = [tensor for _, tensor in generated_tensors(built, anatomy.subset, zoo)]
             with _threads(threads), torch.no_grad(), Trace([images], generated) as trace:
                 built(images)
             with _threads(threads), torch.no_grad():
@@ -250,7 +161,7 @@ class Meter:
             if not count:
                 return batch_size * self._counted(flops, threads)
             built = self._network(network, info).train(whole or zoo.batchnorm == "recalibrated")
-            chosen = None if whole else {name for name, _ in _generated(built, anatomy.subset, zoo)}
+            chosen = None if whole else {name for name, _ in generated_tensors(built, anatomy.subset, zoo)}
             with _threads(threads):
                 forward_backward, update = self._step(built, info, data, chosen, training, count)
             return forward_backward * batch_size / count + update  # which does not grow with the batch
@@ -366,7 +277,7 @@ class Meter:
         """The network on the device; one at a time, as they may be large."""
         key = repr((network, _shape(info)))
         if self._built is None or self._built[0] != key:
-            self._built = key, build_network(_plain(network), info).to(self.device)
+            self._built = key, build_network(plain(network), info).to(self.device)
         for parameter in self._built[1].parameters():
             parameter.grad = None
         return self._built[1]
@@ -374,14 +285,14 @@ class Meter:
     def _dissect(self, network: config.Network, info: DataInfo, zoo: config.Zoo) -> Anatomy:
         key = repr((network, _shape(info)))
         if self._examined is None or self._examined[0] != key:  # sweeps cut one network in many ways
-            self._examined = key, _to_dissect(network, info)
+            self._examined = key, network_to_dissect(network, info)
         try:
-            return _dissect(self._examined[1], info, zoo)
+            return dissect(self._examined[1], info, zoo)
         except ConfigError:
             raise
-        except Exception:  # as in `_to_dissect`
+        except Exception:  # as in `network_to_dissect`
             self._examined = key, check_network(network, info)
-            return _dissect(self._examined[1], info, zoo)
+            return dissect(self._examined[1], info, zoo)
 
     def _images(self, info: DataInfo, count: int) -> Tensor:
         images = torch.randn(count, info.channels, info.image_size, info.image_size, device=self.device)
@@ -443,58 +354,12 @@ class Meter:
             torch.cuda.synchronize(self.device)
 
 
-def _to_dissect(network: config.Network, info: DataInfo) -> nn.Module:
-    """A network to be traced; a large one has no values."""
-    try:
-        with torch.device("meta"):
-            built = build_network(_plain(network), info)
-    except Exception:  # it reads values, or something is wrong with it, which `check_network` tells
-        return check_network(network, info)
-    if info.image_size > MAX_EDGE or sum(p.numel() for p in built.parameters()) > MAX_BUILT:
-        return built
-    # Some operations on the meta device import the compiler, which takes two seconds.
-    return build_network(_plain(network), info)
-
-
-def _plain(network: config.Network) -> config.Network:
-    return network.model_copy(update={"pretrained": False})
-
-
-def _dissect(network: nn.Module, info: DataInfo, zoo: config.Zoo) -> Anatomy:
-    subset = resolve(zoo.subset, network, zoo.batchnorm)
-    generated = [tensor for _, tensor in _generated(network, subset, zoo)]
-    count = 2
-    with torch.device(next(network.parameters()).device):  # where it may make tensors of its own
-        images = torch.zeros(count, info.channels, info.image_size, info.image_size)
-        with torch.no_grad(), Trace([images], generated) as trace:
-            network.eval()(images)
-    return Anatomy(
-        parameters=sum(p.numel() for p in network.parameters()),
-        subset=subset,
-        prefix_flops=trace.flops[False] / count,
-        suffix_flops=trace.flops[True] / count,
-        operation_bytes=sum(trace.bytes.values()) / count,
-        suffix_bytes=trace.bytes[True] / count,
-        largest_bytes=trace.largest / count,
-        frontier_bytes=trace.frontier_bytes / count,
-    )
-
-
-def _generated(network: nn.Module, subset: Subset, zoo: config.Zoo | None) -> list[tuple[str, Tensor]]:
-    """The tensors that differ from member to member, by name."""
-    names = set(subset.names)
-    if zoo is not None and zoo.batchnorm == "recalibrated":
-        ends = (".running_mean", ".running_var", ".num_batches_tracked")
-        names |= {name for name, _ in network.named_buffers() if f".{name}".endswith(ends)}
-    return [(n, t) for n, t in (*network.named_parameters(), *network.named_buffers()) if n in names]
-
-
 def _autoencoder_size(settings: config.Autoencoder, values: int) -> tuple[int, float]:
     """Parameters, and bytes of all operations on a vector."""
     with torch.device("meta"):
         model = Autoencoder(settings, values)
     parameters = sum(p.numel() for p in model.parameters())
-    device = "cpu" if parameters <= MAX_BUILT else "meta"  # as in `_to_dissect`
+    device = "cpu" if parameters <= MAX_BUILT else "meta"  # as in `network_to_dissect`
     with torch.device(device):
         model, vectors = Autoencoder(settings, values), torch.zeros(1, values)
     with torch.no_grad(), Trace([vectors]) as trace:

@@ -21,7 +21,7 @@ FLOORS = [
     {"report", "exchange"},
     {"sweep_figures", "estimate"},
     {"figures", "stages", "measure"},
-    {"summary", "judge", "generators"},
+    {"summary", "judge", "generators", "anatomy"},
     {"frontier"},
     {"store", "networks", "split"},
     {"data", "subset", "similarity", "optimization"},

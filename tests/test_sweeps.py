@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,7 @@ def test_opens_with_question_and_command(path):
     if "sweep:" in path.read_text():
         assert "?" in head.partition("\n\n")[0]
         assert f"{name} --preset small" in head
+        assert re.search(r"The small preset takes \d+ minutes on 2 cores", head.replace("\n#", "")), "its cost"
 
 
 # Distinct artifacts that a sweep's trials share; the same for the preset.

@@ -1,0 +1,158 @@
+"""What networks consist of: the operations of a forward pass, before and after generated tensors take part in it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from pdiff_ray import config
+from pdiff_ray.networks import build_network, check_network
+from pdiff_ray.sources import DataInfo
+from pdiff_ray.subset import Subset, resolve
+
+MAX_BUILT = 5 * 10**7  # parameters of a network that is built to be examined
+MAX_EDGE = 64  # of images that a network is given for its anatomy alone
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a forward pass of a network in eval mode does, per image, before and after generated tensors take part.
+
+    Attributes:
+        parameters: of the network.
+        subset: what is generated of it.
+        prefix_flops, suffix_flops: of operations that generated tensors do not reach, and of the others.
+        operation_bytes, suffix_bytes: outputs of all operations and of the suffix: what training keeps, at most.
+        largest_bytes: of the largest output.
+        frontier_bytes: of what the suffix reads of the prefix.
+        runs_whole: why nothing is shared, where that is known.
+    """
+
+    parameters: int
+    subset: Subset
+    prefix_flops: float
+    suffix_flops: float
+    operation_bytes: float
+    suffix_bytes: float
+    largest_bytes: float
+    frontier_bytes: float
+    runs_whole: str | None = None
+
+    @property
+    def flops(self) -> float:
+        return self.prefix_flops + self.suffix_flops
+
+    @property
+    def shared(self) -> float:
+        """The prefix's part of the FLOPs, 0 to 1; that of `split.SplitNetwork`."""
+        return self.prefix_flops / max(1, self.flops)
+
+
+class Trace(TorchDispatchMode):
+    """Watches operations, and tells those that depend on given tensors alone from those that `generated` ones reach.
+
+    Eager operations serve as the graph does in `pdiff_ray.split`, without the seconds that torch.export takes, and on
+    the meta device without memory.
+    """
+
+    def __init__(self, given: Collection[Tensor], generated: Collection[Tensor] = ()) -> None:
+        super().__init__()
+        self._given, self._generated = {id(t) for t in given}, {id(t) for t in generated}
+        self._alive: list[Any] = [given, generated]  # an id is a tensor's as long as that lives
+        self._frontier: dict[int, float] = {}
+        self.calls: dict[bool, list[Callable[[], Any]]] = {False: [], True: []}  # by whether generated tensors reach it
+        self.flops = {False: 0.0, True: 0.0}
+        self.bytes = {False: 0.0, True: 0.0}
+        self.largest = 0.0
+
+    @property
+    def frontier_bytes(self) -> float:
+        return sum(self._frontier.values())
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to exclude it from compilation would import the compiler, which takes two seconds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        reached = any(id(t) in self._generated for t in read)
+        if not reached and not any(id(t) in self._given for t in read):
+            return output  # of parameters alone
+        if reached:
+            self._frontier |= {id(t): _bytes(t) for t in read if id(t) in self._given}
+        written = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        (self._generated if reached else self._given).update(id(t) for t in written)
+        self._alive.append((read, written))
+        self.calls[reached].append(functools.partial(func, *args, **kwargs))
+        if (count := flop_registry.get(func.overloadpacket)) is not None:
+            self.flops[reached] += count(*args, **kwargs, out_val=output)
+        if not func.is_view and not func._schema.is_mutable:
+            self.bytes[reached] += sum(map(_bytes, written))
+            self.largest = max([self.largest, *map(_bytes, written)])
+        return output
+
+
+def _bytes(tensor: Tensor) -> float:
+    return float(tensor.numel() * tensor.itemsize)
+
+
+def network_to_dissect(network: config.Network, info: DataInfo) -> nn.Module:
+    """A network to be traced; a large one has no values."""
+    try:
+        with torch.device("meta"):
+            built = build_network(plain(network), info)
+    except Exception:  # it reads values, or something is wrong with it, which `check_network` tells
+        return check_network(network, info)
+    if info.image_size > MAX_EDGE or sum(p.numel() for p in built.parameters()) > MAX_BUILT:
+        return built
+    # Some operations on the meta device import the compiler, which takes two seconds.
+    return build_network(plain(network), info)
+
+
+def plain(network: config.Network) -> config.Network:
+    """The network with weights of its own, which need no download."""
+    return network.model_copy(update={"pretrained": False})
+
+
+def dissect(network: nn.Module, info: DataInfo, zoo: config.Zoo) -> Anatomy:
+    """The anatomy of a network for images of `info` and the subset of `zoo`.
+
+    Raises:
+        ConfigError: it has no such subset.
+    """
+    subset = resolve(zoo.subset, network, zoo.batchnorm)
+    generated = [tensor for _, tensor in generated_tensors(network, subset, zoo)]
+    count = 2
+    with torch.device(next(network.parameters()).device):  # where it may make tensors of its own
+        images = torch.zeros(count, info.channels, info.image_size, info.image_size)
+        with torch.no_grad(), Trace([images], generated) as trace:
+            network.eval()(images)
+    return Anatomy(
+        parameters=sum(p.numel() for p in network.parameters()),
+        subset=subset,
+        prefix_flops=trace.flops[False] / count,
+        suffix_flops=trace.flops[True] / count,
+        operation_bytes=sum(trace.bytes.values()) / count,
+        suffix_bytes=trace.bytes[True] / count,
+        largest_bytes=trace.largest / count,
+        frontier_bytes=trace.frontier_bytes / count,
+    )
+
+
+def generated_tensors(network: nn.Module, subset: Subset, zoo: config.Zoo | None) -> list[tuple[str, Tensor]]:
+    """The tensors that differ from member to member, by name."""
+    names = set(subset.names)
+    if zoo is not None and zoo.batchnorm == "recalibrated":
+        ends = (".running_mean", ".running_var", ".num_batches_tracked")
+        names |= {name for name, _ in network.named_buffers() if f".{name}".endswith(ends)}
+    return [(n, t) for n, t in (*network.named_parameters(), *network.named_buffers()) if n in names]
