@@ -122,11 +122,17 @@ def test_ten_kills_change_nothing(tmp_path, sweep):
 
     rng, kills, process = random.Random(0), 0, None
     while kills < KILLS:
+        # At any moment of a random part of the work, on machines of any speed.
+        what, steps = rng.choice(["driver", "worker", "ray"]), rng.randint(0, 4)
         if process is None or process.poll() is not None:
             process = start(file, disturbed)
-            if rng.random() < 0.8:  # else Ray itself is killed while it starts
+            if rng.random() < 0.2:
+                steps = 0  # Ray itself is killed while it starts
+            else:
                 wait(process, lambda: "running" in said(disturbed))
-        what, moment = rng.choice(["driver", "worker", "ray"]), time.monotonic() + rng.uniform(0, 25)
+        lines = said(disturbed).count("\n") + steps
+        wait(process, lambda lines=lines: said(disturbed).count("\n") >= lines)
+        moment = time.monotonic() + rng.uniform(0, 6)
         wait(process, lambda moment=moment: time.monotonic() > moment)
         if process.poll() is not None:
             pytest.fail(f"over after {kills} kills, too early to say anything:\n{said(disturbed)}")
