@@ -47,6 +47,10 @@ class Storage:
     """
 
     def __init__(self, uri: str) -> None:
+        if re.match(r"[a-z0-9]{2,}:/[^/]", uri):  # one letter is a drive
+            raise StorageError(
+                f"storage: {_without_secrets(uri)!r} is neither a folder nor a URI, which has two slashes"
+            )
         try:
             if "://" in uri:
                 self.fs, self.root = pafs.FileSystem.from_uri(uri)

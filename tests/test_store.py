@@ -456,6 +456,8 @@ def test_no_uri(uri):
     with pytest.raises(StorageError, match=r"storage: .* is not a folder or a URI that pyarrow\.fs knows") as caught:
         Storage(uri)
     assert "secret" not in str(caught.value)
+    with pytest.raises(StorageError, match=r"'s3:/bucket/zoos' is neither a folder nor a URI, which has two slashes"):
+        Storage("s3:/bucket/zoos")
 
 
 def test_exclusive_writes(tmp_path):
