@@ -5,12 +5,14 @@ Weights and images are random: times do not depend on them.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,6 +28,8 @@ from pdiff_ray.subset import Subset, resolve
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAST_TWO = SubsetRule(last_norm_layers=2)
 RESNET18 = Network(name="resnet18", source="torchvision", cifar_stem=True)
+SCRIPT_BATCH = 256
+AS_SCRIPTS = "as scripts do it in PyTorch's default layout"
 VIT, CONVNEXT = Network(name="vit_tiny_patch16_224"), Network(name="convnext_tiny", source="timm")
 
 
@@ -77,112 +81,125 @@ class Subject:
         return [judgement.wrong for judgement in self.judge.judge(vectors, ("test",))]
 
     @torch.inference_mode()
-    def plain(self, vectors: Tensor, rows: slice = slice(None)) -> list[bytes | None]:
-        """The same from a full pass of each network, over as many images at a time."""
+    def plain(self, vectors: Tensor, rows: slice = slice(None), script: bool = False) -> list[bytes | None]:
+        """The same from a full pass of each network: in as good a layout, and over as many images at a time.
+
+        Args:
+            script: as scripts do it instead: in PyTorch's default layout, in batches of a common size.
+        """
         dataset = self.dataset(rows)
+        network, layout = (self.default, torch.contiguous_format) if script else (self.network, torch.channels_last)
         found: list[bytes | None] = []
         for vector in vectors.to(DEVICE):
             tensors = self.subset.unflatten(vector)
             wrong = []
-            for images, labels in dataset.test.in_order(self.judge.batch_size):
-                logits = functional_call(self.network, tensors, (dataset.prepare(images, DEVICE),))
-                wrong.append(logits.argmax(1) != labels.to(DEVICE))
+            for pixels, labels in dataset.test.in_order(SCRIPT_BATCH if script else self.judge.batch_size):
+                images = dataset.prepare(pixels, DEVICE).contiguous(memory_format=layout)
+                wrong.append(functional_call(network, tensors, (images,)).argmax(1) != labels.to(DEVICE))
             found.append(np.packbits(torch.cat(wrong).cpu().numpy()).tobytes())
         return found
 
+    @functools.cached_property
+    def default(self) -> nn.Module:
+        """The network in PyTorch's default layout."""
+        return copy.deepcopy(self.network).to(memory_format=torch.contiguous_format)
+
     def check(self, vectors: Tensor, rows: slice) -> None:
-        assert self.shared(vectors, rows) == self.plain(vectors, rows), "the two ways predict otherwise"
+        expected = self.shared(vectors, rows)
+        for script in (False, True):
+            assert expected == self.plain(vectors, rows, script), "the two ways predict otherwise"
 
 
 def evaluate(networks: int = 100, cases: Sequence[Case] = tuple(CASES)) -> Iterator[Result]:
     """Networks on a test set: what they share computed once, against a full pass for each."""
     for case in cases:
-        yield _evaluated(case, networks)
+        yield from _evaluated(case, networks)
 
 
-def _evaluated(case: Case, networks: int) -> Result:
+def _evaluated(case: Case, networks: int) -> Iterator[Result]:
     size = case.images // case.blocks
     few, some = case.plain
     subject = Subject(case.network, case.subset, case.image_size, case.images)
     vectors = subject.vectors(networks)
     subject.check(vectors[:3], slice(0, min(200, some)))
     shared = subject.judge.split.shared
-    pairs = []
+    pairs: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for start in range(0, size * case.blocks, size):
-        block, some_of_it = slice(start, start + size), slice(start, start + some)
+        block, part = slice(start, start + size), slice(start, start + some)
         ours = seconds(lambda block=block: subject.shared(vectors, block))
-        other = seconds(lambda rows=some_of_it: subject.plain(vectors[:few], rows))
-        pairs.append((ours * case.blocks, other * networks / few * case.images / some))
-    return result(
-        "evaluate",
-        f"{networks} x {case.title}, on {case.images:,} images of {case.image_size} x {case.image_size}",
-        "a full pass each",
-        pairs,
-        target=case.target,
-        limit=1 / (1 - shared + shared / networks),
-        note=f"{shared:.1%} of a network's operations are shared; the other way measured on {few} networks and {some} "
-        f"images after each of {case.blocks} blocks of images, and scaled",
-    )
+        for script, found in pairs.items():
+            other = seconds(lambda part=part, script=script: subject.plain(vectors[:few], part, script))
+            found.append((ours * case.blocks, other * networks / few * case.images / some))
+    for script, against in (
+        (False, "a full pass each"),
+        (True, f"a full pass each, {AS_SCRIPTS}, in batches of {SCRIPT_BATCH}"),
+    ):
+        yield result(
+            "evaluate",
+            f"{networks} x {case.title}, on {case.images:,} images of {case.image_size} x {case.image_size}",
+            against,
+            pairs[script],
+            target=case.target,
+            limit=1 / (1 - shared + shared / networks),
+            note=f"{shared:.1%} of a network's operations are shared; the other way measured on {few} networks and "
+            f"{some} images after each of {case.blocks} blocks of images, and scaled",
+        )
 
 
-def zoo_step(batch_size: int = 128, case: Case = CASES[0]) -> Iterator[Result]:
-    """A training step of the subset: on cached frontier tensors, against the whole network."""
+def zoo_step(batch_size: int = 128, branches: int = 4, case: Case = CASES[0]) -> Iterator[Result]:
+    """A training step of the subset: on cached frontier tensors, against the whole network; and of several subsets."""
     subject = Subject(case.network, case.subset, case.image_size, batch_size)
-    split, network = subject.judge.split, subject.network
+    split = subject.judge.split
     images = subject.judge.dataset.prepare(subject.images.images, DEVICE)
     labels = subject.images.labels.to(DEVICE)
-    own = subject.subset.unflatten(subject.vectors(1)[0].to(DEVICE))
-    tensors = {name: tensor.clone().requires_grad_() for name, tensor in own.items()}
+    values = [subject.subset.unflatten(vector) for vector in subject.vectors(branches).to(DEVICE)]
+    tensors = {name: tensor.clone().requires_grad_() for name, tensor in values[0].items()}
     frontier = split.prefix(images)
 
-    def gradients(logits: Tensor) -> list[Tensor]:
-        for tensor in tensors.values():
-            tensor.grad = None
-        functional.cross_entropy(logits, labels).backward()
-        return [tensor.grad for tensor in tensors.values() if tensor.grad is not None]
-
     def ours() -> list[Tensor]:
-        return gradients(split.suffix(frontier, tensors))
+        return _gradients(split.suffix(frontier, tensors), labels, tensors)
 
-    def other() -> list[Tensor]:
-        return gradients(functional_call(network, tensors, (images,)))
+    def whole(script: bool) -> list[Tensor]:
+        network = subject.default if script else subject.network
+        given = images.contiguous() if script else images
+        return _gradients(functional_call(network, tensors, (given,)), labels, tensors)
 
-    for a, b in zip(ours(), other(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
-    yield compare(
-        "zoo_step",
-        f"{case.title}: gradients at batch {batch_size}, cached frontier",
-        ours,
-        "the whole network, forward and backward to the same parameters",
-        other,
-        n=7,
-        target=10.0,
-        limit=flops(other) / max(1, flops(ours)),
-    )
+    what = f"{case.title}: gradients at batch {batch_size}, cached frontier"
+    limit = flops(lambda: whole(False)) / max(1, flops(ours))
+    for script, against in ((False, "the whole network"), (True, f"the whole network, {AS_SCRIPTS}")):
+        other = functools.partial(whole, script)
+        _check_close(ours(), other(), 1e-5 if not script else 1e-4)
+        yield compare("zoo_step", what, ours, against, other, n=7, target=10.0, limit=limit)
 
-    count = 4
-    branches = [subject.subset.unflatten(vector) for vector in subject.vectors(count).to(DEVICE)]
-    stacked = {name: torch.stack([own[name] for own in branches]).requires_grad_() for name in tensors}
+    stacked = {name: torch.stack([own[name] for own in values]).requires_grad_() for name in tensors}
 
     def together() -> list[Tensor]:
-        for tensor in stacked.values():
-            tensor.grad = None
-        logits = torch.vmap(lambda own: split.suffix(frontier, own))(stacked)
-        (functional.cross_entropy(logits.flatten(0, 1), labels.repeat(count)) * count).backward()
-        return [tensor.grad for tensor in stacked.values() if tensor.grad is not None]
+        logits = torch.vmap(lambda own: split.suffix(frontier, own))(stacked).flatten(0, 1)
+        return _gradients(logits, labels.repeat(branches), stacked, branches)
 
     def in_turn() -> list[Tensor]:
         alone = []
-        for own in branches:
+        for own in values:
             for name, tensor in tensors.items():
                 tensor.data.copy_(own[name])
             alone.append(ours())
         return [torch.stack(parts) for parts in zip(*alone, strict=True)]
 
-    for a, b in zip(together(), in_turn(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
-    what = f"{case.title}: {count} branches as one program"
+    _check_close(together(), in_turn(), 1e-4)
+    what = f"{case.title}: gradients of {branches} branches as one program"
     yield compare("zoo_step", what, together, "one after another", in_turn, n=7)
+
+
+def _gradients(logits: Tensor, labels: Tensor, tensors: dict[str, Tensor], branches: int = 1) -> list[Tensor]:
+    for tensor in tensors.values():
+        tensor.grad = None
+    (functional.cross_entropy(logits, labels) * branches).backward()
+    return [tensor.grad for tensor in tensors.values() if tensor.grad is not None]
+
+
+def _check_close(ours: Sequence[Tensor], other: Sequence[Tensor], tolerance: float) -> None:
+    for a, b in zip(ours, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
 def flops(work: Work) -> int:
