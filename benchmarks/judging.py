@@ -172,17 +172,19 @@ def zoo_step(batch_size: int = 128, branches: int = 4, case: Case = CASES[0]) ->
         yield compare("zoo_step", what, ours, against, other, n=7, target=10.0, limit=limit)
 
     stacked = {name: torch.stack([own[name] for own in values]).requires_grad_() for name in tensors}
+    batches = [(tuple(t.roll(i, 0) for t in frontier), labels.roll(i)) for i in range(branches)]
+    frontiers = tuple(torch.stack(parts) for parts in zip(*(own for own, _ in batches), strict=True))
 
     def together() -> list[Tensor]:
-        logits = torch.vmap(lambda own: split.suffix(frontier, own))(stacked).flatten(0, 1)
-        return _gradients(logits, labels.repeat(branches), stacked, branches)
+        logits = torch.vmap(split.suffix)(frontiers, stacked).flatten(0, 1)
+        return _gradients(logits, torch.cat([own for _, own in batches]), stacked, branches)
 
     def in_turn() -> list[Tensor]:
         alone = []
-        for own in values:
+        for own, (rows, classes) in zip(values, batches, strict=True):
             for name, tensor in tensors.items():
                 tensor.data.copy_(own[name])
-            alone.append(ours())
+            alone.append(_gradients(split.suffix(rows, tensors), classes, tensors))
         return [torch.stack(parts) for parts in zip(*alone, strict=True)]
 
     _check_close(together(), in_turn(), 1e-4)

@@ -449,17 +449,18 @@ def parse(model: type[S], raw: Any, where: str, at: str = "") -> S:
 class _Loader(yaml.SafeLoader):
     """Refuses keys that are given twice, of which YAML would take the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
                 continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
                 )
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -493,9 +494,10 @@ def _parse_override(text: str) -> dict[str, Any]:
         raise ConfigError(f"--set {text}: expected path=value, for example --set zoo.members=50")
     try:
         # PyYAML reads 1e-3 as text (YAML 1.1 wants 1.0e-3); pydantic turns it into a number.
-        tree = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {text}: {value!r} is not a YAML value") from None
+        tree = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"--set {text}: {value!r} is not a YAML value: {problem}") from None
     return nested(path.strip(), tree)
 
 

@@ -156,7 +156,7 @@ def keep(
 def free_bytes(device: torch.device) -> float:
     """Memory of a GPU that this process can take: what is free, or what is left of its share."""
     free, total = torch.cuda.mem_get_info(device)
-    share = torch.cuda.get_per_process_memory_fraction(device)
+    share = torch.cuda.get_per_process_memory_fraction(device.index)  # None is the current one
     return min(free, share * total - torch.cuda.memory_allocated(device))
 
 

@@ -220,36 +220,51 @@ class Judge:
     @functools.cached_property
     def stacked(self) -> int:
         """Networks whose suffixes run as one program; one if that fails."""
-        if self._stacked == 1 or (self._stacked is None and self.device.type != "cuda") or not self.stackable:
+        if self._stacked == 1 or (self._stacked is None and self.device.type != "cuda"):
             return 1
+        frontier = self.split.prefix(self._examples)
+        with torch.no_grad():
+            if not self._stackable(lambda tensors: torch.vmap(functools.partial(self.split.suffix, frontier))(tensors)):
+                return 1
         if self._stacked:
             return self._stacked
         per_image = max(self._suffix_bytes_per_image())
         return max(1, int(self._free_bytes() / per_image / self.batch_size))
 
     def trained_together(self, batch_size: int, most: int | None = None) -> int:
-        """Networks whose training steps at a batch size run as one program; one if that fails.
+        """Networks whose training steps, each on a batch of its own, run as one program; one if that fails.
 
         Args:
             most: default: as many as fit on an accelerator, one on a CPU.
         """
-        if most == 1 or (most is None and self.device.type != "cuda") or not self.stackable:
+        if most == 1 or (most is None and self.device.type != "cuda"):
+            return 1
+        frontiers = tuple(torch.stack([tensor, tensor]) for tensor in self.split.prefix(self._examples))
+        if not self._stackable(lambda tensors: torch.vmap(self.split.suffix)(frontiers, tensors)):
             return 1
         if most:
             return most
         # Every tensor is kept for the backward pass, which makes a gradient of about each one's size.
-        per_image = 2 * sum(self._suffix_bytes_per_image())
-        return max(1, int(GPU_SHARE * free_bytes(self.device) / per_image / batch_size))
+        activations = 2 * sum(self._suffix_bytes_per_image()) * batch_size
+        weights = 6 * 4 * self.subset.size  # with gradient, an optimizer's state and what its step makes
+        return max(1, int(GPU_SHARE * free_bytes(self.device) / (activations + weights)))
 
-    @functools.cached_property
-    def stackable(self) -> bool:
-        """Whether the suffixes of several networks can run as one program, with the same logits."""
-        own, frontier = self._own(), self.split.prefix(self._examples)
-        suffix = functools.partial(self.split.suffix, frontier)
+    def _stackable(self, together: Callable[[dict[str, Tensor]], Tensor]) -> bool:
+        """Whether `together` turns stacked tensors into the logits of two networks, and gradients if they are on."""
+        own = self._own()
+        stacked = {
+            name: torch.stack([tensor, tensor]).requires_grad_(tensor.is_floating_point())
+            for name, tensor in own.items()
+        }
+        tolerance = 1e-3 if self.precision == "float32" else 3e-2  # of the largest logit
         try:
-            with torch.no_grad(), autocast(self.device, self.precision):
-                logits = torch.vmap(suffix)({name: tensor[None] for name, tensor in own.items()})[0]
-                torch.testing.assert_close(logits, suffix(own), rtol=1e-3, atol=1e-3)
+            with autocast(self.device, self.precision):
+                expected, logits = self.split(self._examples, own).float(), together(stacked).float()
+            torch.testing.assert_close(
+                logits, expected.expand_as(logits), rtol=0, atol=tolerance * float(expected.abs().max())
+            )
+            if logits.requires_grad:
+                logits.sum().backward()
         except Exception:  # whatever vmap meets in a network
             return False
         return True

@@ -141,6 +141,11 @@ def test_no_experiment(write, text, expected):
         config.load(write(text))
 
 
+def test_merged_keys_may_be_given_again(load):
+    text = "presets: {p: {mid: &m {<<: &b {seed: 1}, seed: 2}}}\nzoo: {<<: *m, <<: *b, seed: 3}"
+    assert load(text).zoo.seed == 3
+
+
 def test_unreadable_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         config.load(tmp_path)

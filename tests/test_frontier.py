@@ -248,13 +248,41 @@ def test_networks_trained_as_one_program_are_those_trained_alone(tmp_path, netwo
         assert (halfway.vectors()[index] - alone.vectors()[0]).abs().max() <= 1e-3 * moved
 
 
-def test_what_cannot_be_stacked_is_trained_alone(tmp_path, monkeypatch):
-    judge = judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path)
-    assert judge.trained_together(16, most=3) == 3
+@pytest.mark.parametrize(
+    ("network", "precision", "stacks"),
+    [
+        (CONVNET, "float32", True),
+        (SMALL_VIT, "bfloat16", True),
+        (CONVNET, "bfloat16", False),  # CPUs have no such BatchNorm
+    ],
+)
+def test_what_cannot_be_stacked_is_trained_alone(tmp_path, network, precision, stacks):
+    judge = judge_of(network, LAST_NORMS, noise(8), tmp_path).at(precision)
+    assert judge.trained_together(16, most=3) == (3 if stacks else 1)
     assert judge.trained_together(16) == 1  # on a CPU
-    monkeypatch.setattr(torch, "vmap", lambda *args: 1 / 0)
-    judge = judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path)
-    assert judge.trained_together(16, most=3) == 1
+
+
+def test_a_layout_is_kept(tmp_path):
+    """With one channel the weights' layout decides on that of all that follows."""
+    experiment, artifacts = tiny(tmp_path, "zoo.subset=all")
+    build(experiment, artifacts, "base")
+    network = zoo.load_network(experiment, artifacts)
+    training = zoo.SubsetTraining(experiment, network, zoo.zoo_subset(experiment), 1, CPU, "a test")
+    assert training.tensors
+    for name, tensor in training.tensors.items():
+        assert tensor[0].stride() == network.get_parameter(name).stride(), name
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_free_memory_is_that_of_ones_share(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 80))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5)
+    monkeypatch.setattr(torch._C, "_cuda_getMemoryFraction", lambda device: 0.25, raising=False)
+    assert frontiers.free_bytes(torch.device(device)) == 15
+    monkeypatch.setattr(torch._C, "_cuda_getMemoryFraction", lambda device: 1.0, raising=False)
+    assert frontiers.free_bytes(torch.device(device)) == 60
 
 
 @pytest.mark.parametrize(("stack", "then"), [(3, 3), (3, 2), (1, 3)])

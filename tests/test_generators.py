@@ -1,5 +1,7 @@
 """The generators' maths against simpler or independent versions, and exact resuming."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -209,20 +211,58 @@ def test_step_on_fixed_memory_is_the_same(denoiser):
     torch.testing.assert_close(step.x, expected)
 
 
-def test_training_without_a_graph_goes_on_as_it_was():
-    """Where none can be captured, as without a GPU."""
-    model, random = torch.nn.Linear(3, 1), torch.Generator().manual_seed(0)
+class Replayed:
+    """Does what a CUDA graph of a step would: writes the results of the next run to where the first one's were."""
 
-    def backward():
-        model.zero_grad()
-        loss = model(torch.randn(5, 3, generator=random)).square().mean()
-        loss.backward()
-        return loss.detach()
+    def __init__(self, step, parameters, wrong=False):
+        self.step, self.parameters, self.wrong = step, parameters, wrong
+        step()
+        self.loss = step()
+        self.gradients = [parameter.grad for parameter in parameters]
 
-    before = random.get_state()
-    with pytest.warns(UserWarning, match="without a CUDA graph"):
-        assert graphed(backward, list(model.parameters()), random) is backward
-    assert torch.equal(random.get_state(), before)
+    def replay(self):
+        self.loss.copy_(self.step() + self.wrong)
+        for gradient, parameter in zip(self.gradients, self.parameters, strict=True):
+            gradient.copy_(parameter.grad)
+
+
+@pytest.mark.parametrize("way", ["captured", "wrong", "refused"])
+def test_replays_train_as_single_steps_do(monkeypatch, way):
+    """And what cannot be captured, or computes something else, goes on as it was."""
+
+    def losses(train):
+        torch.manual_seed(0)
+        model, random = torch.nn.Linear(3, 1), torch.Generator().manual_seed(0)
+        parameters = list(model.parameters())
+
+        def capture(step):
+            step()
+            if way == "refused":
+                raise RuntimeError("a test")
+            graph = Replayed(step, parameters, wrong=way == "wrong")
+            return graph, graph.loss
+
+        def backward():
+            model.zero_grad()
+            loss = model(torch.randn(5, 3, generator=random)).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        monkeypatch.setattr(graphs, "capture", capture)
+        step = train(backward, parameters, random)
+        found = []
+        for _ in range(5):
+            found.append(step().item())
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter -= 0.1 * parameter.grad
+        return found, step is backward
+
+    plain, _ = losses(lambda backward, *_: backward)
+    with contextlib.nullcontext() if way == "captured" else pytest.warns(UserWarning, match="without a CUDA graph"):
+        found, same = losses(graphed)
+    assert found == plain
+    assert same == (way != "captured")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 from helpers import build, tiny
 
 from pdiff_ray import pipeline
@@ -138,6 +139,25 @@ def test_gpus_are_shared_such_that_all_find_a_place(monkeypatch):
         session.check_resources(Resources(workers=3, gpus_per_worker=1), session.ray.cluster_resources())
     monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 8.0})
     assert session.gpu_share("auto", 2) == 0
+
+
+def test_a_process_keeps_to_its_share_of_a_gpu(monkeypatch):
+    """And leaves room in it for what CUDA itself takes."""
+    from pdiff_ray.distributed import session
+
+    fractions = []
+    monkeypatch.setattr(session.ray, "get_gpu_ids", lambda: [0])
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 100 * session.CONTEXT_BYTES))
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *args: fractions.append(args), raising=False)
+    threads = torch.get_num_threads()
+    try:
+        for share in (1, 0.5, 0.01):
+            assert session.take_place(threads, share).type == "cuda"
+    finally:
+        torch.set_num_threads(threads)
+    assert fractions == [(0.49, 0), (0.005, 0)]
 
 
 def test_progress_reaches_the_driver(ray):

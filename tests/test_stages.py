@@ -66,6 +66,7 @@ def test_frozen_parameters_stay_the_bases(done):
     started_from = training.vectors()
     training.run(base.open_dataset(experiment, context()), 0, 10, seeds=[0])
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert list(training.tensors) == subset.names
     assert (training.vectors() != started_from).any()
 
 

@@ -24,6 +24,7 @@ from pdiff_ray.stages import Progress
 
 POLL_S = 0.3
 CONNECT_TIMEOUT_S = 5.0
+CONTEXT_BYTES = 600 * 2**20  # of a GPU's memory that a process takes for CUDA itself, about
 
 
 class _Events:
@@ -170,7 +171,8 @@ def take_place(threads: int, gpus: float, device: torch.device | None = None) ->
     torch.set_num_threads(threads)
     device = device or torch.device("cuda" if ray.get_gpu_ids() else "cpu")
     if device.type == "cuda" and 0 < gpus < 1:
-        torch.cuda.set_per_process_memory_fraction(gpus, device)
+        overhead = CONTEXT_BYTES / torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(max(gpus - overhead, gpus / 2), device.index)
     return device
 
 

@@ -9,15 +9,10 @@ import torch
 from torch import Tensor, nn
 
 
-def capture(
-    step: Callable[[], Tensor | None], *generators: torch.Generator
-) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
+def capture(step: Callable[[], Tensor | None]) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
     """The graph of a step that works on the same memory each time, and its result, which a replay overwrites.
 
-    The step runs once before it is captured.
-
-    Args:
-        generators: that the step draws from.
+    The step runs once before it is captured. Generators that it draws from go on with each replay.
 
     Raises:
         RuntimeError: the step cannot be captured.
@@ -28,8 +23,6 @@ def capture(
         step()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    for random in generators:
-        graph.register_generator_state(random)
     with torch.cuda.graph(graph):
         result = step()
     return graph, result
@@ -45,7 +38,7 @@ def graphed(
     """
     state = random.get_state()
     try:
-        graph, loss = capture(backward, random)
+        graph, loss = capture(backward)
         assert loss is not None
         gradients = [parameter.grad for parameter in parameters]
         random.set_state(state)

@@ -116,6 +116,7 @@ def fit_model(
             if time.monotonic() - last_saved >= fitting.checkpoint_s:
                 save(step + 1)
                 last_saved = time.monotonic()
+    model.zero_grad(set_to_none=True)  # a graph's memory goes with its gradients
     # A model that is done is kept too: the next one's training may be interrupted.
     if first < num_steps:
         save(num_steps)

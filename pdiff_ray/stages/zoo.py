@@ -145,20 +145,23 @@ def _from_base(
     why_full = None if isinstance(frontier, Frontier) else frontier
     sharing = {**describe_sharing(judge), "full_steps": why_full}
     artifacts["zoo"].save_work(SHARING_FILE, json.dumps(sharing).encode())
-    most = 1 if why_full else judge.at(config.precision).trained_together(config.batch_size, config.stack)
+    most = 1
+    if len(runs) > 1 and not why_full:
+        most = judge.at(config.precision).trained_together(config.batch_size, config.stack)
     note = f"runs whole: {judge.split.reason}" if judge.split.reason else f"{judge.split.shared:.0%} shared"
     note += f"; full steps: {why_full}" if why_full else ""
-    note += f"; {min(most, len(runs))} runs at a time" if most > 1 and len(runs) > 1 else ""
+    note += f"; up to {min(most, len(runs))} runs as one program" if most > 1 else ""
     context.progress("zoo", 0, config.members, note)
-    states = {run: _load_state(artifacts["zoo"], run) for run in runs}
-    for together in _in_step(states, most):
+    kept = {run: state["kept"] if (state := _load_state(artifacts["zoo"], run)) else 0 for run in runs}
+    for together in _in_step(kept, most):
         seeds = [derive_seed(config.seed or 0, "zoo", run.index) for run in together]
         network, steps = load_network(experiment, artifacts).to(context.device), num_steps[together[0]]
         training = SubsetTraining(experiment, network, subset, steps, context.device, frontier, len(together))
-        kept = training.restore([state for run in together if (state := states[run])])
+        if kept[together[0]]:
+            training.restore([state for run in together if (state := _load_state(artifacts["zoo"], run))])
         pending: list[Record] = []
         last = len(together[0].member_ids) - 1
-        for position in range(kept, last + 1):
+        for position in range(kept[together[0]], last + 1):
             first = config.warmup_steps + every * position if position else 0
             stop = config.warmup_steps + every * (position + 1)
             training.run(dataset, first, stop, seeds)
@@ -172,16 +175,16 @@ def _from_base(
                 pending = []
             names = ", ".join(str(run.index) for run in together)
             context.progress("zoo", (position + 1) * num_runs, config.members, f"run {names}, step {stop}")
+        del training, network  # before the next ones are made
 
 
-def _in_step(states: Mapping[Run, Mapping[str, Any] | None], most: int) -> Iterator[list[Run]]:
-    """Runs that are equally long and equally far, at most so many at a time."""
+def _in_step(kept: Mapping[Run, int], most: int) -> Iterator[list[Run]]:
+    """Runs that are equally long and have kept equally many members, at most so many at a time."""
 
     def phase(run: Run) -> tuple[int, int]:
-        state = states[run]
-        return len(run.member_ids), state["kept"] if state else 0
+        return len(run.member_ids), kept[run]
 
-    for _, group in itertools.groupby(sorted(states, key=phase), phase):
+    for _, group in itertools.groupby(sorted(kept, key=phase), phase):
         same = list(group)
         yield from (same[start : start + most] for start in range(0, len(same), most))
 
@@ -270,7 +273,7 @@ class SubsetTraining:
             if entry.kind == "buffer":
                 network.get_submodule(entry.name.rpartition(".")[0]).train()
         self.tensors = {
-            entry.name: nn.Parameter(network.get_parameter(entry.name).detach().repeat(count, *[1] * len(entry.shape)))
+            entry.name: nn.Parameter(_copies(network.get_parameter(entry.name).detach(), count))
             for entry in subset.entries
             if entry.kind == "parameter"
         }
@@ -348,14 +351,8 @@ class SubsetTraining:
         ]
 
     @torch.no_grad()
-    def restore(self, states: Sequence[dict[str, Any]]) -> int:
-        """Goes on from states (n), or from the beginning if there are none.
-
-        Returns:
-            Members kept.
-        """
-        if not states:
-            return 0
+    def restore(self, states: Sequence[dict[str, Any]]) -> None:
+        """Goes on from states (n)."""
         for name, tensor in self.tensors.items():
             tensor.copy_(torch.stack([state["tensors"][name] for state in states]))
         statistics = {name: value for name, value in states[0]["tensors"].items() if name not in self.tensors}
@@ -370,4 +367,8 @@ class SubsetTraining:
                 for index, own in first.items()
             }
         )
-        return states[0]["kept"]
+
+
+def _copies(tensor: Tensor, count: int) -> Tensor:
+    """A tensor so many times; once, it keeps its layout in memory, which layers compute by."""
+    return tensor.clone()[None] if count == 1 else tensor.expand(count, *tensor.shape).contiguous()
