@@ -124,17 +124,44 @@ class _Part:
     def __init__(self, storage: Storage, name: str) -> None:
         self.stream = storage.open(name)
         self._remote = storage.local is None
+        self._pages: list[
+            tuple[int, int]
+        ] = []  # of each row's vector: where its floats are in the file, and their size
+        self._checked: set[int] = set()
 
     @functools.cached_property
     def file(self) -> pq.ParquetFile:
         # An object store answers few large requests sooner than many small ones.
         return pq.ParquetFile(self.stream, page_checksum_verification=True, pre_buffer=self._remote)
 
-    def chunks(self) -> list[tuple[int, int, int]]:
-        """Of each row's vector, the last column: its place in the file, its size there, and where its floats begin."""
-        metadata, floats = self.file.metadata, self.file.schema_arrow.field("vector").type.list_size
-        columns = [metadata.row_group(i).column(metadata.num_columns - 1) for i in range(metadata.num_row_groups)]
-        return [(c.data_page_offset, c.total_compressed_size, c.total_compressed_size - 4 * floats) for c in columns]
+    def vector(self, row: int) -> np.ndarray:
+        """One vector (D,), straight from its page, which takes a tenth of pyarrow's time; its checksum when first read.
+
+        Raises:
+            ArrowException, OSError, IndexError: it is damaged, or not as `encode` writes it.
+        """
+        if row not in self._checked:
+            if not self._pages:
+                self._pages = [self._page(i) for i in range(self.file.metadata.num_row_groups)]
+            column = self._column(row)
+            chunk = self.stream.read_at(column.total_compressed_size, column.data_page_offset)
+            if len(chunk) < column.total_compressed_size or not _whole_page(chunk):
+                raise OSError("not a whole page")
+            self._checked.add(row)
+        offset, size = self._pages[row]
+        content = self.stream.read_at(size, offset)
+        if len(content) < size:
+            raise OSError("cut off")
+        return np.frombuffer(content, np.float32)
+
+    def _column(self, row: int) -> pq.ColumnChunkMetaData:
+        return self.file.metadata.row_group(row).column(self.file.metadata.num_columns - 1)
+
+    def _page(self, row: int) -> tuple[int, int]:
+        column, size = self._column(row), 4 * self.file.schema_arrow.field("vector").type.list_size
+        if column.total_compressed_size < size:
+            raise OSError("not a whole page")
+        return column.data_page_offset + column.total_compressed_size - size, size
 
 
 def _whole_page(chunk: bytes) -> bool:
@@ -180,7 +207,6 @@ class ParameterStore:
         self._rows: dict[int, tuple[str, int]] = {}  # id to part and row
         self._parts: dict[str, list[int]] = {}  # part to ids
         self._opened: dict[str, _Part] = {}
-        self._chunks: dict[str, list[tuple[int, int, int]]] = {}
         if artifact.exists():
             for name, entry in artifact.manifest()["files"].items():
                 if name.startswith(f"{PARTS}/"):
@@ -242,27 +268,12 @@ class ParameterStore:
         places = self._places(ids)
         if self._local:
             try:
-                return np.concatenate([self._vector(part, row) for part, row in places]).reshape(len(places), -1)
+                found = [(self._opened.get(part) or self._open(part)).vector(row) for part, row in places]
+                return np.concatenate(found).reshape(len(places), -1)
             except (pa.ArrowException, OSError, IndexError):
                 pass  # pyarrow reads it, or says what is wrong
         table, order = self._read(places, ["vector"])
         return _matrix(table)[order]
-
-    def _vector(self, part: str, row: int) -> np.ndarray:
-        """One vector (D,), straight from its page, which takes a tenth of pyarrow's time.
-
-        Raises:
-            ArrowException, OSError, IndexError: it is damaged, or not as `encode` writes it.
-        """
-        opened = self._opened.get(part) or self._open(part)
-        chunks = self._chunks.get(part)
-        if chunks is None:
-            chunks = self._chunks[part] = opened.chunks()
-        offset, size, begin = chunks[row]
-        chunk = opened.stream.read_at(size, offset)
-        if begin < 0 or len(chunk) < size or not _whole_page(chunk):
-            raise OSError("not a whole page")
-        return np.frombuffer(chunk, np.float32, offset=begin)
 
     def _places(self, ids: Sequence[int] | None) -> list[tuple[str, int]]:
         """Part and row of each network."""

@@ -121,6 +121,23 @@ def test_work_of_a_dead_actor_is_done_by_the_others(here, ray):
     assert {r.id: r.wrong for r in found} == expected
 
 
+def test_actors_that_find_no_place_are_not_waited_for(here, ray):
+    """The others do their work."""
+    from pdiff_ray.distributed.pool import Pool
+    from pdiff_ray.distributed.session import connect
+
+    experiment, artifacts = here
+    with connect(experiment.resources, Display(None)) as events:
+        free = int(ray.available_resources()["CPU"])
+        resources = experiment.resources.model_copy(update={"actors": free + 1})
+        pool = Pool(experiment.model_copy(update={"resources": resources}), artifacts, events)
+        stacks = make_stacks(networks_to_judge(experiment, ParameterStore(artifacts["zoo"])), 1)
+        assert len(stacks) > free
+        found = [record.id for records in pool.map_stacks(stacks) for record in records]
+        pool.close()
+    assert sorted(found) == list(range(25))
+
+
 def test_more_than_this_machine_has(tmp_path, ray):
     from pdiff_ray.distributed.session import check_resources
 

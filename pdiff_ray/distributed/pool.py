@@ -28,6 +28,9 @@ class _Worker:
         self.context = Context(device, default_cache(), progress=report_progress(events))
         self.evaluator: Evaluator | None = None
 
+    def ready(self) -> None:
+        """Returns when the actor has found a place and has started."""
+
     def build(self, stage: str) -> None:
         BUILDERS[stage](self.experiment, self.artifacts, self.context)
 
@@ -66,9 +69,10 @@ class Pool:
 
     def _run(self, method: str, items: Sequence[Any]) -> Iterator[Any]:
         waiting = [(item, 0) for item in reversed(items)]
-        idle = list(self.actors)
-        running: dict[Any, tuple[Any, Any, int]] = {}
-        while waiting or running:
+        idle: list[Any] = []
+        # Work goes to actors that have started: in a full cluster some may wait for a place.
+        running: dict[Any, tuple[Any, Any, int]] = {actor.ready.remote(): (actor, None, 0) for actor in self.actors}
+        while waiting or any(item is not None for _, item, _ in running.values()):
             while waiting and idle:
                 actor, (item, failures) = idle.pop(0), waiting.pop()
                 running[getattr(actor, method).remote(item)] = (actor, item, failures)
@@ -78,19 +82,21 @@ class Pool:
                 result = ray.get(done)
             except (RayActorError, ActorUnavailableError, OutOfMemoryError) as error:
                 self.deaths[actor] += 1
-                if self.deaths[actor] <= self.max_failures:  # it is restarted, and asked last, as that takes a while
-                    idle.append(actor)
-                if failures == self.max_failures or not (idle or running):
+                if self.deaths[actor] <= self.max_failures:  # it is restarted, which takes a while
+                    running[actor.ready.remote()] = (actor, None, 0)
+                if item is not None:
+                    waiting.append((item, failures + 1))
+                if (item is not None and failures == self.max_failures) or not (idle or running):
                     reason = str(error).partition("\n")[0]
                     raise PdiffError(
-                        f"evaluation: an actor died {failures + 1} times at the same work ({reason}); lower "
-                        "evaluation.stack, evaluation.batch_size or resources.actors if memory ran out"
+                        f"evaluation: an actor died {self.deaths[actor]} times ({reason}); lower evaluation.stack, "
+                        "evaluation.batch_size or resources.actors if memory ran out"
                     ) from None
-                waiting.append((item, failures + 1))
             except RayTaskError as error:
                 if isinstance(error.cause, PdiffError):
                     raise error.cause from None
                 raise
             else:
                 idle.append(actor)
-                yield result
+                if item is not None:
+                    yield result
