@@ -16,7 +16,7 @@ import os
 import platform
 import resource
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -118,50 +118,34 @@ def encode(records: Sequence[Record], subset: Subset, about: dict[str, Any]) -> 
     return sink.getvalue()
 
 
+_Page = tuple[Callable[[int, int], bytes], int, int]  # reads an open file; bytes of a vector, and where they begin
+
+
 class _Part:
     """An open part file."""
 
     def __init__(self, storage: Storage, name: str) -> None:
         self.stream = storage.open(name)
         self._remote = storage.local is None
-        self._pages: list[
-            tuple[int, int]
-        ] = []  # of each row's vector: where its floats are in the file, and their size
-        self._checked: set[int] = set()
 
     @functools.cached_property
     def file(self) -> pq.ParquetFile:
         # An object store answers few large requests sooner than many small ones.
         return pq.ParquetFile(self.stream, page_checksum_verification=True, pre_buffer=self._remote)
 
-    def vector(self, row: int) -> np.ndarray:
-        """One vector (D,), straight from its page, which takes a tenth of pyarrow's time; its checksum when first read.
+    def page(self, row: int) -> _Page:
+        """Where a vector is, after a comparison with its checksum.
 
         Raises:
             ArrowException, OSError, IndexError: it is damaged, or not as `encode` writes it.
         """
-        if row not in self._checked:
-            if not self._pages:
-                self._pages = [self._page(i) for i in range(self.file.metadata.num_row_groups)]
-            column = self._column(row)
-            chunk = self.stream.read_at(column.total_compressed_size, column.data_page_offset)
-            if len(chunk) < column.total_compressed_size or not _whole_page(chunk):
-                raise OSError("not a whole page")
-            self._checked.add(row)
-        offset, size = self._pages[row]
-        content = self.stream.read_at(size, offset)
-        if len(content) < size:
-            raise OSError("cut off")
-        return np.frombuffer(content, np.float32)
-
-    def _column(self, row: int) -> pq.ColumnChunkMetaData:
-        return self.file.metadata.row_group(row).column(self.file.metadata.num_columns - 1)
-
-    def _page(self, row: int) -> tuple[int, int]:
-        column, size = self._column(row), 4 * self.file.schema_arrow.field("vector").type.list_size
-        if column.total_compressed_size < size:
+        metadata, floats = self.file.metadata, self.file.schema_arrow.field("vector").type.list_size
+        column = metadata.row_group(row).column(metadata.num_columns - 1)
+        offset, length, size = column.data_page_offset, column.total_compressed_size, 4 * floats
+        chunk = self.stream.read_at(length, offset)
+        if size > length or len(chunk) < length or not _whole_page(chunk):
             raise OSError("not a whole page")
-        return column.data_page_offset + column.total_compressed_size - size, size
+        return self.stream.read_at, size, offset + length - size
 
 
 def _whole_page(chunk: bytes) -> bool:
@@ -207,6 +191,7 @@ class ParameterStore:
         self._rows: dict[int, tuple[str, int]] = {}  # id to part and row
         self._parts: dict[str, list[int]] = {}  # part to ids
         self._opened: dict[str, _Part] = {}
+        self._pages: dict[int, _Page] = {}  # by id, of vectors that have been read from files that are open
         if artifact.exists():
             for name, entry in artifact.manifest()["files"].items():
                 if name.startswith(f"{PARTS}/"):
@@ -265,15 +250,33 @@ class ParameterStore:
 
     def vectors(self, ids: Sequence[int] | None = None) -> np.ndarray:
         """Flattened parameters (len(ids), D), float32, in the order of `ids` (default: all, by id)."""
-        places = self._places(ids)
-        if self._local:
+        ids = self.ids if ids is None else ids
+        if self._local and len(ids):
             try:
-                found = [(self._opened.get(part) or self._open(part)).vector(row) for part, row in places]
-                return np.concatenate(found).reshape(len(places), -1)
-            except (pa.ArrowException, OSError, IndexError):
-                pass  # pyarrow reads it, or says what is wrong
+                if len(ids) == 1:  # sooner than through a list of one
+                    return self._vector(ids[0]).copy()[None]
+                return np.concatenate([self._vector(id_) for id_ in ids]).reshape(len(ids), -1)
+            except (pa.ArrowException, OSError, LookupError):
+                pass  # pyarrow reads it, or it is said what is wrong
+        places = self._places(ids)
         table, order = self._read(places, ["vector"])
         return _matrix(table)[order]
+
+    def _vector(self, id_: int) -> np.ndarray:
+        """One vector (D,), straight from its page, which takes a tenth of pyarrow's time.
+
+        Raises:
+            ArrowException, OSError, LookupError: it is damaged, not there, or not as `encode` writes it.
+        """
+        page = self._pages.get(id_)
+        if page is None:
+            part, row = self._rows[id_]
+            page = self._pages[id_] = self._open(part).page(row)
+        read_at, size, offset = page
+        content = read_at(size, offset)
+        if len(content) < size:
+            raise OSError("cut off")
+        return np.frombuffer(content, np.float32)
 
     def _places(self, ids: Sequence[int] | None) -> list[tuple[str, int]]:
         """Part and row of each network."""
@@ -304,6 +307,7 @@ class ParameterStore:
         if part not in self._opened:
             if len(self._opened) == MAX_OPEN_FILES:
                 del self._opened[next(iter(self._opened))]
+                self._pages.clear()  # which keep files open
             self._opened[part] = _Part(self.storage, f"{self.artifact.folder}/{part}")
         return self._opened[part]
 
