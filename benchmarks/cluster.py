@@ -206,6 +206,6 @@ def _quickstart(storage: str, overrides: tuple[str, ...]) -> str:
     command = [sys.executable, "-m", "pdiff_ray.sweep", str(QUICKSTART), "--storage", storage]
     settings = [argument for override in overrides for argument in ("--set", override)]
     done = subprocess.run([*command, *settings], capture_output=True, text=True, check=True)
-    table = re.search(r"^group .*?(?=^verdict)", done.stdout, re.MULTILINE | re.DOTALL)
+    table = re.search(r"^ *group .*?(?=^verdict)", done.stdout, re.MULTILINE | re.DOTALL)
     assert table, f"no table in what the quickstart prints:\n{done.stdout}"
     return table[0]
