@@ -1,0 +1,53 @@
+"""The benchmarks, at sizes that say nothing of speed: each runs, compares equal results and writes what it found."""
+
+import json
+
+import pytest
+from test_split import CONVNET, LAST_NORMS
+
+from benchmarks import __main__ as command
+from benchmarks import cluster, core, judging
+
+SMALL = judging.Case("a small ConvNet", CONVNET, LAST_NORMS, 8, 60, 2, (2, 20), 20.0)
+RUNS = {
+    "evaluate": lambda: judging.evaluate(3, [SMALL]),
+    "zoo_step": lambda: judging.zoo_step(8, 2, SMALL),
+    "sampling": lambda: core.sampling(samples=4, steps=20),
+    "store": lambda: core.store(count=60, k=10, dimension=32),
+    "growth": lambda: judging.growth((2, 4, 8), (20, 40, 60), (LAST_NORMS,)),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_runs(name):
+    results = list(RUNS[name]())
+    assert results
+    for result in results:
+        assert result.name == name
+        assert 0 < result.spread[0] <= result.ratio <= result.spread[1]
+        assert result.n >= 1
+        assert command.row(result).startswith(name)
+
+
+def test_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    small = list(RUNS["store"]())
+    monkeypatch.setattr(core, "store", lambda: iter(small))
+    command.main(["store", "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {"name", "ours_s", "other_s", "ratio", "n", "spread", "hardware", "versions"} <= found[0].keys()
+    assert capsys.readouterr().out.count("\nstore ") == len(found)
+    with pytest.raises(SystemExit) as caught:
+        command.main(["stor"])
+    assert caught.value.code == 2
+
+
+def test_ways_that_differ_are_noticed(monkeypatch):
+    monkeypatch.setattr(judging.Subject, "plain", lambda *_: [])
+    with pytest.raises(AssertionError, match="predict otherwise"):
+        next(judging.evaluate(3, [SMALL]))
+
+
+@pytest.mark.slow
+def test_a_second_run_prints_the_same_table():
+    (result,) = cluster.rerun(cluster.BRIEF)
+    assert result.ratio > 1
