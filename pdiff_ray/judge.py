@@ -134,13 +134,18 @@ class Judge:
             tensors = self._tensors_of(vectors)
             for name in splits:
                 losses = torch.zeros(len(tensors), dtype=torch.float64, device=self.device)
-                wrong: list[list[Tensor]] = [[] for _ in tensors]
+                # In one piece: small tensors kept between the large ones of a chunk would leave holes in memory.
+                shape = (len(tensors), len(getattr(self.dataset, name)))
+                wrong = torch.empty(shape, dtype=torch.bool, device=self.device)
+                seen = [0] * len(tensors)
                 for index, logits, labels in self._logits(tensors, name):
                     losses[index] += functional.cross_entropy(logits, labels, reduction="sum").double()
-                    wrong[index].append(logits.argmax(1) != labels)
+                    rows = slice(seen[index], seen[index] + len(labels))
+                    torch.ne(logits.argmax(1), labels, out=wrong[index, rows])
+                    seen[index] = rows.stop
                 column = "train" if name == "selection" else name
                 for index, result in enumerate(results):
-                    misses = torch.cat(wrong[index]).cpu().numpy()
+                    misses = wrong[index].cpu().numpy()
                     result[f"{column}_accuracy"] = 1 - float(misses.mean())
                     result[f"{column}_loss"] = losses[index].item() / len(misses)
                     if name == "test":
