@@ -36,7 +36,7 @@ from pdiff_ray.subset import Entry, Subset
 
 PIECE_S = 0.04  # that a measurement takes, about
 LONGEST_S = 0.3  # of its shortest run; what would take longer is counted
-TOTAL_S = 2.0  # of measuring; after that, the rest is counted
+TOTAL_S = 1.2  # of measuring; after that, the rest is counted
 EFFICIENCY = 0.8  # of networks, in matrix products' FLOP/s; for what is counted
 MAX_BATCH_BYTES = 2**28  # of a measured batch's operations
 MIN_CHUNK, CHUNK_BYTES = 32, 16 * 2**20  # images that judging takes at a time on a CPU: their largest tensor's size
