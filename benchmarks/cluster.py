@@ -45,7 +45,7 @@ BRIEF = (
 
 
 class Evaluation:
-    """The quickstart's evaluation of 431 networks, again and again.
+    """The quickstart's evaluation, again and again.
 
     Args:
         overrides: of the quickstart's fields.
