@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Result, Work, compare, peak_mib, result, seconds
-from pdiff_ray.config import Data, Network, SubsetRule
+from pdiff_ray.anatomy import dissect
+from pdiff_ray.config import Data, Network, SubsetRule, Zoo
 from pdiff_ray.data import Dataset, Split, random_images
 from pdiff_ray.judge import Judge
 from pdiff_ray.networks import build_network
@@ -130,10 +132,15 @@ def _evaluated(case: Case, networks: int) -> Iterator[Result]:
         for script, found in pairs.items():
             other = seconds(lambda part=part, script=script: subject.plain(vectors[:few], part, script))
             found.append((ours * case.blocks, other * networks / few * case.images / some))
+    anatomy = dissect(subject.network, subject.info, Zoo(subset=case.subset))
+    moved = anatomy.frontier_bytes + 2 * anatomy.suffix_bytes  # written and read again, at most
+    ours_flops = case.images * (anatomy.prefix_flops + networks * anatomy.suffix_flops)
     for script, against in (
         (False, "a full pass each"),
         (True, f"a full pass each, {AS_SCRIPTS}, in batches of {SCRIPT_BATCH}"),
     ):
+        ours_s, other_s = (statistics.median(times) for times in zip(*pairs[script], strict=True))
+        rates = ours_flops / ours_s, case.images * networks * anatomy.flops / other_s
         yield result(
             "evaluate",
             f"{networks} x {case.title}, on {case.images:,} images of {case.image_size} x {case.image_size}",
@@ -141,8 +148,10 @@ def _evaluated(case: Case, networks: int) -> Iterator[Result]:
             pairs[script],
             target=case.target,
             limit=1 / (1 - shared + shared / networks),
-            note=f"{shared:.1%} of a network's operations are shared; the other way measured on {few} networks and "
-            f"{some} images after each of {case.blocks} blocks of images, and scaled",
+            note=f"{shared:.1%} of a network's operations are shared; of the rest an image takes "
+            f"{anatomy.suffix_flops / 1e6:.1f} MFLOP and moves up to {moved / 1e6:.2f} MB; at {rates[0] / 1e9:.0f} and "
+            f"{rates[1] / 1e9:.0f} GFLOP/s; the other way measured on {few} networks and {some} images after each of "
+            f"{case.blocks} blocks of images, and scaled",
         )
 
 
