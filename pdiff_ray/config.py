@@ -457,7 +457,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                    problem=f"the key {key.value!r} is given twice; keep one", problem_mark=key.start_mark
                 )
             seen.add(key.value)
         return node
@@ -537,8 +537,7 @@ def _explain(model: type[BaseModel], path: Sequence[str], prefix: str, problems:
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    found = _type_at(model, location)
-    fields = getattr(found, "model_fields", {}) if _has_keys(found) else {}
+    fields = getattr(_type_at(model, location), "model_fields", {})
     return [field.alias or name for name, field in fields.items()]
 
 

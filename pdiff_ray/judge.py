@@ -229,7 +229,7 @@ class Judge:
             return 1
         frontier = self.split.prefix(self._examples)
         with torch.no_grad():
-            if not self._stackable(lambda tensors: torch.vmap(functools.partial(self.split.suffix, frontier))(tensors)):
+            if not self._stackable(torch.vmap(functools.partial(self.split.suffix, frontier))):
                 return 1
         if self._stacked:
             return self._stacked
@@ -245,7 +245,7 @@ class Judge:
         if most == 1 or (most is None and self.device.type != "cuda"):
             return 1
         frontiers = tuple(torch.stack([tensor, tensor]) for tensor in self.split.prefix(self._examples))
-        if not self._stackable(lambda tensors: torch.vmap(self.split.suffix)(frontiers, tensors)):
+        if not self._stackable(functools.partial(torch.vmap(self.split.suffix), frontiers)):
             return 1
         if most:
             return most

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from pdiff_ray import config
@@ -11,6 +12,7 @@ from pdiff_ray.data import default_cache
 from pdiff_ray.networks import build_network
 from pdiff_ray.sources import DATASETS
 from pdiff_ray.stages import Context, artifacts_of, base, evaluate, generate, zoo
+from pdiff_ray.store import ParameterStore
 
 TINY = Path(__file__).parent / "tiny.yaml"
 BUILDERS = {
@@ -36,6 +38,20 @@ def build(experiment, artifacts, *stages):
     for stage in stages or BUILDERS:
         if not artifacts[stage].exists():
             BUILDERS[stage](experiment, artifacts, context())
+
+
+def interrupted_zoo(experiment, artifacts, members):
+    """Builds a zoo as if Ctrl-C came once it has told of so many members; gives the store of those kept."""
+
+    def stop(task, done, total, note=""):
+        if task == "zoo" and done >= members:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        zoo.build(experiment, artifacts, context(progress=stop))
+    kept = ParameterStore(artifacts["zoo"])
+    assert 0 < len(kept.ids) < experiment.zoo.members
+    return kept
 
 
 def deadly_network(num_classes, in_channels, deadly=False, **_):

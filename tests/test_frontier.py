@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import build, context, tiny
+from helpers import build, context, interrupted_zoo, tiny
 from test_split import CONVNET, CONVNEXT, LAST_NORMS, RESNET, SMALL_VIT, Twice, names
 from torch import nn
 
@@ -191,18 +191,12 @@ def test_full_steps_for_a_reason(tmp_path, network, rule, changes, reason):
 def test_a_zoo_on_a_kept_frontier_resumes(tmp_path, monkeypatch):
     """In one go, interrupted, and with full passes: the same members."""
 
-    def stop(task, done, total, note=""):
-        if task == "zoo" and done >= 8:
-            raise KeyboardInterrupt
-
     vectors = {}
     for way in ("whole", "interrupted", "plain"):
         experiment, artifacts = tiny(tmp_path / way, "data.train_noise=0", "zoo.steps_per_member=6")
         build(experiment, artifacts, "base")
         if way == "interrupted":
-            with pytest.raises(KeyboardInterrupt):
-                zoo.build(experiment, artifacts, context(progress=stop))
-            assert 0 < len(ParameterStore(artifacts["zoo"]).ids) < 12
+            interrupted_zoo(experiment, artifacts, 8)
         if way == "plain":
             monkeypatch.setattr(zoo, "training_frontier", lambda *args: "a test")
         build(experiment, artifacts, "zoo")
@@ -294,12 +288,7 @@ def test_branches_as_one_program_go_on_in_other_stacks(tmp_path, stack, then):
     experiment, artifacts = tiny(tmp_path / "stacked", *options, f"zoo.stack={stack}")
     build(experiment, artifacts, "base")
 
-    def stop(task, done, total, note=""):
-        if task == "zoo" and done >= 6:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        zoo.build(experiment, artifacts, context(progress=stop))
+    interrupted_zoo(experiment, artifacts, 6)
     saved = [artifacts["zoo"].load_work(f"run-{index}.safetensors") for index in range(3)]
     assert sum(state is not None for state in saved) == stack
     notes = []
