@@ -101,14 +101,17 @@ def test_a_lost_zoo_worker_costs_the_members_in_flight(here, tmp_path, ray):
     assert vectors[0] == vectors[1]
 
 
-def test_work_of_a_dead_actor_is_done_by_the_others(here, ray):
+@pytest.mark.parametrize("actors", [2, 1])
+def test_work_of_a_dead_actor_is_done_by_the_others(here, ray, actors):
+    """Or by itself, when it has been restarted."""
     from pdiff_ray.distributed.pool import Pool
     from pdiff_ray.distributed.session import connect
 
     experiment, artifacts = here
     stacks = make_stacks(networks_to_judge(experiment, ParameterStore(artifacts["zoo"])), 1)
     with connect(experiment.resources, Display(None)) as events:
-        pool = Pool(experiment, artifacts, events)
+        resources = experiment.resources.model_copy(update={"actors": actors})
+        pool = Pool(experiment.model_copy(update={"resources": resources}), artifacts, events)
         pids = [ray.get(actor.__ray_call__.remote(lambda self: os.getpid())) for actor in pool.actors]
         found = []
         for records in pool.map_stacks(stacks):
