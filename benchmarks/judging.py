@@ -132,7 +132,7 @@ def _evaluated(case: Case, networks: int) -> Iterator[Result]:
         for script, found in pairs.items():
             other = seconds(lambda part=part, script=script: subject.plain(vectors[:few], part, script))
             found.append((ours * case.blocks, other * networks / few * case.images / some))
-    anatomy = dissect(subject.network, subject.info, Zoo(subset=case.subset))
+    anatomy = dissect(subject.network, subject.info, Zoo(subset=case.subset)).anatomy(subject.info.num_classes)
     moved = anatomy.frontier_bytes + 2 * anatomy.suffix_bytes  # written and read again, at most
     ours_flops = case.images * (anatomy.prefix_flops + networks * anatomy.suffix_flops)
     for script, against in (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch.utils.flop_counter import flop_registry
 from pdiff_ray import config
 from pdiff_ray.networks import build_network, check_network
 from pdiff_ray.sources import DataInfo
-from pdiff_ray.subset import Subset, resolve
+from pdiff_ray.subset import Entry, Subset, resolve
 
 MAX_BUILT = 5 * 10**7  # parameters of a network that is built to be examined
 MAX_EDGE = 64  # of images that a network is given for its anatomy alone
+CLASSES = 1009  # of networks that are dissected once for any number: a prime, which no other dimension of them is
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,67 @@ class Anatomy:
         return self.prefix_flops / max(1, self.flops)
 
 
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a forward pass.
+
+    Attributes:
+        generated: whether generated tensors reach it.
+        flops, bytes: what it computes, and its new outputs.
+        scales: whether both are proportional to the number of classes.
+    """
+
+    generated: bool
+    flops: float
+    bytes: float
+    scales: bool
+
+
+@dataclass(frozen=True)
+class Dissection:
+    """What was found of a network; if it has `CLASSES` classes, it tells the anatomy for any other number.
+
+    Attributes:
+        shapes: of the parameters.
+        subset: what is generated.
+        operations: of a forward pass.
+        frontier_bytes: of what the suffix reads of the prefix.
+        images: in the pass.
+    """
+
+    shapes: Sequence[Sequence[int]]
+    subset: Subset
+    operations: Sequence[Operation]
+    frontier_bytes: float
+    images: int
+
+    def anatomy(self, classes: int) -> Anatomy:
+        scale = classes / CLASSES
+
+        def total(kind: str, generated: Collection[bool]) -> float:
+            of = [o for o in self.operations if o.generated in generated]
+            return sum(getattr(o, kind) * (scale if o.scales else 1) for o in of) / self.images
+
+        entries: list[Entry] = []
+        for entry in self.subset.entries:
+            offset = entries[-1].offset + entries[-1].size if entries else 0
+            entries.append(Entry(entry.name, _for_classes(entry.shape, classes), offset, entry.kind))
+        return Anatomy(
+            parameters=sum(math.prod(_for_classes(shape, classes)) for shape in self.shapes),
+            subset=Subset(tuple(entries)),
+            prefix_flops=total("flops", {False}),
+            suffix_flops=total("flops", {True}),
+            operation_bytes=total("bytes", {False, True}),
+            suffix_bytes=total("bytes", {True}),
+            largest_bytes=max(o.bytes * (scale if o.scales else 1) for o in self.operations) / self.images,
+            frontier_bytes=self.frontier_bytes / self.images,
+        )
+
+
+def _for_classes(shape: Sequence[int], classes: int) -> tuple[int, ...]:
+    return tuple(classes if edge == CLASSES else edge for edge in shape)
+
+
 class Trace(TorchDispatchMode):
     """Watches operations, and tells those that depend on given tensors alone from those that `generated` ones reach.
 
@@ -69,9 +132,7 @@ class Trace(TorchDispatchMode):
         self._alive: list[Any] = [given, generated]  # an id is a tensor's as long as that lives
         self._frontier: dict[int, float] = {}
         self.calls: dict[bool, list[Callable[[], Any]]] = {False: [], True: []}  # by whether generated tensors reach it
-        self.flops = {False: 0.0, True: 0.0}
-        self.bytes = {False: 0.0, True: 0.0}
-        self.largest = 0.0
+        self.operations: list[Operation] = []
 
     @property
     def frontier_bytes(self) -> float:
@@ -94,11 +155,10 @@ class Trace(TorchDispatchMode):
         (self._generated if reached else self._given).update(id(t) for t in written)
         self._alive.append((read, written))
         self.calls[reached].append(functools.partial(func, *args, **kwargs))
-        if (count := flop_registry.get(func.overloadpacket)) is not None:
-            self.flops[reached] += count(*args, **kwargs, out_val=output)
-        if not func.is_view and not func._schema.is_mutable:
-            self.bytes[reached] += sum(map(_bytes, written))
-            self.largest = max([self.largest, *map(_bytes, written)])
+        count = flop_registry.get(func.overloadpacket)
+        flops = count(*args, **kwargs, out_val=output) if count else 0
+        size = 0.0 if func.is_view or func._schema.is_mutable else sum(map(_bytes, written))
+        self.operations.append(Operation(reached, flops, size, any(CLASSES in t.shape for t in written)))
         return output
 
 
@@ -124,8 +184,8 @@ def plain(network: config.Network) -> config.Network:
     return network.model_copy(update={"pretrained": False})
 
 
-def dissect(network: nn.Module, info: DataInfo, zoo: config.Zoo) -> Anatomy:
-    """The anatomy of a network for images of `info` and the subset of `zoo`.
+def dissect(network: nn.Module, info: DataInfo, zoo: config.Zoo) -> Dissection:
+    """Looks into a forward pass of a network on images of `info`, for the subset of `zoo`.
 
     Raises:
         ConfigError: it has no such subset.
@@ -137,16 +197,8 @@ def dissect(network: nn.Module, info: DataInfo, zoo: config.Zoo) -> Anatomy:
         images = torch.zeros(count, info.channels, info.image_size, info.image_size)
         with torch.no_grad(), Trace([images], generated) as trace:
             network.eval()(images)
-    return Anatomy(
-        parameters=sum(p.numel() for p in network.parameters()),
-        subset=subset,
-        prefix_flops=trace.flops[False] / count,
-        suffix_flops=trace.flops[True] / count,
-        operation_bytes=sum(trace.bytes.values()) / count,
-        suffix_bytes=trace.bytes[True] / count,
-        largest_bytes=trace.largest / count,
-        frontier_bytes=trace.frontier_bytes / count,
-    )
+    shapes = [p.shape for p in network.parameters()]
+    return Dissection(shapes, subset, trace.operations, trace.frontier_bytes, count)
 
 
 def generated_tensors(network: nn.Module, subset: Subset, zoo: config.Zoo | None) -> list[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ def guarded(command: click.Command, arguments: Sequence[str] | None = None) -> N
     Args:
         arguments: default: those of the process.
     """
+    # Libraries make millions of objects that stay; the usual threshold (700) has them searched for cycles ever again.
+    gc.set_threshold(10_000)
     try:
         sys.exit(command(arguments, standalone_mode=False))
     except click.ClickException as error:

@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pdiff_ray import config
-from pdiff_ray.anatomy import MAX_BUILT, Anatomy, Trace, dissect, generated_tensors, network_to_dissect, plain
+from pdiff_ray.anatomy import (
+    CLASSES,
+    MAX_BUILT,
+    Anatomy,
+    Dissection,
+    Trace,
+    dissect,
+    generated_tensors,
+    network_to_dissect,
+    plain,
+)
 from pdiff_ray.config import Data
 from pdiff_ray.data import Dataset, Split, random_images
 from pdiff_ray.errors import ConfigError
@@ -99,26 +109,29 @@ class Meter:
         """
 
         def measure() -> Anatomy:
-            found = self._dissect(network, info, zoo)
-            if ":" not in network.name or not found.subset.entries:
-                return found
-            # The user's own network may be one that cannot be split; tracing the known ones would take seconds.
-            built = self._network(network, info).eval()
-            names = [name for name, _ in generated_tensors(built, found.subset, zoo)]
-            reason = split_network(built, names, self._images(info, 4)).reason
-            return (
-                found
-                if reason is None
-                else replace(
-                    found,
-                    prefix_flops=0.0,
-                    suffix_flops=found.flops,
-                    suffix_bytes=found.operation_bytes,
-                    runs_whole=reason,
-                )
+            if ":" in network.name:
+                return self._own_anatomy(network, info, zoo)
+            many = replace(info, num_classes=CLASSES)
+            found = self._once(
+                lambda: self._dissect(network, many, zoo), "dissection", network, _shape(many), _cut(zoo)
             )
+            return found.anatomy(info.num_classes)
 
         return self._once(measure, "anatomy", network, _shape(info), _cut(zoo))
+
+    def _own_anatomy(self, network: config.Network, info: DataInfo, zoo: config.Zoo) -> Anatomy:
+        """Of the user's own network; it may be one that cannot be split. To try the known ones would take seconds."""
+        found = self._dissect(network, info, zoo).anatomy(info.num_classes)
+        if not found.subset.entries:
+            return found
+        built = self._network(network, info).eval()
+        names = [name for name, _ in generated_tensors(built, found.subset, zoo)]
+        reason = split_network(built, names, self._images(info, 4)).reason
+        if reason is None:
+            return found
+        return replace(
+            found, prefix_flops=0.0, suffix_flops=found.flops, suffix_bytes=found.operation_bytes, runs_whole=reason
+        )
 
     def passes(self, network: config.Network, info: DataInfo, zoo: config.Zoo, batch_size: int, threads: int) -> Passes:
         """Of a network's prefix and suffix."""
@@ -282,7 +295,7 @@ class Meter:
             parameter.grad = None
         return self._built[1]
 
-    def _dissect(self, network: config.Network, info: DataInfo, zoo: config.Zoo) -> Anatomy:
+    def _dissect(self, network: config.Network, info: DataInfo, zoo: config.Zoo) -> Dissection:
         key = repr((network, _shape(info)))
         if self._examined is None or self._examined[0] != key:  # sweeps cut one network in many ways
             self._examined = key, network_to_dissect(network, info)
@@ -364,7 +377,7 @@ def _autoencoder_size(settings: config.Autoencoder, values: int) -> tuple[int, f
         model, vectors = Autoencoder(settings, values), torch.zeros(1, values)
     with torch.no_grad(), Trace([vectors]) as trace:
         model.decode(model.encode(vectors))
-    return parameters, trace.bytes[False]
+    return parameters, sum(operation.bytes for operation in trace.operations)
 
 
 def _replay(calls: Sequence[Callable[[], Any]]) -> Callable[[], None]:

@@ -1,11 +1,13 @@
 """What estimates know of networks: their anatomy, against the parts that they are really split into."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_split import CONVNET, CONVNEXT, LAST_NORMS, RESNET, SMALL_VIT
 
 from pdiff_ray import anatomy, measure
-from pdiff_ray.config import Network, Zoo
+from pdiff_ray.config import Network, SubsetRule, Zoo
 from pdiff_ray.networks import build_network
 from pdiff_ray.sources import DataInfo
 from pdiff_ray.split import split_network
@@ -30,6 +32,19 @@ def test_anatomy_is_that_of_the_split_network(network, size):
     assert found.shared == pytest.approx(split.shared)
     row_bytes = sum(tensor[0].nbytes for tensor in split.prefix(torch.randn(2, 3, size, size)))
     assert found.frontier_bytes == row_bytes
+
+
+@pytest.mark.parametrize("rule", [SubsetRule(all=True), LAST_NORMS])
+@pytest.mark.parametrize(("network", "size"), [(RESNET, 8), (CONVNET, 8), (SMALL_VIT, 8)])
+def test_a_dissected_network_tells_of_any_number_of_classes(monkeypatch, network, size, rule):
+    dissections = []
+    monkeypatch.setattr(measure, "dissect", lambda *of: dissections.append(of) or anatomy.dissect(*of))
+    meter, zoo = measure.Meter(CPU), Zoo(subset=rule)
+    for classes in (2, 10, 1000):
+        info = replace(info_of(size), num_classes=classes)
+        built = build_network(network, info, 0)
+        assert meter.anatomy(network, info, zoo) == anatomy.dissect(built, info, zoo).anatomy(classes)
+    assert len(dissections) == 1
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_tiny"])
