@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from benchmarks.harness import Result, compare, result, seconds
-from pdiff_ray import config, distributed, space
+from pdiff_ray import config, distributed, loading, space
 from pdiff_ray.artifacts import Artifact, Storage
 from pdiff_ray.data import default_cache
 from pdiff_ray.stages import Context, artifacts_of, base, evaluate, generate, silent, zoo
@@ -52,7 +52,7 @@ class Evaluation:
     """
 
     def __init__(self, storage: str, overrides: tuple[str, ...] = BRIEF) -> None:
-        self.experiment = config.load(QUICKSTART, [f"storage={storage}", *overrides])
+        self.experiment = loading.load(QUICKSTART, [f"storage={storage}", *overrides])
         self.artifacts = artifacts_of(self.experiment, Storage(storage))
         self.context = Context(torch.device("cpu"), default_cache())
         for build in (base.build, zoo.build, generate.build_generator, generate.build_samples):

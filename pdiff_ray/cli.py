@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,11 +16,9 @@ if TYPE_CHECKING:
     from pdiff_ray.config import Experiment
     from pdiff_ray.pipeline import Plan
     from pdiff_ray.space import SweepFile
-    from pdiff_ray.trials import Ledger
 
 STAGE_NAMES = ("base", "zoo", "generator", "samples", "evaluation", "report")
 INTERRUPTED = 130
-MAX_TRIALS = 15  # of a search that are printed
 
 
 def guarded(command: click.Command, arguments: Sequence[str] | None = None) -> None:
@@ -77,9 +75,9 @@ in_process_option = click.option(
 
 def load_experiment(file: str, **options: Any) -> Experiment:
     """The experiment of a file; of a sweep's, what it varies is as the file has it."""
-    from pdiff_ray import config
+    from pdiff_ray import loading
 
-    return config.load(file, _overrides(**options), options["preset"])
+    return loading.load(file, _overrides(**options), options["preset"])
 
 
 def _overrides(
@@ -117,16 +115,16 @@ def sweep(file: str, dry_run: bool, in_process: bool, **options: Any) -> None:
 
 
 def _sweep_one(experiment: Experiment, dry_run: bool, in_process: bool) -> None:
-    from pdiff_ray import pipeline
+    from pdiff_ray import pipeline, printing
 
     plan = pipeline.make_plan(experiment)
     if dry_run:
-        print_plan(plan)
+        printing.print_plan(plan)
         return
-    _start(plan)
+    printing.print_start(plan)
     pipeline.run(plan, in_process=in_process)
     _track(plan)
-    _print_result(plan)
+    printing.print_result(plan)
 
 
 def _sweep_trials(file: SweepFile, dry_run: bool, in_process: bool) -> None:
@@ -138,7 +136,7 @@ def _sweep_trials(file: SweepFile, dry_run: bool, in_process: bool) -> None:
 
         sweep_plan.show(ledger)
         return
-    from pdiff_ray import sweeping, tracking
+    from pdiff_ray import printing, sweeping, tracking
 
     with tracking.follow(ledger) as tell:
         sweeping.run(ledger, in_process=in_process, on_result=tell)
@@ -148,7 +146,7 @@ def _sweep_trials(file: SweepFile, dry_run: bool, in_process: bool) -> None:
             with tracking.follow(confirmation) as tell_too:
                 sweeping.run(confirmation, in_process=in_process, on_result=tell_too)
                 sweep_report.write(confirmation)
-        print_sweep(ledger)  # MLflow takes what that writes
+        printing.print_sweep(ledger)  # MLflow takes what that writes
     if sweeping.print_failures(ledger) + (sweeping.print_failures(confirmation) if confirmation else 0):
         raise PdiffError("trials failed" + ("; the same command tries them again" if ledger.open_trials() else ""))
 
@@ -159,62 +157,12 @@ def _sweep_trials(file: SweepFile, dry_run: bool, in_process: bool) -> None:
 @in_process_option
 def run(stage: str, file: str, in_process: bool, **options: Any) -> None:
     """Build one STAGE of the experiment of FILE and what it needs; of a sweep's, with what varies as FILE has it."""
-    from pdiff_ray import pipeline
+    from pdiff_ray import pipeline, printing
 
     plan = pipeline.make_plan(load_experiment(file, in_process=in_process, **options), target=stage)
-    _start(plan)
+    printing.print_start(plan)
     pipeline.run(plan, in_process=in_process)
     click.echo(f"{stage}: {plan.artifacts[stage].location}")
-
-
-def _start(plan: Plan) -> None:
-    from pdiff_ray.console import console
-
-    e = plan.experiment
-    todo = ", ".join(plan.missing) or "nothing, all of it is there"
-    console.print(f"[bold]{e.name}[/]: {e.network.name} on {e.data.name}; to build: {todo}")
-    console.print(f"  storage {plan.storage.place}")
-
-
-def print_plan(plan: Plan) -> None:
-    from rich.table import Table
-
-    from pdiff_ray import distributed, pipeline
-    from pdiff_ray.console import console
-    from pdiff_ray.estimate import Estimator, duration
-
-    e, estimator = plan.experiment, Estimator(plan.storage)
-    table = Table(title=f"plan of {e.name}", title_justify="left")
-    for column in ("stage", "key", "state", "what", "time", "memory"):
-        table.add_column(column, justify="right" if column in ("time", "memory") else "left")
-    for row in pipeline.describe(plan, estimator):
-        table.add_row(*row)
-    console.print(table)
-    if plan.missing:
-        costs = pipeline.costs(plan, estimator).values()
-        known = sum(cost.source == "earlier runs" for cost in costs)
-        console.print(
-            f"shared: {estimator.sharing(e)}\n"
-            f"time: {duration(_sum(cost.device_s for cost in costs))} of devices, "
-            f"{duration(_sum(cost.seconds for cost in costs))} with the processes below, one stage after another\n"
-            f"[dim]Times are {estimator.about}"
-            + (f"; {known} stages as long as earlier runs with other seeds" if known else "")
-            + "; the start of Ray is not in them. Memory is of one process.[/]"
-        )
-    r = e.resources
-    console.print(
-        f"storage {plan.storage.place}\n"
-        f"Ray {distributed.ray_address(r) or 'local'}: {r.workers} workers x {r.cpus_per_worker} cores and "
-        f"{r.gpus_per_worker} GPUs, {r.actors} actors x {r.cpus_per_actor} cores and {r.gpus_per_actor} GPUs"
-    )
-    for note in pipeline.notes(plan):
-        console.print(f"[bold yellow]missing:[/] {note}")
-
-
-def _sum(seconds: Iterable[float | None]) -> float | None:
-    """None, if one of them is unknown."""
-    known = list(seconds)
-    return None if None in known else sum(s for s in known if s is not None)
 
 
 def _track(plan: Plan) -> None:
@@ -224,75 +172,6 @@ def _track(plan: Plan) -> None:
         tracking.record(plan.experiment, plan.artifacts)
     except tracking.TrackingError as error:
         tracking.warn(error)
-
-
-def _print_result(plan: Plan) -> None:
-    from rich import box
-    from rich.table import Table
-
-    from pdiff_ray import report
-    from pdiff_ray.console import console
-
-    artifacts = plan.artifacts
-    summary = report.load_summary(artifacts)
-    head, *rows = report.table_rows(summary)
-    console.print(
-        f"\n[bold]{plan.experiment.name}[/]: original / ensemble / p-diff [bold]{report.paper_row(summary)}[/]"
-    )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in head:
-        table.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    console.print(report.LEGEND, style="dim")
-    console.print(f"verdict: {summary['verdict']['text']}")
-    seconds = report.stage_seconds(artifacts)
-    console.print("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
-    console.print(f"\nreport     {report.report_location(artifacts)}")
-    samples = artifacts["samples"]
-    console.print(f"networks   {samples.location}  (uv run pdiff export {samples.key} FOLDER)")
-    _print_ui(plan.experiment)
-
-
-def print_sweep(ledger: Ledger) -> None:
-    """Writes a sweep's report, and prints its table and where it is."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from pdiff_ray import sweep_report
-    from pdiff_ray.console import console
-
-    rows = sweep_report.write(ledger)
-    shown = rows if ledger.sweep.search == "grid" else rows[:MAX_TRIALS]
-    head, *body = sweep_report.cells(ledger, shown, console.width)
-    console.print(f"\n[bold]{ledger.file.experiment.name}[/]: {sweep_report.headline(ledger)}\n")
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    for index, column in enumerate(head):
-        table.add_column(Text(sweep_report.broken(column)), justify="right" if index else "left", overflow="fold")
-    for row in body:
-        table.add_row(*map(Text, row))
-    console.print(table)
-    if len(shown) < len(rows):
-        console.print(f"{len(rows) - len(shown)} more trials in the report")
-    console.print(f"\n{sweep_report.legend(ledger)}", style="dim")
-    if verdict := sweep_report.verdict(ledger):
-        console.print(f"verdict: {verdict}", markup=False)
-    if warning := sweep_report.warning(rows):
-        console.print("[bold red]WARNING[/]:", Text(warning))
-    place = ledger.storage.location(ledger.folder)
-    console.print(f"\nreport     {place}/{sweep_report.REPORT_FILE}")
-    console.print(f"tables     {place}/{sweep_report.SUMMARY_FILE}, {sweep_report.TRIALS_FILE}")
-    _print_ui(ledger.file.experiment)
-
-
-def _print_ui(experiment: Experiment) -> None:
-    from pdiff_ray.artifacts import Storage
-    from pdiff_ray.console import console
-
-    storage = f" --storage {Storage(experiment.storage_uri).place}" if experiment.storage else ""
-    console.print(f"MLflow     uv run pdiff ui{storage}")
 
 
 storage_option = click.option(
@@ -478,11 +357,11 @@ def ui(storage_uri: str | None, tracking_uri: str | None, port: int) -> None:
 @click.option("--storage", "storage_uri", help="Folder or URI of results.")
 def doctor(file: str | None, storage_uri: str | None) -> None:
     """Check what an experiment (FILE, or the defaults) needs: versions, devices, storage, data, Ray, MLflow."""
-    from pdiff_ray import config
+    from pdiff_ray import config, loading
     from pdiff_ray.doctor import examine
 
     overrides = [f"storage={storage_uri}"] if storage_uri else []
-    experiment = config.load(file, overrides) if file else config.Experiment(name="doctor", storage=storage_uri)
+    experiment = loading.load(file, overrides) if file else config.Experiment(name="doctor", storage=storage_uri)
     failed = 0
     for finding in examine(experiment):
         failed += not finding.ok

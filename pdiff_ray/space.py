@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from pdiff_ray import config
-from pdiff_ray.config import Experiment, Section, merge, nested
+from pdiff_ray import loading
+from pdiff_ray.config import Experiment, Section, merge
 from pdiff_ray.errors import ConfigError
 
 Label = int | float | bool | str | None
@@ -233,16 +233,16 @@ class SweepFile:
         """
         raw = self.raw
         for path, value in self.fields(assignment).items():
-            raw = merge(raw, nested(path, value))
+            raw = merge(raw, loading.nested(path, value))
         where = f"{self.path}: sweep: " + describe(assignment)
-        return config.parse_experiment(self.with_seeds(raw, repeat, where), where)
+        return loading.parse_experiment(self.with_seeds(raw, repeat, where), where)
 
     def with_seeds(self, raw: dict[str, Any], repeat: int, where: str | None = None) -> dict[str, Any]:
         """A mapping of the experiment with its seeds raised."""
         if repeat:
-            plain = config.parse_experiment(raw, where or self.path).model_dump()
+            plain = loading.parse_experiment(raw, where or self.path).model_dump()
             for path in self.sweep.seeds:
-                raw = merge(raw, nested(path, _at(plain, path) + repeat))
+                raw = merge(raw, loading.nested(path, _at(plain, path) + repeat))
         return raw
 
 
@@ -261,12 +261,12 @@ def load(path: str | Path, overrides: Sequence[str] = (), preset: str | None = N
     Raises:
         ConfigError: naming the file, the dotted path of the field, its value and the remedy.
     """
-    raw, where = config.read(path, overrides, preset), str(path)
+    raw, where = loading.read(path, overrides, preset), str(path)
     section = raw.pop("sweep", None)
-    experiment = config.parse_experiment(raw, where)
+    experiment = loading.parse_experiment(raw, where)
     if section is None:
         return experiment
-    sweep = config.parse(Sweep, section, where, at="sweep")
+    sweep = loading.parse(Sweep, section, where, at="sweep")
     file = SweepFile(experiment, sweep, raw, where)
     _check(file)
     return file

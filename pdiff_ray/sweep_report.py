@@ -1,7 +1,4 @@
-"""What came of a sweep: a table, figures and a page over all of its trials, from its ledger and artifacts alone.
-
-A row of the table is a combination of values, with means over its repeats; of a search, a trial.
-"""
+"""What came of a sweep: its verdict, tables, figures and a page, from its ledger and artifacts alone."""
 
 from __future__ import annotations
 
@@ -9,47 +6,35 @@ import base64
 import csv
 import io
 import math
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.text import Text
 
 from pdiff_ray import report, search, sweep_figures
 from pdiff_ray.artifacts import Artifact
-from pdiff_ray.console import console
-from pdiff_ray.errors import ConfigError, StorageError
 from pdiff_ray.search import Trial
-from pdiff_ray.similarity import iou, unpack_wrong
-from pdiff_ray.space import Assignment, Label, format_label, label
-from pdiff_ray.store import ParameterStore
-from pdiff_ray.summary import named_metrics
+from pdiff_ray.space import Assignment, Label, label
 from pdiff_ray.sweep_figures import Panel, Search, Slice
+from pdiff_ray.sweep_table import (
+    HIGHEST,
+    LOWEST,
+    Result,
+    Row,
+    Statistic,
+    assignment_text,
+    broken,
+    cells,
+    is_percent,
+    legend,
+    number,
+    short_names,
+    table,
+)
 from pdiff_ray.trials import AS_IN_THE_FILE, Ledger
 
 REPORT_FILE, SUMMARY_FILE, TRIALS_FILE, TABLE_FILE = "report.html", "summary.csv", "trials.csv", "summary.md"
-COLUMNS = {
-    "original/mean_test_accuracy": "original",
-    "ensemble/mean_test_accuracy": "ensemble",
-    "generated/best_test_accuracy": "best*",
-    "generated/mean_test_accuracy": "mean",
-    "generated/median_test_accuracy": "median",
-    "generated/failed": "failed",
-    "generated/similarity": "IoU",
-    "generated/similarity_to_originals": "IoU orig.",
-    "generated/max_similarity": "IoU max",
-    "generated/nearest_distance": "distance",
-}
-SECONDARY = ("ensemble", "IoU", "IoU orig.", "distance")  # columns that a narrow table leaves out
-PRIMARY = ("best*", "mean", "objective")  # those that a very narrow one keeps
-LEGEND = (
-    "Mean ± standard deviation over n seeds. original: mean of the originals; best*, mean, median: of the generated "
-    "networks; failed: their share nearer to chance than to the originals. "
-) + report.LEGEND
-LOWEST, HIGHEST = "generated/lowest_max_similarity", "generated/highest_max_similarity"
 CAPTIONS = {
     "accuracy": "Test accuracy of the generated networks: best (chosen on training images), average and median. Error "
     "bars: standard deviation over seeds.",
@@ -60,137 +45,6 @@ CAPTIONS = {
     "condition are left out.",
     "slices": "Objective against each parameter.",
 }
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """Of a metric over seeds; the sample's standard deviation, none of one seed."""
-
-    mean: float
-    std: float | None
-    n: int
-    lowest: float
-    highest: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Statistic | None:
-        if not values:
-            return None
-        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        return cls(float(np.mean(values)), std, len(values), min(values), max(values))
-
-
-@dataclass(frozen=True)
-class Result:
-    """One experiment of a trial.
-
-    Attributes:
-        metrics: of its evaluation, by name; empty without one.
-        gate: what became of members that were coded and decoded; empty if that is not known.
-    """
-
-    trial: Trial
-    repeat: int
-    artifacts: Mapping[str, Artifact]
-    metrics: Mapping[str, float]
-    gate: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A combination of values, or a trial of a search, over its seeds.
-
-    Attributes:
-        name: of a search's row; a combination has none.
-        seeds: how many it has in all.
-        trials: those that were begun.
-        results: of their experiments, evaluated or not.
-    """
-
-    name: str
-    assignment: Assignment
-    seeds: int
-    trials: Sequence[Trial]
-    results: Sequence[Result]
-
-    @property
-    def evaluated(self) -> int:
-        return sum(bool(result.metrics) for result in self.results)
-
-    def statistic(self, metric: str) -> Statistic | None:
-        """Over the seeds that have the metric."""
-        return Statistic.of([result.metrics[metric] for result in self.results if metric in result.metrics])
-
-    def objective(self, metric: str) -> Statistic | None:
-        """The metric or, where there is no evaluation, what the trials had reached."""
-        known = [trial.objective for trial in self.trials if trial.objective is not None]
-        return self.statistic(metric) or Statistic.of(known)
-
-    @property
-    def state(self) -> str:
-        """What keeps it from being whole."""
-        texts = [_state(trial) for trial in self.trials if trial.state != "finished"]
-        alone = self.name or self.seeds == 1
-        return ", ".join(text if alone else f"{count} {text}" for text, count in Counter(texts).items())
-
-
-def _state(trial: Trial) -> str:
-    if trial.state == "running":
-        return "not finished"
-    return f"stopped at rung {trial.curve[-1][0]}" if trial.state == "stopped" and trial.curve else trial.state
-
-
-def table(ledger: Ledger) -> list[Row]:
-    """All combinations of a grid; the trials of a search, the best first, below the file's own setting if that is
-    evaluated."""
-    trials = [trial for _, trial in sorted(ledger.trials.items()) if trial.number < ledger.total]
-    repeats = ledger.sweep.repeats
-    if ledger.sweep.search == "grid":
-        return [
-            Row("", assignment, repeats, same, [result for trial in same for result in _results(ledger, trial)])
-            for assignment in ledger.sweep.grid()
-            for same in [[trial for trial in trials if trial.assignment == assignment]]
-        ]
-    order = ("finished", "stopped", "failed", "running")
-    sign = -1 if ledger.sweep.maximize else 1
-    trials.sort(key=lambda trial: (order.index(trial.state), sign * (trial.objective or 0.0)))
-    plain = _results(ledger, Trial(-1, {}, tuple(range(repeats)), "finished"))
-    rows = [Row(AS_IN_THE_FILE, {}, repeats, (), plain)] if any(result.metrics for result in plain) else []
-    return rows + [Row(str(t.number), t.assignment, repeats, (t,), _results(ledger, t)) for t in trials]
-
-
-def _results(ledger: Ledger, trial: Trial) -> list[Result]:
-    try:
-        experiments = ledger.experiments(trial)
-    except ConfigError:  # a search has combined values that do not fit together; the trial says so
-        return [Result(trial, repeat, {}, {}) for repeat in trial.repeats]
-    results = []
-    for repeat, experiment in zip(trial.repeats, experiments, strict=True):
-        artifacts = ledger.artifacts(experiment)
-        metrics: Mapping[str, float] = {}
-        gate: Mapping[str, Any] = {}
-        if trial.state == "finished" and artifacts["evaluation"].exists():
-            try:
-                metrics = _metrics(artifacts)
-                gate = artifacts["generator"].manifest()["info"].get("gate", {})
-            except StorageError as error:  # one damaged result does not cost the others' table
-                console.print("[bold yellow]warning[/]:", Text(str(error)))
-        results.append(Result(trial, repeat, artifacts, metrics, gate))
-    return results
-
-
-def _metrics(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
-    """Those of the summary, and the range behind `generated/max_similarity`."""
-    evaluation = artifacts["evaluation"]
-    num_test = evaluation.manifest()["info"]["test_images"]
-    wrong: dict[str, list[bytes]] = {"original": [], "generated": []}
-    for record in ParameterStore(evaluation).records():
-        if record.group in wrong:
-            wrong[record.group].append(record.wrong or b"")
-    generated, original = (unpack_wrong(wrong[group], num_test) for group in ("generated", "original"))
-    largest = iou(generated, original).max(1)
-    known = named_metrics(report.load_summary(artifacts))
-    return known | {LOWEST: float(largest.min()), HIGHEST: float(largest.max())}
 
 
 def headline(ledger: Ledger) -> str:
@@ -216,85 +70,6 @@ def warning(rows: Sequence[Row]) -> str:
     )
 
 
-def cells(ledger: Ledger, rows: Sequence[Row], width: float = math.inf) -> list[list[str]]:
-    """The table as text, headings first, with as much detail as fits into so many characters."""
-    columns = {**COLUMNS, ledger.sweep.metric: "objective"}
-    fewer = {metric: head for metric, head in columns.items() if head not in SECONDARY}
-    fewest = {metric: head for metric, head in columns.items() if head in PRIMARY}
-    accuracies = {metric for metric in columns if _percent(metric)}
-    none: set[str] = set()
-    levels = ((columns, set(columns)), (columns, accuracies), (fewer, accuracies), (fewer, none), (fewest, none))
-    for shown, spread in levels:
-        found = _cells(ledger, rows, shown, spread)
-        if _width(found) <= width:
-            break
-    return found
-
-
-def _width(found: Sequence[Sequence[str]]) -> int:
-    head, *body = found
-    parts = [broken(text).split("\n") for text in head]
-    return sum(max(map(len, [*part, *column])) + 1 for part, *column in zip(parts, *body, strict=True))
-
-
-def broken(head: str) -> str:
-    """A heading as narrow as may be."""
-    return re.sub(r"(?<=[._ ])(?=\w)", "\n", head)
-
-
-def _cells(ledger: Ledger, rows: Sequence[Row], columns: Mapping[str, str], spread: set[str]) -> list[list[str]]:
-    """Args: spread: metrics that are shown with their standard deviations."""
-    searched, unfinished = ledger.sweep.search != "grid", any(row.state for row in rows)
-    short = short_names(list(ledger.sweep.parameters))
-    found = [[*(["trial"] * searched), *short.values(), "n", *(["state"] * unfinished), *columns.values()]]
-    for row in rows:
-        values = [format_label(row.assignment[name]) if name in row.assignment else "" for name in short]
-        n = str(row.evaluated) if row.evaluated == row.seeds else f"{row.evaluated}/{row.seeds}"
-        numbers = []
-        for metric, head in columns.items():
-            statistic = row.objective(metric) if head == "objective" else row.statistic(metric)
-            numbers.append(_number(metric, statistic, metric in spread))
-        found.append([*([row.name] * searched), *values, n, *([row.state] * unfinished), *numbers])
-    return found
-
-
-def _percent(metric: str) -> bool:
-    return metric.endswith("accuracy")
-
-
-def _number(metric: str, statistic: Statistic | None, spread: bool = True) -> str:
-    if statistic is None:
-        return "-"
-    if metric == "generated/failed":
-        return f"{100 * statistic.mean:.0f}%"
-    scale, digits = (100, 2) if _percent(metric) else (1, 3)
-    deviation = f"±{scale * statistic.std:.{digits}f}" if spread and statistic.std is not None else ""
-    return f"{scale * statistic.mean:.{digits}f}{deviation}"
-
-
-def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Each dotted path by as many of its last parts as tell it from the others."""
-
-    def tails(name: str) -> Iterator[str]:
-        parts = name.split(".")
-        return (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
-
-    def alone(tail: str) -> bool:
-        return sum(f".{name}".endswith(f".{tail}") for name in names) == 1
-
-    return {name: next((tail for tail in tails(name) if alone(tail)), name) for name in names}
-
-
-def _values(ledger: Ledger, assignment: Assignment) -> str:
-    short = short_names(list(ledger.sweep.parameters))
-    return ", ".join(f"{short[name]} {format_label(value)}" for name, value in assignment.items())
-
-
-def legend(ledger: Ledger) -> str:
-    unit = " in percent" if _percent(ledger.sweep.metric) else ""
-    return f"{LEGEND} objective: {ledger.sweep.metric}{unit}."
-
-
 def verdict(ledger: Ledger) -> str | None:
     """Whether a search has found a better setting than the file's own, in words; None of a grid."""
     best, confirmation = ledger.best(), ledger.confirmation()
@@ -306,21 +81,21 @@ def verdict(ledger: Ledger) -> str | None:
 def _verdict(ledger: Ledger, best: Trial, compared: Sequence[Row]) -> str:
     """Args: compared: the file's own setting and the best trial's, with seeds that the search has not seen."""
     metric = ledger.sweep.metric
-    named = f"trial {best.number} ({_values(ledger, best.assignment)})"
+    named = f"trial {best.number} ({assignment_text(ledger, best.assignment)})"
     results = [{r.repeat: r.metrics for r in row.results if r.metrics} for row in compared]
     own, winner = results or ({}, {})
     seeds = sorted(own.keys() & winner.keys())
     if not seeds:
         found = Statistic.of([best.objective] if best.objective is not None else [])
         return (
-            f"The best so far is {named}, with {metric} {_number(metric, found)}. Whether that beats the file's own "
+            f"The best so far is {named}, with {metric} {number(metric, found)}. Whether that beats the file's own "
             "setting with other seeds has not been measured."
         )
     sign = 1 if ledger.sweep.maximize else -1
     gains = [sign * (winner[seed][metric] - own[seed][metric]) for seed in seeds]
 
     def both(name: str) -> str:
-        mine, other = (_number(name, Statistic.of([of[seed][name] for seed in seeds])) for of in (winner, own))
+        mine, other = (number(name, Statistic.of([of[seed][name] for seed in seeds])) for of in (winner, own))
         return f"{mine} against {other}"
 
     better = f"better in {sum(gain > 0 for gain in gains)} of {len(gains)} seeds that the search has not seen"
@@ -391,7 +166,7 @@ def _panels(ledger: Ledger, rows: Sequence[Row], curves: Mapping[str, str]) -> l
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         x = next(name for name in first if name in row.assignment)
-        title = _values(ledger, {name: value for name, value in row.assignment.items() if name != x})
+        title = assignment_text(ledger, {name: value for name, value in row.assignment.items() if name != x})
         groups.setdefault((x, title), []).append(row)
     panels = []
     for (x, title), members in groups.items():
@@ -416,7 +191,7 @@ def _point(statistic: Statistic | None) -> tuple[float, ...]:
 
 def _search_figures(ledger: Ledger, rows: Sequence[Row]) -> dict[str, bytes]:
     sweep, done = ledger.sweep, ledger.done()
-    scale = 100 if _percent(sweep.metric) else 1
+    scale = 100 if is_percent(sweep.metric) else 1
     known = {t.number: scale * t.objective for t in done if t.objective is not None}
     by_state = {state: [t.number for t in done if t.state == state] for state in ("finished", "stopped", "failed")}
     finished = {number: known[number] for number in by_state["finished"] if number in known}

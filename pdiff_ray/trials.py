@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from pdiff_ray import config, report, search
+from pdiff_ray import loading, report, search
 from pdiff_ray.artifacts import STAGES, Artifact, Storage
 from pdiff_ray.config import Experiment
 from pdiff_ray.errors import ConfigError, PdiffError, StorageError
@@ -150,7 +150,7 @@ class Ledger:
             name: getattr(sweep, name) for name in ("seeds", "metric", "max_concurrent", "max_retries", "time_budget")
         }
         compared = Sweep(parameters={SETTING: Parameter(variants=settings)}, repeats=sweep.confirm, **shared)
-        experiment = config.parse_experiment(raw, self.file.path)
+        experiment = loading.parse_experiment(raw, self.file.path)
         return Ledger(SweepFile(experiment, compared, raw, self.file.path))
 
     def best(self) -> Trial | None:

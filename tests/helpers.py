@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdiff_ray import config
+from pdiff_ray import config, loading
 from pdiff_ray.artifacts import Storage
 from pdiff_ray.data import default_cache
 from pdiff_ray.networks import build_network
@@ -26,7 +26,7 @@ BUILDERS = {
 
 def tiny(storage, *overrides):
     """The tiny experiment with its results in a folder, and its artifacts."""
-    experiment = config.load(TINY, [f"storage={storage}", *overrides])
+    experiment = loading.load(TINY, [f"storage={storage}", *overrides])
     return experiment, artifacts_of(experiment, Storage(str(storage)))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pdiff_ray import config
+from pdiff_ray import loading
 
 FOLDER = Path(__file__).parent.parent / "cluster"
 SITES = sorted(FOLDER.glob("*.site.yaml"))
@@ -29,7 +29,7 @@ def test_ray_accepts_the_cluster_file(path):
 def test_site_files_fit_every_experiment(path, monkeypatch):
     monkeypatch.setenv("PDIFF_SITE", str(path))
     for file in (FOLDER.parent / "sweeps").glob("*.yaml"):
-        experiment = config.load(file)
+        experiment = loading.load(file)
         assert experiment.resources.gpus_per_worker == 1
         assert experiment.storage_uri.startswith("s3://")
-        assert config.load(file, ["resources.workers=4"]).resources.workers == 4
+        assert loading.load(file, ["resources.workers=4"]).resources.workers == 4

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pdiff_ray import config
+from pdiff_ray import loading
 from pdiff_ray.config import PAPER_RECIPE, Experiment
 from pdiff_ray.errors import ConfigError
 
@@ -24,7 +24,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def load(write):
-    return lambda text, *overrides: config.load(write(f"name: test\n{text}"), overrides)
+    return lambda text, *overrides: loading.load(write(f"name: test\n{text}"), overrides)
 
 
 # Each message names the field, the value and the remedy.
@@ -107,13 +107,13 @@ def test_all_problems_are_told_at_once(load):
 
 def test_name_is_required(write):
     with pytest.raises(ConfigError, match="name: required but not given"):
-        config.load(write("seed: 1"))
+        loading.load(write("seed: 1"))
 
 
 def test_missing_file_suggests_a_near_one(write):
     path = write("name: test", "quickstart.yaml")
     with pytest.raises(ConfigError, match=r"quickstrat\.yaml: no such file; did you mean 'quickstart\.yaml'"):
-        config.load(path.with_name("quickstrat.yaml"))
+        loading.load(path.with_name("quickstrat.yaml"))
 
 
 def test_missing_base_names_the_file_that_asked(load):
@@ -124,7 +124,7 @@ def test_missing_base_names_the_file_that_asked(load):
 def test_circular_base(write):
     write("base: b.yaml\nname: a", "a.yaml")
     with pytest.raises(ConfigError, match="in a circle"):
-        config.load(write("base: a.yaml\nname: b", "b.yaml"))
+        loading.load(write("base: a.yaml\nname: b", "b.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_circular_base(write):
 )
 def test_no_experiment(write, text, expected):
     with pytest.raises(ConfigError, match=expected):
-        config.load(write(text))
+        loading.load(write(text))
 
 
 def test_merged_keys_may_be_given_again(load):
@@ -148,7 +148,7 @@ def test_merged_keys_may_be_given_again(load):
 
 def test_unreadable_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
-        config.load(tmp_path)
+        loading.load(tmp_path)
 
 
 def test_base_is_merged_field_by_field(load, write):
@@ -255,7 +255,7 @@ def test_storage_by_precedence(load, monkeypatch):
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_committed_files_load(path):
-    assert config.load(path).name == path.stem
+    assert loading.load(path).name == path.stem
 
 
 def test_there_are_committed_files():

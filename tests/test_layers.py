@@ -13,10 +13,12 @@ PACKAGE = Path(__file__).parent.parent / "pdiff_ray"
 FLOORS = [
     {"sweep"},
     {"cli"},
+    {"printing"},
     {"sweeping", "sweep_report", "sweep_plan"},
     {"pipeline", "doctor"},
     {"distributed"},
     {"tracking"},
+    {"sweep_table"},
     {"trials"},
     {"report", "exchange"},
     {"sweep_figures", "estimate"},
@@ -28,6 +30,7 @@ FLOORS = [
     {"sources"},
     {"artifacts", "console", "search"},
     {"space"},
+    {"loading"},
     {"config", "seeds"},
     {"errors", "__init__"},
 ]

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from helpers import TINY
 
-from pdiff_ray import config, space
+from pdiff_ray import loading, space
 from pdiff_ray.errors import ConfigError
 
 
@@ -71,7 +71,7 @@ def test_a_preset_is_laid_over_the_file_and_those_it_inherits_from(tmp_path):
 
 def test_a_file_with_a_sweep_is_an_experiment_without_it(tmp_path):
     load(tmp_path, {"parameters": {"generator.members": [4]}})
-    assert config.load(tmp_path / "sweep.yaml").num_members == 12
+    assert loading.load(tmp_path / "sweep.yaml").num_members == 12
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from helpers import TINY, context
 
-from pdiff_ray import cli, space, sweep_figures, sweep_report, sweeping
+from pdiff_ray import printing, space, sweep_figures, sweep_report, sweep_table, sweeping
 from pdiff_ray.report import load_summary
 from pdiff_ray.search import Trial
-from pdiff_ray.sweep_report import Result, Row
+from pdiff_ray.sweep_table import Result, Row
 from pdiff_ray.trials import Ledger, run_trial
 
 MEAN = "generated/mean_test_accuracy"
@@ -82,7 +82,7 @@ def size(png):
 
 
 def test_rows_are_means_and_deviations_over_seeds(grid):
-    rows = sweep_report.table(grid)
+    rows = sweep_table.table(grid)
     assert [row.assignment for row in rows] == list(grid.sweep.grid())
     for row in rows:
         values = [groups(grid, trial)[0]["generated"]["mean"] for trial in row.trials]
@@ -95,7 +95,7 @@ def test_rows_are_means_and_deviations_over_seeds(grid):
         objective = row.objective(grid.sweep.metric)
         assert objective.mean == pytest.approx(statistics.mean(trial.objective for trial in row.trials))
         text = f"{100 * found.mean:.2f}±{100 * found.std:.2f}"
-        assert text in sweep_report.cells(grid, [row])[1]
+        assert text in sweep_table.cells(grid, [row])[1]
 
 
 def test_csv_has_full_paths_and_full_numbers(grid):
@@ -105,22 +105,22 @@ def test_csv_has_full_paths_and_full_numbers(grid):
     assert summary[0]["generator.members"] == "2"
     assert (summary[0]["noise"], summary[0]["generator.autoencoder.latent_noise"]) == ("none", "0")
     assert (summary[1]["noise"], summary[1]["generator.autoencoder.latent_noise"]) == ("much", "")
-    row = sweep_report.table(grid)[0]
+    row = sweep_table.table(grid)[0]
     assert float(summary[0][MEAN]) == row.statistic(MEAN).mean
     assert float(summary[0][f"{MEAN}_std"]) == row.statistic(MEAN).std
     assert summary[0][f"{MEAN}_n"] == summary[0]["seeds"] == "2"
     assert [line["repeat"] for line in trials if line["trial"] in ("0", "4")] == ["0", "1"]
     for line in trials:
         mean = float(line["generated/max_similarity"])
-        assert float(line[sweep_report.LOWEST]) <= mean + 1e-6
-        assert float(line[sweep_report.HIGHEST]) >= mean - 1e-6
+        assert float(line[sweep_table.LOWEST]) <= mean + 1e-6
+        assert float(line[sweep_table.HIGHEST]) >= mean - 1e-6
     assert {line["zoo"] for line in trials} == {trials[0]["zoo"]}
 
 
 def test_table_fits_its_width(grid):
-    rows = sweep_report.table(grid)
+    rows = sweep_table.table(grid)
     for width in (80, 120, 200):
-        found = sweep_report.cells(grid, rows, width)
+        found = sweep_table.cells(grid, rows, width)
         assert sum(max(map(len, column)) + 1 for column in zip(*found[1:], strict=True)) <= width
         assert {"n", "best*", "mean", "objective"} < set(found[0])
 
@@ -140,7 +140,7 @@ def test_page_and_markdown(grid):
 
 
 def test_figures_are_pictures(grid):
-    pngs = sweep_report.figures(grid, sweep_report.table(grid))
+    pngs = sweep_report.figures(grid, sweep_table.table(grid))
     assert set(pngs) == {"accuracy", "similarity"}
     for png in pngs.values():
         width, height = size(png)
@@ -149,14 +149,14 @@ def test_figures_are_pictures(grid):
 
 
 def test_panels_have_numbers_as_axis_and_names_as_titles(grid):
-    panels = sweep_report._panels(grid, sweep_report.table(grid), {"average": MEAN})
+    panels = sweep_report._panels(grid, sweep_table.table(grid), {"average": MEAN})
     assert [(p.title, p.parameter, p.values) for p in panels] == [
         ("noise none", "members", [2, 10]),
         ("noise much", "members", [2, 10]),
     ]
     assert panels[0].numeric
     assert panels[0].curves["average"][:, 0] == pytest.approx(
-        [sweep_report.table(grid)[index].statistic(MEAN).mean for index in (0, 2)]
+        [sweep_table.table(grid)[index].statistic(MEAN).mean for index in (0, 2)]
     )
 
 
@@ -166,7 +166,7 @@ def test_conditional_parameters_have_panels_of_their_own(storage):
         "generator.autoencoder.latent_noise": {"choice": [1.0, 0.01], "when": {"kind": "latent"}},
     }
     ledger = ledger_of(storage, {"parameters": conditional}, "conditional")
-    panels = sweep_report._panels(ledger, sweep_report.table(ledger), {})
+    panels = sweep_report._panels(ledger, sweep_table.table(ledger), {})
     assert [(p.title, p.parameter, p.values) for p in panels] == [
         ("", "kind", ["none", "both"]),
         ("kind latent", "latent_noise", [0.01, 1.0]),
@@ -180,10 +180,10 @@ def test_failed_and_missing_seeds_are_told(grid):
     first = last - 4
     ledger.trials[first] = Trial(first, ledger.trials[first].assignment, (0,), "failed", reason="<out of memory>")
     del ledger.trials[last]
-    rows = sweep_report.table(ledger)
+    rows = sweep_table.table(ledger)
     assert (rows[-1].evaluated, rows[-1].seeds, rows[-1].state) == (0, 2, "1 failed")
     assert rows[-1].statistic(MEAN) is None
-    head, *body = sweep_report.cells(ledger, rows)
+    head, *body = sweep_table.cells(ledger, rows)
     assert body[-1][head.index("n")] == "0/2"
     assert body[-1][head.index("state")] == "1 failed"
     assert body[-1][head.index("mean")] == "-"
@@ -197,7 +197,7 @@ def test_failed_and_missing_seeds_are_told(grid):
 
 
 def test_an_autoencoder_that_loses_accuracy_is_told(grid):
-    rows = sweep_report.table(grid)
+    rows = sweep_table.table(grid)
     assert all(result.gate for row in rows for result in row.results)
     first, second = rows[0].results
     lossy, fine = replace(first, gate={"passed": False}), replace(second, gate={"passed": True})
@@ -213,13 +213,13 @@ def test_single_seed_has_no_deviation(grid):
     sweeping.run(ledger, in_process=True)
     rows = sweep_report.write(ledger)
     assert rows[0].statistic(MEAN).std is None
-    assert not any("±" in cell for row in sweep_report.cells(ledger, rows) for cell in row)
+    assert not any("±" in cell for row in sweep_table.cells(ledger, rows) for cell in row)
     assert lines(ledger, "summary.csv")[0][f"{MEAN}_std"] == ""
 
 
 def test_short_names_tell_paths_apart():
     names = ["generator.autoencoder.lr", "generator.diffusion.lr", "zoo.members", "noise"]
-    assert list(sweep_report.short_names(names).values()) == ["autoencoder.lr", "diffusion.lr", "members", "noise"]
+    assert list(sweep_table.short_names(names).values()) == ["autoencoder.lr", "diffusion.lr", "members", "noise"]
 
 
 @pytest.fixture(scope="module")
@@ -234,11 +234,11 @@ def searched(storage):
 
 
 def test_search_has_the_best_first(searched):
-    rows = sweep_report.table(searched)
+    rows = sweep_table.table(searched)
     assert [row.name for row in rows][2:] == ["2", "3"]
     first, second = (searched.trials[int(row.name)].objective for row in rows[:2])
     assert first <= second
-    head, *body = sweep_report.cells(searched, rows)
+    head, *body = sweep_table.cells(searched, rows)
     assert head[:6] == ["trial", "autoencoder.lr", "diffusion.lr", "sampler", "steps", "n"]
     assert [row[head.index("state")] for row in body] == ["", "", "stopped at rung 2", "failed"]
     assert body[2][head.index("objective")] == "0.150"
@@ -257,7 +257,7 @@ def test_search_figures_and_files(searched, recwarn):
 def test_the_files_own_setting_is_a_row_if_it_is_evaluated(searched):
     own = searched.experiments(Trial(-1, {}, (0, 1)))
     run_trial(own, searched.storage, context(), searched.sweep.metric)
-    rows = sweep_report.table(searched)
+    rows = sweep_table.table(searched)
     assert rows[0].name == "as in the file"
     assert len(rows) == 5
 
@@ -328,7 +328,7 @@ def test_search_with_few_results(storage, states):
 
 
 def test_command_prints_the_table(grid, capsys):
-    cli.print_sweep(grid)
+    printing.print_sweep(grid)
     printed = capsys.readouterr().out
     assert "8 of 8 trials finished" in printed
     assert max(len(line) for line in printed.splitlines() if "±" in line and "seeds" not in line) <= 120

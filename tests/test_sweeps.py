@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdiff_ray import cli, config, pipeline, sources, space
+from pdiff_ray import cli, config, loading, pipeline, sources, space
 from pdiff_ray.config import Data, Network
 from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.generators.diffusion import Diffusion
@@ -81,7 +81,7 @@ def test_opens_with_question_and_command(path):
     head = path.read_text().partition("\nname:")[0]
     name = path.relative_to(FOLDER.parent)
     assert f"uv run python -m pdiff_ray.sweep {name}" in head
-    assert config.load(path).name == path.stem
+    assert loading.load(path).name == path.stem
     if "sweep:" in path.read_text():
         assert "?" in head.partition("\n\n")[0]
         assert f"{name} --preset small" in head

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from helpers import TINY, tiny
 
-from pdiff_ray import cli, space, sweep_report, sweeping, trials
+from pdiff_ray import cli, space, sweep_table, sweeping, trials
 from pdiff_ray.distributed.tune import _Claims
 from pdiff_ray.errors import PdiffError
 from pdiff_ray.search import Trial
@@ -104,7 +104,7 @@ def test_a_damaged_result_costs_its_own_row(copy, capsys):
     artifact = ledger.artifacts(ledger.experiments(ledger.done()[0])[0])["evaluation"]
     for part in (copy / artifact.folder).rglob("*.parquet"):
         part.write_bytes(part.read_bytes()[:100])
-    rows = sweep_report.table(ledger)
+    rows = sweep_table.table(ledger)
     assert [row.evaluated for row in rows] == [0, 1]
     assert artifact.key in capsys.readouterr().out
 
