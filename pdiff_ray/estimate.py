@@ -29,7 +29,8 @@ from pdiff_ray.errors import StorageError
 from pdiff_ray.frontier import worth_keeping
 from pdiff_ray.generators.latent_diffusion import CHUNK, GATE_MEMBERS
 from pdiff_ray.measure import MIN_CHUNK, Meter, Passes
-from pdiff_ray.stages.zoo import full_steps, runs_of
+from pdiff_ray.stages.subset_training import full_steps
+from pdiff_ray.stages.zoo import runs_of
 
 LIBRARIES_BYTES = 2**30  # of a process that has imported torch and what a stage needs
 REPORT_S = 2.0

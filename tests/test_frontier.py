@@ -18,7 +18,7 @@ from pdiff_ray.judge import Judge
 from pdiff_ray.networks import build_network
 from pdiff_ray.sources import DataInfo
 from pdiff_ray.split import SplitNetwork
-from pdiff_ray.stages import zoo
+from pdiff_ray.stages import subset_training, zoo
 from pdiff_ray.store import ParameterStore
 from pdiff_ray.subset import resolve
 
@@ -106,7 +106,7 @@ def trained(experiment, judge, dataset, frontier, steps):
     """Gradients of the last step, and the vector after it."""
     network = build_network(experiment.network, dataset.info, 0)
     network.load_state_dict(judge.network.state_dict())
-    training = zoo.SubsetTraining(experiment, network, judge.subset, steps, CPU, frontier)
+    training = subset_training.SubsetTraining(experiment, network, judge.subset, steps, CPU, frontier)
     training.run(dataset, 0, steps, seeds=[0])
     return [tensor.grad for tensor in training.tensors.values()], training.vectors()[0]
 
@@ -128,7 +128,7 @@ def test_steps_are_those_of_full_passes(tmp_path, network, size, precision):
     chosen = random.Random(precision).sample(parameters[len(parameters) // 2 :], 4)
     experiment = experiment_of(dataset, precision=precision).model_copy(update={"network": network})
     judge = judge_of(network, names(*chosen), dataset, tmp_path)
-    kept = zoo.training_frontier(experiment, judge.subset, judge, 100)
+    kept = subset_training.training_frontier(experiment, judge.subset, judge, 100)
     assert isinstance(kept, Frontier), kept
     for steps in (1, 5):
         ours, vector = trained(experiment, judge, dataset, kept, steps)
@@ -161,7 +161,7 @@ def test_peculiar_networks_train_alike(tmp_path, monkeypatch, network, rule):
     dataset = noise(4)
     experiment, judge = experiment_of(dataset), judge_of(network, rule, dataset, tmp_path)
     monkeypatch.setitem(globals(), "build_network", lambda *args: type(network)())
-    kept = zoo.training_frontier(experiment, judge.subset, judge, 100)
+    kept = subset_training.training_frontier(experiment, judge.subset, judge, 100)
     (ours, vector), (plain, expected) = (trained(experiment, judge, dataset, f, 3) for f in (kept, "images"))
     assert isinstance(kept, Frontier)
     assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(ours, plain, strict=True))
@@ -185,7 +185,8 @@ def test_full_steps_for_a_reason(tmp_path, network, rule, changes, reason):
     policy, steps = changes.pop("batchnorm", "frozen"), changes.pop("steps", 100)
     dataset = noise(8, **changes)
     judge = judge_of(network, rule, dataset, tmp_path, policy)
-    assert reason in zoo.training_frontier(experiment_of(dataset, batchnorm=policy), judge.subset, judge, steps)
+    training = experiment_of(dataset, batchnorm=policy)
+    assert reason in subset_training.training_frontier(training, judge.subset, judge, steps)
 
 
 def test_a_zoo_on_a_kept_frontier_resumes(tmp_path, monkeypatch):
@@ -223,11 +224,11 @@ def test_networks_trained_as_one_program_are_those_trained_alone(tmp_path, netwo
     settings = {"name": optimizer, "lr": 0.01, "schedule": "cosine"}
     experiment = experiment_of(dataset, precision=precision, optimizer=settings)
     judge = judge_of(network, LAST_NORMS, dataset, tmp_path)
-    kept = zoo.training_frontier(experiment, judge.subset, judge, 100)
+    kept = subset_training.training_frontier(experiment, judge.subset, judge, 100)
     starts = judge.subset.flatten(judge.network.state_dict()) * torch.tensor([[1.0], [0.9], [1.1]])
 
     def training(count):
-        return zoo.SubsetTraining(experiment, judge.network, judge.subset, 6, CPU, kept, count)
+        return subset_training.SubsetTraining(experiment, judge.network, judge.subset, 6, CPU, kept, count)
 
     together, halfway = training(3), training(3)
     together.load(starts)
@@ -261,7 +262,7 @@ def test_a_layout_is_kept(tmp_path):
     experiment, artifacts = tiny(tmp_path, "zoo.subset=all")
     build(experiment, artifacts, "base")
     network = zoo.load_network(experiment, artifacts)
-    training = zoo.SubsetTraining(experiment, network, zoo.zoo_subset(experiment), 1, CPU, "a test")
+    training = subset_training.SubsetTraining(experiment, network, zoo.zoo_subset(experiment), 1, CPU, "a test")
     assert training.tensors
     for name, tensor in training.tensors.items():
         assert tensor[0].stride() == network.get_parameter(name).stride(), name

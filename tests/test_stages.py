@@ -13,7 +13,7 @@ from pdiff_ray import pipeline, report
 from pdiff_ray.errors import ConfigError, PdiffError
 from pdiff_ray.judge import Judge
 from pdiff_ray.report import load_summary, sharing_text, table_rows
-from pdiff_ray.stages import base, zoo
+from pdiff_ray.stages import base, subset_training, zoo
 from pdiff_ray.stages.evaluate import Evaluator, networks_to_judge
 from pdiff_ray.store import ParameterStore
 
@@ -62,7 +62,7 @@ def test_frozen_parameters_stay_the_bases(done):
     assert subset.names == ["layers.1.bn.weight", "layers.1.bn.bias"]
     network = base.load_network(experiment, artifacts)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    training = zoo.SubsetTraining(experiment, network, subset, 10, torch.device("cpu"), "images")
+    training = subset_training.SubsetTraining(experiment, network, subset, 10, torch.device("cpu"), "images")
     started_from = training.vectors()
     training.run(base.open_dataset(experiment, context()), 0, 10, seeds=[0])
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())

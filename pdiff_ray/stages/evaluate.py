@@ -30,7 +30,8 @@ from pdiff_ray.seeds import derive_seed
 from pdiff_ray.similarity import distances
 from pdiff_ray.stages import Context
 from pdiff_ray.stages.base import load_network, open_dataset
-from pdiff_ray.stages.zoo import SubsetTraining, describe_sharing, make_judge, training_frontier
+from pdiff_ray.stages.subset_training import SubsetTraining, training_frontier
+from pdiff_ray.stages.zoo import describe_sharing, make_judge
 from pdiff_ray.store import ParameterStore, Record, stamp
 from pdiff_ray.summary import summarize
 
