@@ -120,6 +120,7 @@ def test_work_of_a_dead_actor_is_done_by_the_others(here, ray, actors):
                 os.kill(pids[0], signal.SIGKILL)
         pool.close()
     assert sorted(r.id for r in found) == list(range(25))
+    assert sum(pool.deaths.values()) == 1
     expected = {r.id: r.wrong for r in ParameterStore(artifacts["evaluation"]).records()}
     assert {r.id: r.wrong for r in found} == expected
 

@@ -28,6 +28,7 @@ class _Worker:
         self.context = Context(device, default_cache(), progress=report_progress(events))
         self.evaluator: Evaluator | None = None
 
+    @ray.method(max_task_retries=-1)  # a call while it is restarted waits, instead of counting as another death
     def ready(self) -> None:
         """Returns when the actor has found a place and has started."""
 
