@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import Result
+from pdiff_ray.optimization import exact_float32
 
 # Those of `cluster` start Ray, or whole experiments; the others need torch alone.
 BENCHMARKS = {
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         if name not in BENCHMARKS:
             parser.error(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
     torch.set_num_threads(options.threads)
+    exact_float32()
     results: list[Result] = []
     header = ("name", "ours (s)", "other (s)", "ratio", "(spread)", "n", "target", "limit", "MiB")
     print(COLUMNS.format(*header, "ours against other"))

@@ -84,11 +84,16 @@ def result(name: str, what: str, against: str, pairs: Sequence[tuple[float, floa
 
 
 def seconds(work: Work) -> float:
+    synchronize()  # what was begun before is not counted
     started = time.perf_counter()
     work()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def peak_mib(work: Work) -> float | None:

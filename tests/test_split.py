@@ -7,13 +7,16 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdiff_ray.config import Network, SubsetRule
 from pdiff_ray.networks import build_network
+from pdiff_ray.optimization import autocast
 from pdiff_ray.sources import DataInfo
-from pdiff_ray.split import split_network
+from pdiff_ray.split import _verify, split_network
 from pdiff_ray.subset import resolve
 
+aten = torch.ops.aten
 RESNET = Network(name="resnet18", source="torchvision", cifar_stem=True)
 TIMM_RESNET = Network(name="resnet18", source="timm")
 CONVNEXT = Network(name="convnext_atto")
@@ -328,3 +331,41 @@ def test_falls_back_in_training_mode():
 
 def test_falls_back_for_unknown_tensors():
     assert "no tensor fc.wait" in split_network(build(CONVNET, 8), ["fc.wait"], batch(3, 8)).reason
+
+
+class OtherKernels(TorchDispatchMode):
+    """Products whose sums are added up in another order at each call, as on a GPU, before they are rounded."""
+
+    PRODUCTS = (aten.convolution.default, aten.addmm.default, aten.mm.default, aten.bmm.default)
+
+    def __init__(self):
+        super().__init__()
+        self.random = torch.Generator().manual_seed(0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in self.PRODUCTS:
+            return func(*args, **(kwargs or {}))
+        exact = func(*[a.float() if isinstance(a, torch.Tensor) else a for a in args], **(kwargs or {}))
+        noise = torch.randn(exact.shape, generator=self.random)
+        return (exact + 3e-7 * exact.square().mean().sqrt() * noise).to(args[0].dtype)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("config", "size"), [(RESNET, 32), (CONVNEXT, 32), (SMALL_VIT, 16), (CONVNET, 32)])
+def test_kernels_that_round_otherwise_are_no_reason_to_run_whole(monkeypatch, config, size, precision):
+    def verify(*arguments):
+        with OtherKernels():
+            _verify(*arguments)
+
+    monkeypatch.setattr("pdiff_ray.split._verify", verify)
+    network = build(config, size)
+    names = resolve(LAST_NORMS, network).names
+    with autocast(torch.device("cpu"), precision):
+        assert split_network(network, names, batch(4, size)).reason is None
+
+
+def test_logits_that_are_all_zero_show_nothing():
+    network = build(CONVNET, 8)
+    nn.init.zeros_(network.fc.weight)
+    nn.init.zeros_(network.fc.bias)
+    assert "all zero" in split_network(network, resolve(LAST_NORMS, network).names, batch(4, 8)).reason

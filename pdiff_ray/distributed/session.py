@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pdiff_ray.config import Resources
 from pdiff_ray.distributed import ray_address
 from pdiff_ray.errors import ConfigError, PdiffError
+from pdiff_ray.optimization import exact_float32
 from pdiff_ray.stages import Progress
 
 POLL_S = 0.3
@@ -161,6 +162,8 @@ def gpu_share(configured: float | str, processes: int) -> float:
 def take_place(threads: int, gpus: float, device: torch.device | None = None) -> torch.device:
     """Keeps this actor or worker to its share of cores, and of a GPU's memory, so that no neighbour fails for it.
 
+    Float32 is exact from here on.
+
     Args:
         gpus: its share of them, as it was given by Ray.
         device: its GPU, where it sees several.
@@ -169,6 +172,7 @@ def take_place(threads: int, gpus: float, device: torch.device | None = None) ->
         Its device.
     """
     torch.set_num_threads(threads)
+    exact_float32()
     device = device or torch.device("cuda" if ray.get_gpu_ids() else "cpu")
     if device.type == "cuda" and 0 < gpus < 1:
         overhead = CONTEXT_BYTES / torch.cuda.mem_get_info(device)[1]

@@ -163,8 +163,10 @@ class Evaluator:
         precision = self.experiment.evaluation.precision
         pending = [i for i, record in enumerate(records) if not record.judged or precision != "float32"]
         counts: dict[str, float] = {}
+        sharing: dict[str, Any] | None = None
         if pending:
             judge = self.judge.at(precision)
+            sharing = describe_sharing(judge)
             judge.seconds = Seconds()
             chosen = torch.from_numpy(vectors[pending])
             for index, judgement in zip(pending, judge.judge(chosen), strict=True):
@@ -183,7 +185,7 @@ class Evaluator:
             replace(r, nearest_distance=float(d) / scale if np.isfinite(d) else None, **stamp())
             for r, d in zip(records, nearest.min(1), strict=True)
         ]
-        return Stack(records, describe_sharing(self.judge) if pending else None, counts)
+        return Stack(records, sharing, counts)
 
     def _vector(self, record: Record) -> np.ndarray:
         """The record's parameters (D,)."""
