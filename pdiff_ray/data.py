@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pdiff_ray.config import Data
+from pdiff_ray.devices import free_bytes
 from pdiff_ray.errors import ConfigError, PdiffError
 from pdiff_ray.seeds import derive_seed, generator
 from pdiff_ray.sources import (
@@ -38,7 +39,8 @@ from pdiff_ray.sources import (
     parquet_files,
 )  # fmt: skip
 
-ON_DEVICE_BYTES = 4 * 2**30  # sets up to this size are kept in an accelerator's memory whole
+# Sets up to this size, and this share of what is free, are kept in an accelerator's memory whole.
+ON_DEVICE_BYTES, ON_DEVICE_SHARE = 4 * 2**30, 0.25
 
 
 class _Cached:
@@ -51,7 +53,7 @@ class _Cached:
         return len(self.labels)
 
     def to(self, device: torch.device) -> None:
-        if device.type != "cpu" and self.images.nbytes <= ON_DEVICE_BYTES:
+        if device.type == "cuda" and self.images.nbytes <= min(ON_DEVICE_BYTES, ON_DEVICE_SHARE * free_bytes(device)):
             self.images, self.labels = self.images.to(device), self.labels.to(device)
 
     def batches(self, index_batches: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pdiff_ray.data import Dataset, Split, build_once
+from pdiff_ray.devices import free_bytes
 from pdiff_ray.errors import PdiffError
 from pdiff_ray.split import SplitNetwork
 
@@ -120,9 +121,12 @@ def keep(
     computed = _rows(network, dataset, split, device, layouts, batch_size)
     started = time.monotonic()
     if device.type == "cuda" and reads >= len(split) and size <= DEVICE_SHARE * free_bytes(device):
-        *rows, labels = (torch.cat(parts) for parts in zip(*computed, strict=True))
-        torch.cuda.synchronize(device)
-        return Frontier(network, layouts, rows, labels, time.monotonic() - started, device)
+        try:
+            *rows, labels = (torch.cat(parts) for parts in zip(*computed, strict=True))
+            torch.cuda.synchronize(device)
+            return Frontier(network, layouts, rows, labels, time.monotonic() - started, device)
+        except torch.OutOfMemoryError:  # a process beside this one has taken it
+            computed = _rows(network, dataset, split, device, layouts, batch_size)
     found = hashlib.sha256(f"{network.fingerprint()} {split.key} {device.type} {torch.__version__}".encode())
     folder = cache / f"frontier-{found.hexdigest()[:16]}"
 
@@ -151,13 +155,6 @@ def keep(
         return Frontier(network, layouts, rows, labels, float(np.load(folder / SECONDS_FILE)), device)
     except (PdiffError, OSError) as error:  # a full disk, or another process made room
         return str(error)
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory of a GPU that this process can take: what is free, or what is left of its share."""
-    free, total = torch.cuda.mem_get_info(device)
-    share = torch.cuda.get_per_process_memory_fraction(device.index)  # None is the current one
-    return min(free, share * total - torch.cuda.memory_allocated(device))
 
 
 def worth_keeping(row_bytes: float, flops: float, images: int) -> bool:

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pdiff_ray.data import Dataset
-from pdiff_ray.frontier import Frontier, free_bytes, keep
+from pdiff_ray.devices import enough_memory, free_bytes
+from pdiff_ray.frontier import Frontier, keep
 from pdiff_ray.optimization import autocast
 from pdiff_ray.split import SplitNetwork, split_network
 from pdiff_ray.store import Record
@@ -127,8 +128,23 @@ class Judge:
     def judge(self, vectors: Tensor, splits: Sequence[str] = JUDGED_SPLITS) -> list[Judgement]:
         """Judges vectors (n, D) on each of `splits` (of `JUDGED_SPLITS`).
 
-        Every image chunk passes once through what all networks share, and then through what is each one's own.
+        Every image chunk passes once through what all networks share, and then through what is each one's own. Where
+        memory does not suffice, fewer networks and then fewer images are taken at a time, from then on.
+
+        Raises:
+            PdiffError: it does not suffice for one image of one network.
         """
+        while self.stacked > 1 or self.batch_size > 1:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return self._judged(vectors, splits)
+            if self.stacked > 1:
+                self.stacked //= 2
+            else:
+                self.batch_size //= 2
+        with enough_memory("judging", "evaluation.stack"):
+            return self._judged(vectors, splits)
+
+    def _judged(self, vectors: Tensor, splits: Sequence[str]) -> list[Judgement]:
         results: list[dict[str, float | bytes]] = [{} for _ in vectors]
         with self._inference(splits):
             tensors = self._tensors_of(vectors)
@@ -233,8 +249,8 @@ class Judge:
                 return 1
         if self._stacked:
             return self._stacked
-        per_image = max(self._suffix_bytes_per_image())
-        return max(1, int(self._free_bytes() / per_image / self.batch_size))
+        activations = max(self._suffix_bytes_per_image()) * self.batch_size
+        return max(1, int(self._free_bytes() / (activations + 4 * self.subset.size)))
 
     def trained_together(self, batch_size: int, most: int | None = None) -> int:
         """Networks whose training steps, each on a batch of its own, run as one program; one if that fails.

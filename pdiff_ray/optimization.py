@@ -78,15 +78,6 @@ class Trainer:
         self.optimizer.load_state_dict({"state": {int(i): s for i, s in state.items()}, "param_groups": groups})
 
 
-def exact_float32() -> None:
-    """Makes float32 mean that on GPUs too, in this process; "bfloat16" is there for speed.
-
-    PyTorch lets convolutions round to TF32, 10 bits of a mantissa, in which a network and its parts do not agree.
-    """
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Mixed precision where `precision` is "bfloat16"."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

@@ -113,7 +113,7 @@ def here(progress: Progress) -> Context:
     import torch
 
     from pdiff_ray.data import default_cache
-    from pdiff_ray.optimization import exact_float32
+    from pdiff_ray.devices import exact_float32
 
     exact_float32()
     return Context(torch.device("cuda" if torch.cuda.is_available() else "cpu"), default_cache(), progress=progress)

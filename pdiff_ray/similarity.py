@@ -38,11 +38,16 @@ def mean_within(wrong: np.ndarray) -> float | None:
 
 
 def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """L2 distances (n, m) of vectors (n, D) and (m, D), in float64: close vectors would lose digits otherwise."""
+    """L2 distances (n, m) of vectors (n, D) and (m, D), in float64.
+
+    From |a - b|^2 = |a|^2 - 2 ab + |b|^2, which takes a matrix product instead of n m differences; seen from one of the
+    vectors, so that close ones lose no digits to what they have in common.
+    """
     squares = np.zeros((len(first), len(second)))
-    width = max(1, CHUNK_VALUES // len(second))  # of columns at a time: whole differences may not fit into memory
+    width = max(1, CHUNK_VALUES // (len(first) + len(second)))  # of columns at a time: copies may not fit into memory
     for start in range(0, first.shape[1], width):
-        columns = second[:, start : start + width].astype(np.float64)
-        for row, vector in enumerate(first[:, start : start + width]):
-            squares[row] += np.square(columns - vector).sum(1)
-    return np.sqrt(squares)
+        piece = slice(start, start + width)
+        origin = second[0, piece].astype(np.float64)
+        a, b = (vectors[:, piece] - origin for vectors in (first, second))
+        squares += np.square(a).sum(1)[:, None] - 2 * a @ b.T + np.square(b).sum(1)
+    return np.sqrt(squares.clip(0))

@@ -268,18 +268,6 @@ def test_a_layout_is_kept(tmp_path):
         assert tensor[0].stride() == network.get_parameter(name).stride(), name
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
-def test_free_memory_is_that_of_ones_share(monkeypatch, device):
-    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 80))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5)
-    monkeypatch.setattr(torch._C, "_cuda_getMemoryFraction", lambda device: 0.25, raising=False)
-    assert frontiers.free_bytes(torch.device(device)) == 15
-    monkeypatch.setattr(torch._C, "_cuda_getMemoryFraction", lambda device: 1.0, raising=False)
-    assert frontiers.free_bytes(torch.device(device)) == 60
-
-
 @pytest.mark.parametrize(("stack", "then"), [(3, 3), (3, 2), (1, 3)])
 def test_branches_as_one_program_go_on_in_other_stacks(tmp_path, stack, then):
     """Those of an interrupted zoo, in stacks of the same and of another size: the members of branches made alone."""

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from pdiff_ray import data
 from pdiff_ray.config import Data, Network, SubsetRule
+from pdiff_ray.errors import PdiffError
 from pdiff_ray.frontier import Frontier
 from pdiff_ray.judge import CALIBRATION_BATCH, Judge, Judgement, judged
 from pdiff_ray.networks import build_network
@@ -162,6 +163,32 @@ class Branching(nn.Module):
         return logits if logits.mean() > 0 else logits + 1
 
 
+def test_less_is_taken_at_a_time_where_memory_ends(monkeypatch, dataset, network):
+    """Fewer networks first, then fewer images; what one image of one network exceeds is an error."""
+    subset = resolve(SubsetRule(last_norm_layers=1), network)
+    vectors = make_vectors(network, subset, 4)
+    expected = Judge(network, subset, dataset, CPU).judge(vectors)
+    judge = Judge(network, subset, dataset, CPU, batch_size=100, stacked=4)
+    suffix, room, tried = judge.split.suffix, 30, []
+
+    def with_little_memory(frontier, tensors):
+        tried.append((judge.stacked, len(frontier[0])))
+        if judge.stacked * len(frontier[0]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return suffix(frontier, tensors)
+
+    monkeypatch.setattr(judge.split, "suffix", with_little_memory)
+    for a, b in zip(judge.judge(vectors), expected, strict=True):
+        assert a.wrong == b.wrong
+        assert a.test_loss == pytest.approx(b.test_loss)
+    assert (judge.stacked, judge.batch_size) == (1, 25)
+    stages = [(stacked, images) for stacked, images in dict.fromkeys(tried) if images in (100, 50, 25)]
+    assert stages == [(4, 100), (2, 100), (1, 100), (1, 50), (1, 25)]
+    room = 0
+    with pytest.raises(PdiffError, match=r"judging: CUDA out of memory; lower evaluation\.stack"):
+        judge.judge(vectors)
+
+
 def test_what_cannot_be_stacked_is_judged_in_a_loop(dataset):
     network = Branching()
     judge = Judge(network, resolve(SubsetRule(all=True), network), dataset, CPU, stacked=4)
@@ -253,7 +280,7 @@ def test_distances_of_close_vectors():
     base = np.random.default_rng(0).standard_normal((1, 1000)).astype(np.float32) * 100
     vectors = np.concatenate([base, base + 1e-3, base + 1])
     expected = np.linalg.norm(vectors[:, None].astype(np.float64) - vectors[None].astype(np.float64), axis=2)
-    np.testing.assert_allclose(distances(vectors, vectors), expected, rtol=1e-6)
+    np.testing.assert_allclose(distances(vectors, vectors), expected, rtol=1e-6, atol=1e-6)
     assert distances(vectors[:1], vectors).shape == (1, 3)
 
 

@@ -31,7 +31,7 @@ FLOORS = [
     {"artifacts", "console", "search"},
     {"space"},
     {"loading"},
-    {"config", "seeds"},
+    {"config", "seeds", "devices"},
     {"errors", "__init__"},
 ]
 FLOOR_OF = {name: height for height, names in enumerate(reversed(FLOORS)) for name in names}

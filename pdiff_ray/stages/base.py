@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pdiff_ray.artifacts import Artifact, load_tree, save_tree
 from pdiff_ray.config import Experiment
 from pdiff_ray.data import Dataset, load, steps_per_epoch
+from pdiff_ray.devices import enough_memory
 from pdiff_ray.judge import Judge
 from pdiff_ray.networks import build_network
 from pdiff_ray.optimization import Trainer, autocast
@@ -33,9 +34,10 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     artifact, config = artifacts["base"], experiment.training
     dataset = open_dataset(experiment, context)
     started = time.monotonic()
-    network, history = train_network(
-        experiment, dataset, context, seed=("base", config.seed or 0), task="base", checkpoints=artifact
-    )
+    with enough_memory("training of the base", "training.batch_size"):
+        network, history = train_network(
+            experiment, dataset, context, seed=("base", config.seed or 0), task="base", checkpoints=artifact
+        )
     if context.rank == 0:
         files = {
             NETWORK_FILE: save_tree(dict(network.state_dict())),

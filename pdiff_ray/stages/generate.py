@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pdiff_ray.artifacts import Artifact, load_tree, save_tree
 from pdiff_ray.config import Experiment
+from pdiff_ray.devices import enough_memory
 from pdiff_ray.errors import PdiffError
 from pdiff_ray.generators import Fitting, Generator, make_generator
 from pdiff_ray.seeds import derive_seed
@@ -61,7 +62,8 @@ def build_generator(
         checkpoint_s=context.checkpoint_s,
     )
     generator = make_generator(settings, subset)
-    generator.fit(torch.from_numpy(zoo.vectors(range(experiment.num_members))).to(context.device), fitting)
+    with enough_memory("training of the generator", "generator.autoencoder.batch_size or channels"):
+        generator.fit(torch.from_numpy(zoo.vectors(range(experiment.num_members))).to(context.device), fitting)
     files = {
         GENERATOR_FILE: save_tree(generator.state()),
         HISTORY_FILE: save_tree({name: torch.tensor(losses) for name, losses in fitting.history.items()}),

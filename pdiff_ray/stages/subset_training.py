@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from pdiff_ray.config import Experiment
 from pdiff_ray.data import Dataset
+from pdiff_ray.devices import enough_memory
 from pdiff_ray.frontier import Frontier
 from pdiff_ray.judge import Judge
 from pdiff_ray.optimization import Trainer, autocast
@@ -96,10 +97,11 @@ class SubsetTraining:
         """Steps `start` to `stop` - 1, of the batches that each network's seed gives."""
         loss = torch.zeros(())
         batches = self._kept(dataset, start, stop, seeds) if self.frontier else self._full(dataset, start, stop, *seeds)
-        for step, (logits, labels) in enumerate(batches, start):
-            # The mean over a network's images, and their sum, as no network's gradient depends on another one's.
-            loss = functional.cross_entropy(logits.float(), labels) * self.count
-            self.trainer.step(loss, step)
+        with enough_memory("training of the zoo", "zoo.batch_size or zoo.stack"):
+            for step, (logits, labels) in enumerate(batches, start):
+                # The mean over a network's images, and their sum, as no network's gradient depends on another one's.
+                loss = functional.cross_entropy(logits.float(), labels) * self.count
+                self.trainer.step(loss, step)
         self.trainer.check(loss.item(), stop, "zoo.optimizer.lr")
 
     def _full(self, dataset: Dataset, start: int, stop: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

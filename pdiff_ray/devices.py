@@ -1,0 +1,45 @@
+"""What holds on every device: exact float32, how much memory is free, and what is said when it runs out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from pdiff_ray.errors import PdiffError
+
+
+def exact_float32() -> None:
+    """Makes float32 mean that on GPUs too, in this process; "bfloat16" is there for speed.
+
+    PyTorch lets convolutions round to TF32, 10 bits of a mantissa, in which a network and its parts do not agree.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory of a GPU that this process can take: what is free, or what is left of its share."""
+    free, total = torch.cuda.mem_get_info(device)
+    used, held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    share = torch.cuda.get_per_process_memory_fraction(device.index)  # None is the current one
+    return min(free + held - used, share * total - used)
+
+
+@contextlib.contextmanager
+def enough_memory(what: str, remedy: str) -> Iterator[None]:
+    """Turns the end of a GPU's memory into a message.
+
+    Args:
+        what: is done.
+        remedy: the fields that lower what it takes.
+
+    Raises:
+        PdiffError
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise PdiffError(f"{what}: {reason}; lower {remedy}, or give each process more of a GPU") from None
