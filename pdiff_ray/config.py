@@ -135,7 +135,7 @@ class SubsetRule(Section):
 class Zoo(Section):
     """The zoo of networks that the generator learns from (stage `zoo`)."""
 
-    unkeyed = frozenset({"stack"})
+    unkeyed = frozenset({"vmap"})
 
     members: int = Field(200, ge=1, description="K, the number of networks kept")
     regime: Literal["trajectory", "branches", "independent"] = Field(
@@ -149,7 +149,7 @@ class Zoo(Section):
     warmup_steps: int = Field(100, ge=0, description="steps before those of the first member")
     steps_per_member: int | Literal["epoch"] = Field(10, description="steps between members")
     batch_size: int = Field(128, ge=2, description="images per step of a run")
-    stack: int | None = Field(
+    vmap: int | None = Field(
         None, ge=1, description="branches that a worker trains as one program; default: by memory on a GPU, else 1"
     )
     optimizer: Optimizer = Optimizer(lr=0.03, weight_decay=5e-4)
@@ -272,10 +272,13 @@ class Sampling(Section):
 class Evaluation(Section):
     """Judging the generated networks beside baselines (stage `evaluation`)."""
 
-    unkeyed = frozenset({"batch_size", "stack"})
+    unkeyed = frozenset({"batch_size", "stack", "vmap"})
 
     batch_size: int | None = Field(None, ge=1, description="images per forward pass; default: by memory")
     stack: int = Field(20, ge=1, description="networks sent to an actor, or written, at a time")
+    vmap: int | None = Field(
+        None, ge=1, description="networks of a stack that run as one program; default: by memory on a GPU, else 1"
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="autocast of what is judged here; the predictions it changes are counted"
     )

@@ -62,7 +62,7 @@ class Frontier:
 
     Attributes:
         network: whose frontier it is.
-        seconds: that computing it took, perhaps another process.
+        seconds: that computing it took, perhaps in another process, without those of writing.
     """
 
     def __init__(
@@ -123,7 +123,6 @@ def keep(
     if device.type == "cuda" and reads >= len(split) and size <= DEVICE_SHARE * free_bytes(device):
         try:
             *rows, labels = (torch.cat(parts) for parts in zip(*computed, strict=True))
-            torch.cuda.synchronize(device)
             return Frontier(network, layouts, rows, labels, time.monotonic() - started, device)
         except torch.OutOfMemoryError:  # a process beside this one has taken it
             computed = _rows(network, dataset, split, device, layouts, batch_size)
@@ -131,16 +130,17 @@ def keep(
     folder = cache / f"frontier-{found.hexdigest()[:16]}"
 
     def write(temporary: Path) -> None:
-        started = time.monotonic()
-        labels = []
+        seconds, started, labels = 0.0, time.monotonic(), []
         with ExitStack() as files:  # written, not mapped: a full disk is an error then, and no signal
             opened = [files.enter_context(open(temporary / str(index), "wb")) for index in range(len(layouts))]
             for *tensors, own in computed:
+                seconds += time.monotonic() - started
                 for file, tensor in zip(opened, tensors, strict=True):
                     file.write(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
                 labels.append(own.cpu())
+                started = time.monotonic()
         np.save(temporary / LABELS_FILE, torch.cat(labels).numpy())
-        np.save(temporary / SECONDS_FILE, time.monotonic() - started)
+        np.save(temporary / SECONDS_FILE, seconds)
 
     try:
         if not folder.exists():
@@ -177,7 +177,10 @@ def _rows(
     """The frontier as it lies in memory, and labels, batch by batch."""
     for images, labels in split.in_order(batch_size):
         frontier = network.prefix(dataset.prepare(images, device))
-        yield [*(layout.to_memory(t) for layout, t in zip(layouts, frontier, strict=True)), labels.to(device)]
+        rows = [*(layout.to_memory(t) for layout, t in zip(layouts, frontier, strict=True)), labels.to(device)]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # so that its seconds are those of computing
+        yield rows
 
 
 def _mapped(file: Path, layout: _Layout) -> Tensor:

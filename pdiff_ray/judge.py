@@ -92,7 +92,8 @@ class Judge:
         self.batchnorm, self.precision, self.cache = batchnorm, precision, cache
         self.seconds = Seconds()
         self._batch_size, self._stacked = batch_size, stacked
-        self._frontiers: dict[str, Frontier | str] = {}
+        self._frontiers: dict[str, Frontier] = {}
+        self._refusals: dict[tuple[str, float], str] = {}
         self._others: dict[str, Judge] = {}
 
     def at(self, precision: str) -> Judge:
@@ -117,13 +118,16 @@ class Judge:
         """The kept frontier of a split of the data set, or why there is none; see `frontier.keep`."""
         if self.cache is None:
             return "no cache is given"
-        if name not in self._frontiers:
+        if name not in self._frontiers and (name, reads) not in self._refusals:
             network, batch_size, started = self.split, self.batch_size, self._now()
             split = getattr(self.dataset, name)
             kept = keep(network, self.dataset, split, self.device, self.cache, batch_size, reads)
-            self._frontiers[name] = kept
+            if isinstance(kept, Frontier):
+                self._frontiers[name] = kept
+            else:
+                self._refusals[name, reads] = kept
             self.seconds.prefix += self._now() - started
-        return self._frontiers[name]
+        return self._frontiers.get(name) or self._refusals[name, reads]
 
     def judge(self, vectors: Tensor, splits: Sequence[str] = JUDGED_SPLITS) -> list[Judgement]:
         """Judges vectors (n, D) on each of `splits` (of `JUDGED_SPLITS`).

@@ -78,6 +78,8 @@ def print_result(plan: pipeline.Plan) -> None:
     console.print(table)
     console.print(report.LEGEND, style="dim")
     console.print(f"verdict: {summary['verdict']['text']}")
+    if sharing := report.achieved_sharing(artifacts):
+        console.print(f"shared: {sharing}")
     seconds = report.stage_seconds(artifacts)
     console.print("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
     console.print(f"\nreport     {report.report_location(artifacts)}")

@@ -124,12 +124,21 @@ def sharing_text(zoo: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
             f"computing, {evaluation['unshared_seconds']:.1f} s with full passes (from the measured parts)."
         )
     if "shared" in zoo and not zoo["runs_whole"]:
-        reason = zoo["full_steps"]
-        sentences.append(f"Zoo steps were full passes: {reason}." if reason else "Zoo steps read what is shared.")
+        if reason := zoo["full_steps"]:
+            sentences.append(f"Zoo steps were full passes: {reason}.")
+        else:
+            saving = zoo.get("steps_saving")
+            fast = f" and were {saving:.1f} times as fast as full passes" if saving else ""
+            sentences.append(f"Zoo steps read what is shared{fast}.")
     if compared := evaluation.get("compared_predictions"):
         changed = evaluation["changed_predictions"]
         sentences.append(f"Reduced precision changed {changed:,} of {compared:,} test predictions compared.")
     return " ".join(sentences)
+
+
+def achieved_sharing(artifacts: Mapping[str, Artifact]) -> str:
+    """`sharing_text` of an experiment."""
+    return sharing_text(*(artifacts[stage].manifest()["info"] for stage in ("zoo", "evaluation")))
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -164,7 +173,7 @@ def _page(
         paper=paper_row(summary),
         gate=manifests["generator"]["info"].get("gate"),
         spread=manifests["samples"]["info"]["relative_latent_std"],
-        sharing=sharing_text(manifests["zoo"]["info"], manifests["evaluation"]["info"]),
+        sharing=achieved_sharing(artifacts),
         figures=[(FIGURES[name], base64.b64encode(png).decode()) for name, png in pngs.items()],
         stages=[(stage, m["key"], f"{m['seconds']:.1f}", m["seed"], m["created_at"]) for stage, m in manifests.items()],
         versions=manifests["evaluation"]["versions"],

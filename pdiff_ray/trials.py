@@ -27,7 +27,7 @@ from pdiff_ray.generators import NUM_RUNGS
 from pdiff_ray.search import Trial
 from pdiff_ray.space import OBJECTIVES, Assignment, Parameter, Sweep, SweepFile
 from pdiff_ray.stages import Context, artifacts_of, base, evaluate, generate, zoo
-from pdiff_ray.stages.base import load_network, open_dataset
+from pdiff_ray.stages.judging import base_judge
 
 BUILDERS: dict[str, Callable[..., None]] = {
     "base": base.build,
@@ -244,9 +244,7 @@ def _preview(
     """Judges the vectors of an unfinished generator as the metric does those of the finished one."""
     field_of = metric.partition("/mean_")[2]  # such as train_accuracy
     split = "selection" if field_of.startswith("train") else "validation"
-    subset = zoo.zoo_subset(experiment)
-    dataset, network = open_dataset(experiment, context), load_network(experiment, artifacts)
-    judge = zoo.make_judge(experiment, network, subset, dataset, context)
+    judge = base_judge(experiment, artifacts, zoo.zoo_subset(experiment), context)
 
     def preview(rung: int, vectors: Tensor) -> None:
         values = [getattr(judgement, field_of) for judgement in judge.judge(vectors, [split])]

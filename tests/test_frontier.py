@@ -206,6 +206,7 @@ def test_a_zoo_on_a_kept_frontier_resumes(tmp_path, monkeypatch):
         assert info["runs_whole"] is None
         assert 0.2 < info["shared"] < 1
         assert info["full_steps"] == ("a test" if way == "plain" else None)
+        assert info["steps_saving"] is None if way == "plain" else info["steps_saving"] > 1
     np.testing.assert_array_equal(vectors["interrupted"], vectors["whole"])
     np.testing.assert_allclose(vectors["plain"], vectors["whole"], rtol=1e-3, atol=1e-4)
 
@@ -274,14 +275,14 @@ def test_branches_as_one_program_go_on_in_other_stacks(tmp_path, stack, then):
     options = ("data.train_noise=0", "zoo.steps_per_member=6", "zoo.branches=3", "evaluation.stack=2")
     alone, its = tiny(tmp_path / "alone", *options)
     build(alone, its, "base", "zoo")
-    experiment, artifacts = tiny(tmp_path / "stacked", *options, f"zoo.stack={stack}")
+    experiment, artifacts = tiny(tmp_path / "stacked", *options, f"zoo.vmap={stack}")
     build(experiment, artifacts, "base")
 
     interrupted_zoo(experiment, artifacts, 6)
     saved = [artifacts["zoo"].load_work(f"run-{index}.safetensors") for index in range(3)]
     assert sum(state is not None for state in saved) == stack
     notes = []
-    experiment, artifacts = tiny(tmp_path / "stacked", *options, f"zoo.stack={then}")
+    experiment, artifacts = tiny(tmp_path / "stacked", *options, f"zoo.vmap={then}")
     zoo.build(experiment, artifacts, context(progress=lambda task, done, total, note="": notes.append(note)))
     first = [note for note in notes if note.startswith("run 0")]
     assert [note.partition("step ")[2] for note in first] == ["23", "29"]  # of 11, 17, 23 and 29

@@ -13,7 +13,8 @@ from pdiff_ray import pipeline, report
 from pdiff_ray.errors import ConfigError, PdiffError
 from pdiff_ray.judge import Judge
 from pdiff_ray.report import load_summary, sharing_text, table_rows
-from pdiff_ray.stages import base, subset_training, zoo
+from pdiff_ray.split import split_network
+from pdiff_ray.stages import base, evaluate, subset_training, zoo
 from pdiff_ray.stages.evaluate import Evaluator, networks_to_judge
 from pdiff_ray.store import ParameterStore
 
@@ -101,11 +102,48 @@ def test_a_manifest_says_what_was_shared(done):
     assert zoo_info["runs_whole"] is info["runs_whole"] is None
     assert "train_noise" in zoo_info["full_steps"]
     assert 0 < info["suffix_seconds"] < info["unshared_seconds"]
+    assert (info["networks_at_a_time"], info["images_at_a_time"]) == (1, 500)
     assert "changed_predictions" not in info
     text = sharing_text(zoo_info, info)
     assert "98.9% of a pass's FLOPs" in text
     assert "Zoo steps were full passes: images vary: data.augment or data.train_noise" in text
     assert not sharing_text({}, {})  # imported, or of another version
+
+
+def test_a_network_is_split_once_for_all_stages(tmp_path, monkeypatch):
+    split = []
+
+    def counted(network, names, images):
+        split.append(names)
+        return split_network(network, names, images)
+
+    monkeypatch.setattr("pdiff_ray.judge.split_network", counted)
+    experiment, artifacts = tiny(tmp_path, "data.train_noise=0")
+    build(experiment, artifacts)
+    other, its = tiny(tmp_path, "data.train_noise=0", "generator.seed=1")
+    build(other, its)  # as the next trial of a process does
+    assert len([names for names in split if names]) == 1
+    changed, its = tiny(tmp_path, "data.train_noise=0", "zoo.subset={names: [fc.*]}")
+    build(changed, its)
+    assert sorted(split[-1]) == ["fc.bias", "fc.weight"]
+
+
+def test_an_interrupted_evaluation_says_what_all_of_it_took(done, tmp_path):
+    experiment, artifacts = tiny(tmp_path, "evaluation.precision=bfloat16")
+    build(experiment, artifacts, "base", "zoo", "generator", "samples")
+
+    def stop(task, done, total, note=""):
+        if task == "evaluation" and done >= 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.build(experiment, artifacts, context(progress=stop))
+    kept = json.loads(artifacts["evaluation"].load_work("sharing.json"))["counts"]
+    assert kept["suffix_seconds"] > 0
+    build(experiment, artifacts)
+    info = artifacts["evaluation"].manifest()["info"]
+    assert info["suffix_seconds"] > kept["suffix_seconds"]
+    assert info["compared_predictions"] == 2 * 897  # one network of each of two stacks
 
 
 def test_reduced_precision_says_what_it_changes(done):

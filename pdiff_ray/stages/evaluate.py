@@ -29,9 +29,9 @@ from pdiff_ray.judge import Seconds, judged
 from pdiff_ray.seeds import derive_seed
 from pdiff_ray.similarity import distances
 from pdiff_ray.stages import Context
-from pdiff_ray.stages.base import load_network, open_dataset
+from pdiff_ray.stages.base import load_network
+from pdiff_ray.stages.judging import base_judge, describe_sharing
 from pdiff_ray.stages.subset_training import SubsetTraining, training_frontier
-from pdiff_ray.stages.zoo import describe_sharing, make_judge
 from pdiff_ray.store import ParameterStore, Record, stamp
 from pdiff_ray.summary import summarize
 
@@ -40,7 +40,7 @@ class Stack(list[Record]):
     """Networks that are evaluated together.
 
     Attributes:
-        sharing: what the evaluated networks shared (`zoo.describe_sharing`).
+        sharing: what the evaluated networks shared (`judging.describe_sharing`).
         counts: numbers to be added up over all stacks: seconds, and what the precision changed.
     """
 
@@ -56,7 +56,7 @@ class Stack(list[Record]):
 
 MapStacks = Callable[[Sequence[Stack]], Iterable[Stack]]
 
-SUMMARY_FILE = "summary.json"
+SUMMARY_FILE, SHARING_FILE = "summary.json", "sharing.json"
 
 
 def build(
@@ -76,8 +76,8 @@ def build(
     subset, present = zoo.subset(), set(store.ids)
     wanted = networks_to_judge(experiment, zoo)
     stacks = make_stacks([r for r in wanted if r.id not in present], experiment.evaluation.stack)
-    sharing: dict[str, Any] = {}
-    counts: Counter[str] = Counter()
+    kept = json.loads(artifact.load_work(SHARING_FILE) or "{}")  # of an evaluation that was interrupted
+    sharing, counts = kept.get("sharing", {}), Counter(kept.get("counts", {}))
     if stacks:
         evaluated = map_stacks(stacks) if map_stacks else _here(experiment, artifacts, context, stacks)
         done = len(present)
@@ -85,6 +85,7 @@ def build(
             store.append(stack, subset)
             sharing |= stack.sharing
             counts.update(stack.counts)
+            artifact.save_work(SHARING_FILE, json.dumps({"sharing": sharing, "counts": counts}).encode())
             done += len(stack)
             context.progress("evaluation", done, len(wanted), "networks")
     records = store.records([r.id for r in wanted])
@@ -151,8 +152,7 @@ class Evaluator:
         self.subset = zoo.subset()
         self.members = zoo.vectors(range(experiment.num_members))
         self.samples = ParameterStore(artifacts["samples"])
-        self.dataset = open_dataset(experiment, context)
-        self.judge = make_judge(experiment, load_network(experiment, artifacts), self.subset, self.dataset, context)
+        self.judge = base_judge(experiment, artifacts, self.subset, context)
         self.member_distance = _spread(self.members)
 
     def evaluate(self, stack: Sequence[Record]) -> Stack:
@@ -221,7 +221,7 @@ class Evaluator:
         network = load_network(self.experiment, self.artifacts).to(self.context.device)
         training = SubsetTraining(self.experiment, network, self.subset, steps, self.context.device, self._frontier)
         training.load(torch.from_numpy(vector)[None])
-        training.run(self.dataset, 0, steps, [seed])
+        training.run(self.judge.dataset, 0, steps, [seed])
         return training.vectors()[0].cpu().numpy()
 
 

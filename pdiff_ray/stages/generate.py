@@ -16,8 +16,8 @@ from pdiff_ray.errors import PdiffError
 from pdiff_ray.generators import Fitting, Generator, make_generator
 from pdiff_ray.seeds import derive_seed
 from pdiff_ray.stages import Context
-from pdiff_ray.stages.base import HISTORY_FILE, load_network, open_dataset
-from pdiff_ray.stages.zoo import make_judge
+from pdiff_ray.stages.base import HISTORY_FILE
+from pdiff_ray.stages.judging import base_judge
 from pdiff_ray.store import ParameterStore, Record, stamp
 
 GENERATOR_FILE = "generator.safetensors"
@@ -39,9 +39,7 @@ def build_generator(
     started = time.monotonic()
     zoo = ParameterStore(artifacts["zoo"])
     subset = zoo.subset()
-    judge = make_judge(
-        experiment, load_network(experiment, artifacts), subset, open_dataset(experiment, context), context
-    )
+    judge = base_judge(experiment, artifacts, subset, context)
 
     def validation_accuracy(vectors: Tensor) -> Tensor:
         judgements = judge.judge(vectors, ["validation"])

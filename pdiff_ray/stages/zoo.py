@@ -30,6 +30,7 @@ from pdiff_ray.seeds import derive_seed
 from pdiff_ray.sources import describe
 from pdiff_ray.stages import Context
 from pdiff_ray.stages.base import load_network, open_dataset, train_network
+from pdiff_ray.stages.judging import base_judge, describe_sharing, make_judge
 from pdiff_ray.stages.subset_training import SubsetTraining, training_frontier
 from pdiff_ray.store import ParameterStore, Record, stamp
 from pdiff_ray.subset import Subset, resolve
@@ -78,7 +79,6 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     """
     artifact, config = artifacts["zoo"], experiment.zoo
     started = time.monotonic()
-    dataset = open_dataset(experiment, context)
     subset = zoo_subset(experiment)
     store = ParameterStore(artifact)
     present = set(store.ids)
@@ -87,10 +87,11 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     own = runs_of(config)[(context.rank - shift) % context.world :: context.world]
     missing = [run for run in own if not present.issuperset(run.member_ids)]
     if config.regime == "independent":
+        dataset = open_dataset(experiment, context)
         for run in missing:
             store.append([_independent(experiment, dataset, subset, run, context)], subset)
     elif missing:
-        training = _FromBase(experiment, artifacts, dataset, subset, context)
+        training = _FromBase(experiment, artifacts, subset, context)
         for records, states in training.members(missing, present):
             store.append(records, subset)
             for run, state in states.items():
@@ -132,17 +133,17 @@ class _FromBase:
         self,
         experiment: Experiment,
         artifacts: Mapping[str, Artifact],
-        dataset: Dataset,
         subset: Subset,
         context: Context,
     ) -> None:
-        self.experiment, self.artifacts, self.dataset = experiment, artifacts, dataset
-        self.subset, self.context = subset, context
-        self.judge = make_judge(experiment, load_network(experiment, artifacts), subset, dataset, context)
+        self.experiment, self.artifacts, self.subset, self.context = experiment, artifacts, subset, context
+        self.judge = base_judge(experiment, artifacts, subset, context)
+        self.dataset = self.judge.dataset
         config = experiment.zoo
         every = config.steps_per_member
-        self.every = steps_per_epoch(len(dataset.train), config.batch_size) if every == "epoch" else every
+        self.every = steps_per_epoch(len(self.dataset.train), config.batch_size) if every == "epoch" else every
         self.num_runs = len(runs_of(config))
+        self.seconds, self.unshared = 0.0, 0.0  # of steps, and what full passes would have taken
 
     def members(self, runs: Sequence[Run], present: set[int]) -> Iterator[Kept]:
         """The members of `runs` but those `present`; some at a time, each time with the states of their runs."""
@@ -150,11 +151,10 @@ class _FromBase:
         reads = self.num_runs * max(map(self._steps, runs))
         frontier = training_frontier(self.experiment, self.subset, judge, reads)
         why_full = None if isinstance(frontier, Frontier) else frontier
-        sharing = {**describe_sharing(judge), "full_steps": why_full}
-        self.artifacts["zoo"].save_work(SHARING_FILE, json.dumps(sharing).encode())
+        self._save_sharing(why_full)
         most = 1
         if len(runs) > 1 and not why_full:
-            most = judge.at(config.precision).trained_together(config.batch_size, config.stack)
+            most = judge.at(config.precision).trained_together(config.batch_size, config.vmap)
         note = f"runs whole: {judge.split.reason}" if judge.split.reason else f"{judge.split.shared:.0%} shared"
         note += f"; full steps: {why_full}" if why_full else ""
         note += f"; up to {min(most, len(runs))} runs as one program" if most > 1 else ""
@@ -178,7 +178,13 @@ class _FromBase:
         last = len(runs[0].member_ids) - 1
         for position in range(kept, last + 1):
             stop = self._step_of(position)
-            training.run(self.dataset, self._step_of(position - 1) if position else 0, stop, seeds)
+            first = self._step_of(position - 1) if position else 0
+            started = time.monotonic()
+            training.run(self.dataset, first, stop, seeds)
+            self.seconds += time.monotonic() - started
+            if isinstance(frontier, Frontier):  # whose images full passes would have computed
+                images = len(runs) * (stop - first) * config.batch_size
+                self.unshared += images * frontier.seconds / len(frontier)
             ids = [run.member_ids[position] for run in runs]
             for id_, vector, seed in zip(ids, training.vectors().cpu().numpy(), seeds, strict=True):
                 if id_ not in present:
@@ -186,7 +192,14 @@ class _FromBase:
             if len(pending) >= self.experiment.evaluation.stack or position == last:
                 yield _judged(pending, self.judge), dict(zip(runs, training.states(position + 1), strict=True))
                 pending = []
+                self._save_sharing(None if isinstance(frontier, Frontier) else frontier)
             self.context.progress("zoo", (position + 1) * self.num_runs, config.members, f"run {names}, step {stop}")
+
+    def _save_sharing(self, full_steps: str | None) -> None:
+        """For the manifest; of this worker, and what it has done since it was started."""
+        saving = 1 + self.unshared / self.seconds if self.unshared else None
+        sharing = {**describe_sharing(self.judge), "full_steps": full_steps, "steps_saving": saving}
+        self.artifacts["zoo"].save_work(SHARING_FILE, json.dumps(sharing).encode())
 
     def _step_of(self, position: int) -> int:
         """After how many steps a run keeps its member at a position."""
@@ -221,14 +234,3 @@ def _judged(records: list[Record], judge: Judge) -> list[Record]:
         return []
     vectors = np.stack([np.asarray(record.vector) for record in records])
     return [judged(r, j) for r, j in zip(records, judge.judge(torch.from_numpy(vectors)), strict=True)]
-
-
-def make_judge(experiment: Experiment, network: nn.Module, subset: Subset, dataset: Dataset, context: Context) -> Judge:
-    """The judge of networks that differ from `network` in `subset`, by the experiment's policies."""
-    policy, batch_size = experiment.zoo.batchnorm, experiment.evaluation.batch_size
-    return Judge(network, subset, dataset, context.device, policy, batch_size, cache=context.cache)
-
-
-def describe_sharing(judge: Judge) -> dict[str, Any]:
-    """What a manifest says of the computation that networks share: its part of a pass's FLOPs, or why there is none."""
-    return {"shared": judge.split.shared, "runs_whole": judge.split.reason}
