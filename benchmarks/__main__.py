@@ -13,12 +13,13 @@ import torch
 from benchmarks.harness import Result
 from pdiff_ray.devices import exact_float32
 
-# Those of `cluster` start Ray, or whole experiments; the others need torch alone.
+# Those of `cluster` start Ray, or whole experiments; the others need neither Ray nor MLflow.
 BENCHMARKS = {
     "evaluate": "judging",
     "zoo_step": "judging",
     "sampling": "core",
     "few_step": "core",
+    "training": "core",
     "store": "core",
     "growth": "judging",
     "actors": "cluster",

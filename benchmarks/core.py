@@ -1,4 +1,4 @@
-"""Benchmarks of sampling and storage, with torch alone: no Ray, no MLflow."""
+"""Benchmarks of generators and of storage, without Ray and MLflow."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from benchmarks.harness import Result, compare
 from pdiff_ray.artifacts import Artifact, Storage
 from pdiff_ray.config import Diffusion as DiffusionSettings
-from pdiff_ray.config import Evaluation, Optimizer, Sampling
+from pdiff_ray.config import Evaluation, Generator, Optimizer, Sampling
 from pdiff_ray.generators import Fitting
 from pdiff_ray.generators.diffusion import Diffusion, make_scheduler
+from pdiff_ray.generators.latent_diffusion import LatentDiffusion
 from pdiff_ray.generators.training import fit_model
 from pdiff_ray.store import ParameterStore, Record
 from pdiff_ray.subset import Entry, Subset
@@ -103,6 +104,32 @@ def few_step(samples: int = 100, train_steps: int = 600) -> Iterator[Result]:
             target=10.0,
             note=f"spread {spreads[0]:.2f} against {spreads[1]:.2f} (of the learned latents {spreads[2]:.2f}), "
             f"distance to the nearest of these {distances[0]:.2f} against {distances[1]:.2f}",
+        )
+
+
+def training(members: int = 200, dimension: int = 2048, steps: int = 300) -> Iterator[Result]:
+    """Steps of both models, which are graphs on a GPU, against single kernels; on a CPU both are the same."""
+    settings = Generator(seed=0)
+    subset = Subset((Entry("weight", (dimension,), 0, "parameter"),))
+    vectors = torch.randn(members, dimension, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    rows = {"autoencoder": vectors, "diffusion": torch.randn(members, settings.autoencoder.latent_dim, device=DEVICE)}
+
+    def fit(name: str, graphs: bool) -> Tensor:
+        torch.manual_seed(0)
+        whole = LatentDiffusion(settings, subset)
+        model = whole.autoencoder if name == "autoencoder" else whole.diffusion
+        fitting = Fitting(DEVICE, 0, graphs=graphs)
+        fit_model(name, model.to(DEVICE), rows[name], model.loss, Optimizer(lr=1e-3), steps, 50, fitting)
+        return torch.tensor(fitting.history[name])
+
+    for name, data in rows.items():
+        torch.testing.assert_close(fit(name, True)[:50], fit(name, False)[:50], rtol=0.05, atol=0.01)
+        yield compare(
+            "training",
+            f"{steps} steps of the {name}, {len(data)} rows of {data.shape[1]:,} values",
+            lambda name=name: fit(name, True),
+            "single kernels",
+            lambda name=name: fit(name, False),
         )
 
 

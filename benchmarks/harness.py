@@ -96,6 +96,14 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of matrix products on the device: what its arithmetic can be compared with."""
+    edge = 1024 if device.type == "cpu" else 8192
+    matrix = torch.randn(edge, edge, device=device).to(dtype)
+    work = lambda: matrix @ matrix  # noqa: E731
+    return 2 * edge**3 / statistics.median([seconds(work) for _ in range(12)][2:])
+
+
 def peak_mib(work: Work) -> float | None:
     """Memory that `work` takes at most, beyond what was there before; None where the system does not say."""
     if torch.cuda.is_available():

@@ -193,10 +193,11 @@ class Judge:
     def _logits(self, tensors: Sequence[dict[str, Tensor]], name: str) -> Iterator[tuple[int, Tensor, Tensor]]:
         """The number of a network, its logits (B, M) and labels (B,), for each chunk of a split and each network."""
         kept, prefix_s, suffix_s = self.frontier(name), 0.0, 0.0
+        programs = self._programs(tensors)
         started = self._now()
         for frontier, labels in self._chunks(name, kept):
             between = self._now()
-            for index, logits in enumerate(self._suffixes(frontier, tensors)):
+            for index, logits in enumerate(self._suffixes(frontier, programs)):
                 yield index, logits.float(), labels
             prefix_s, suffix_s = prefix_s + between - started, suffix_s + self._now() - between
             started = self._now()
@@ -213,15 +214,21 @@ class Judge:
             for images, labels in getattr(self.dataset, name).in_order(self.batch_size):
                 yield self.split.prefix(self.dataset.prepare(images, self.device)), labels.to(self.device)
 
-    def _suffixes(self, frontier: Sequence[Tensor], tensors: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
-        """Logits (B, M) of each network."""
+    def _programs(self, tensors: Sequence[dict[str, Tensor]]) -> Sequence[dict[str, Tensor]]:
+        """The tensors of networks that run as one program, stacked; of each network, where all run alone."""
         if self.stacked == 1:
-            yield from (self.split.suffix(frontier, own) for own in tensors)
-            return
-        for start in range(0, len(tensors), self.stacked):
-            some = tensors[start : start + self.stacked]
-            together = {name: torch.stack([own[name] for own in some]) for name in self.split.names}
-            yield from torch.vmap(functools.partial(self.split.suffix, frontier))(together)
+            return tensors
+        some = (tensors[start : start + self.stacked] for start in range(0, len(tensors), self.stacked))
+        return [{name: torch.stack([own[name] for own in group]) for name in self.split.names} for group in some]
+
+    def _suffixes(self, frontier: Sequence[Tensor], programs: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
+        """Logits (B, M) of each network."""
+        suffix = functools.partial(self.split.suffix, frontier)
+        for tensors in programs:
+            if self.stacked == 1:
+                yield suffix(tensors)
+            else:
+                yield from torch.vmap(suffix)(tensors)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -315,6 +322,8 @@ class Judge:
             with torch.no_grad(), autocast(self.device, self.precision), _Sizes() as found:
                 run([tensor[:count] for tensor in inputs])
             sizes.append(found.nbytes)
+        if len(sizes[0]) != len(sizes[1]):  # a network that branches has computed other tensors: all of them count
+            return [size / EXAMPLE_IMAGES for size in sizes[1]]
         return [(large - small) / (EXAMPLE_IMAGES // 2) for small, large in zip(*sizes, strict=True)]
 
     def _free_bytes(self) -> float:

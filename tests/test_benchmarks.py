@@ -13,6 +13,7 @@ RUNS = {
     "evaluate": lambda: judging.evaluate(3, [SMALL]),
     "zoo_step": lambda: judging.zoo_step(8, 2, SMALL),
     "sampling": lambda: core.sampling(samples=4, steps=20),
+    "training": lambda: core.training(members=8, dimension=64, steps=4),
     "store": lambda: core.store(count=60, k=10, dimension=32),
     "growth": lambda: judging.growth((2, 4, 8), (20, 40, 60), (LAST_NORMS,)),
 }

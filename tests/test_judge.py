@@ -197,6 +197,26 @@ def test_what_cannot_be_stacked_is_judged_in_a_loop(dataset):
     assert judge.stacked == 1
 
 
+class Counting(nn.Module):
+    """Its operations are others for few images."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, images):
+        logits = self.fc(images.flatten(1))
+        return logits if len(images) < 3 else logits.exp().log()
+
+
+def test_a_network_that_branches_has_chunks(dataset):
+    network = Counting()
+    judge = Judge(network, resolve(SubsetRule(all=True), network), dataset, CPU)
+    assert judge.split.reason
+    assert judge.batch_size == 500
+    assert judge.judge(make_vectors(network, judge.subset, 1), ["test"])[0].test_accuracy is not None
+
+
 def test_kept_frontiers_change_no_result(dataset, network, tmp_path):
     subset = resolve(SubsetRule(last_norm_layers=1), network)
     vectors = make_vectors(network, subset, 3)

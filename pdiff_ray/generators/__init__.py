@@ -37,6 +37,7 @@ class Fitting:
         progress: task, steps done, steps in all, note.
         preview: is given a rung (1 to NUM_RUNGS) and vectors (n, D), float32, that the generator gives so far: decoded
             members while an autoencoder is trained, then samples. May raise to end the fitting.
+        graphs: whether steps on a GPU may be CUDA graphs.
     """
 
     device: torch.device
@@ -47,6 +48,7 @@ class Fitting:
     progress: Callable[[str, int, int, str], None] = lambda task, done, total, note: None
     preview: Callable[[int, Tensor], None] | None = None
     checkpoint_s: float = 10.0
+    graphs: bool = True
     history: dict[str, list[float]] = field(default_factory=dict)  # losses per step, by model; filled in
     notes: dict[str, Any] = field(default_factory=dict)  # findings for the record, such as the gate's; filled in
 

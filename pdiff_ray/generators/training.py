@@ -100,7 +100,7 @@ def fit_model(
 
     last_saved = time.monotonic()
     model.train()
-    if fitting.device.type == "cuda" and first < num_steps:
+    if fitting.graphs and fitting.device.type == "cuda" and first < num_steps:
         backward = graphed(backward, list(model.parameters()), random)
     for step in range(first, num_steps):
         losses[step] = backward()
