@@ -154,7 +154,8 @@ def _run_on_pool(plan: Plan, progress: Display, events: str) -> None:
                 _announce(plan, stage)
         if "evaluation" in plan.missing:
             context = Context(torch.device("cpu"), default_cache(), progress=progress)
-            evaluate.build(plan.experiment, plan.artifacts, context, pool.map_stacks)
+            evaluate.judge_missing(plan.experiment, plan.artifacts, context, pool.map_stacks)
+            pool.build("evaluation")  # which compares vectors: they do not pass through this process
             _announce(plan, "evaluation")
     finally:
         pool.close()

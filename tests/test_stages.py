@@ -138,7 +138,7 @@ def test_an_interrupted_evaluation_says_what_all_of_it_took(done, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         evaluate.build(experiment, artifacts, context(progress=stop))
-    kept = json.loads(artifacts["evaluation"].load_work("sharing.json"))["counts"]
+    kept = json.loads(artifacts["evaluation"].load_work("progress.json"))["counts"]
     assert kept["suffix_seconds"] > 0
     build(experiment, artifacts)
     info = artifacts["evaluation"].manifest()["info"]

@@ -13,10 +13,14 @@ from pdiff_ray.config import Experiment
 from pdiff_ray.data import default_cache
 from pdiff_ray.distributed.session import gpu_share, report_progress, take_place
 from pdiff_ray.errors import PdiffError
-from pdiff_ray.stages import Context, generate
+from pdiff_ray.stages import Context, evaluate, generate
 from pdiff_ray.stages.evaluate import Evaluator, Stack
 
-BUILDERS = {"generator": generate.build_generator, "samples": generate.build_samples}
+BUILDERS = {
+    "generator": generate.build_generator,
+    "samples": generate.build_samples,
+    "evaluation": evaluate.build,
+}
 
 
 class _Worker:
@@ -56,7 +60,7 @@ class Pool:
         self.deaths = dict.fromkeys(self.actors, 0)
 
     def build(self, stage: str) -> None:
-        """Builds a stage ("generator" or "samples") on one actor."""
+        """Builds a stage ("generator", "samples" or what is left of "evaluation") on one actor."""
         for _ in self._run("build", [stage]):
             pass
 

@@ -56,7 +56,7 @@ class Stack(list[Record]):
 
 MapStacks = Callable[[Sequence[Stack]], Iterable[Stack]]
 
-SUMMARY_FILE, SHARING_FILE = "summary.json", "sharing.json"
+SUMMARY_FILE, PROGRESS_FILE = "summary.json", "progress.json"
 
 
 def build(
@@ -70,35 +70,62 @@ def build(
     Args:
         map_stacks: evaluates stacks elsewhere (a pool of actors); default: here, one after another.
     """
-    artifact = artifacts["evaluation"]
-    started = time.monotonic()
-    zoo, store = ParameterStore(artifacts["zoo"]), ParameterStore(artifact)
+    judge_missing(experiment, artifacts, context, map_stacks)
+    finish(experiment, artifacts)
+
+
+def judge_missing(
+    experiment: Experiment,
+    artifacts: Mapping[str, Artifact],
+    context: Context,
+    map_stacks: MapStacks | None = None,
+) -> None:
+    """Judges what is not judged yet; see `build`. No vector is read here if `map_stacks` is given."""
+    artifact, zoo = artifacts["evaluation"], ParameterStore(artifacts["zoo"])
+    store = ParameterStore(artifact)
     subset, present = zoo.subset(), set(store.ids)
     wanted = networks_to_judge(experiment, zoo)
     stacks = make_stacks([r for r in wanted if r.id not in present], experiment.evaluation.stack)
-    kept = json.loads(artifact.load_work(SHARING_FILE) or "{}")  # of an evaluation that was interrupted
-    sharing, counts = kept.get("sharing", {}), Counter(kept.get("counts", {}))
-    if stacks:
-        evaluated = map_stacks(stacks) if map_stacks else _here(experiment, artifacts, context, stacks)
-        done = len(present)
-        for stack in evaluated:
-            store.append(stack, subset)
-            sharing |= stack.sharing
-            counts.update(stack.counts)
-            artifact.save_work(SHARING_FILE, json.dumps({"sharing": sharing, "counts": counts}).encode())
-            done += len(stack)
-            context.progress("evaluation", done, len(wanted), "networks")
-    records = store.records([r.id for r in wanted])
+    if not stacks:
+        return
+    progress = _progress(artifact)
+    counts, started = Counter(progress["counts"]), time.monotonic() - progress["seconds"]
+    done = len(present)
+    for stack in map_stacks(stacks) if map_stacks else _here(experiment, artifacts, context, stacks):
+        store.append(stack, subset)
+        counts.update(stack.counts)
+        progress = {
+            "sharing": {**progress["sharing"], **stack.sharing},
+            "counts": counts,
+            "seconds": time.monotonic() - started,
+        }
+        artifact.save_work(PROGRESS_FILE, json.dumps(progress).encode())
+        done += len(stack)
+        context.progress("evaluation", done, len(wanted), "networks")
+
+
+def finish(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> None:
+    """Commits the rows of all networks, which have been judged, with their summary."""
+    started, artifact, zoo = time.monotonic(), artifacts["evaluation"], ParameterStore(artifacts["zoo"])
+    store, progress = ParameterStore(artifact), _progress(artifact)
+    ids = [record.id for record in networks_to_judge(experiment, zoo)]
     members = zoo.vectors(range(experiment.num_members))
     samples = ParameterStore(artifacts["samples"]).vectors()
     about = artifacts["base"].manifest()["info"]
+    records = store.records(ids)
     summary = summarize(records, about["test_images"], about["num_classes"], _spread(members), _spread(samples))
     artifact.commit(
         {SUMMARY_FILE: json.dumps(summary, indent=1).encode()},
-        {"networks": len(records), "test_images": about["test_images"], **sharing, **counts},
-        time.monotonic() - started,
-        store.manifest_entries(r.id for r in wanted),
+        {"networks": len(ids), "test_images": about["test_images"], **progress["sharing"], **progress["counts"]},
+        progress["seconds"] + time.monotonic() - started,
+        store.manifest_entries(ids),
     )
+
+
+def _progress(artifact: Artifact) -> dict[str, Any]:
+    """Of an evaluation that is not finished: what was shared, counted and taken so far."""
+    saved = artifact.load_work(PROGRESS_FILE)
+    return json.loads(saved) if saved else {"sharing": {}, "counts": {}, "seconds": 0.0}
 
 
 def networks_to_judge(experiment: Experiment, zoo: ParameterStore) -> list[Record]:
