@@ -22,6 +22,7 @@ COLOURS = {
     "generated": "#D55E00",
 }
 MARKERS = {"original": "o", "ensemble": "*", "noise_added": "x", "fine_tuned": "s", "generated": "^"}
+NOISES = (("+", "#999999"), ("x", "#666666"), ("1", "#333333"))  # by sigma, over again if there are more
 MAX_POINTS = 500  # t-SNE
 
 
@@ -73,6 +74,7 @@ def accuracy_against_similarity(records: Sequence[Record], num_test: int) -> byt
     """Test accuracy against the largest similarity with an original (another one), as in figure 4 of the paper."""
     originals = unpack_wrong([r.wrong or b"" for r in records if r.group == "original"], num_test)
     figure, axes = _figure(6, 4.2)
+    sigmas = sorted({r.sigma for r in records if r.sigma is not None})
     for name, members in _by_label(records).items():
         similarity = iou(unpack_wrong([r.wrong or b"" for r in members], num_test), originals)
         group = members[0].group
@@ -80,16 +82,18 @@ def accuracy_against_similarity(records: Sequence[Record], num_test: int) -> byt
             if len(members) < 2:
                 continue
             np.fill_diagonal(similarity, -1)
-        shade = {"alpha": 0.35 + 0.2 * min(2, (members[0].sigma or 0))} if group == "noise_added" else {"alpha": 0.7}
+        marker, colour = MARKERS[group], COLOURS[group]
+        if members[0].sigma is not None:
+            marker, colour = NOISES[sigmas.index(members[0].sigma) % len(NOISES)]
         axes.scatter(
             similarity.max(1),
             [100 * (r.test_accuracy or 0) for r in members],
             s=90 if group == "ensemble" else 18,
-            marker=MARKERS[group],
-            color=COLOURS[group],
+            marker=marker,
+            color=colour,
+            alpha=0.7,
             label=name,
             zorder=3 if group == "ensemble" else 2,
-            **shade,
         )
     axes.set_xlabel("largest similarity with an original (IoU of wrong predictions)")
     axes.set_ylabel("test accuracy (%)")
