@@ -88,8 +88,9 @@ class Evaluation:
 
 
 def _same(one: Artifact, other: Artifact) -> bool:
-    results = [[(r.id, r.wrong, r.nearest_distance) for r in ParameterStore(a).records()] for a in (one, other)]
-    return results[0] == results[1]
+    ours, theirs = (ParameterStore(artifact).records() for artifact in (one, other))
+    distances = ([r.nearest_distance or 0 for r in records] for records in (ours, theirs))
+    return [(r.id, r.wrong) for r in ours] == [(r.id, r.wrong) for r in theirs] and np.allclose(*distances)
 
 
 @contextlib.contextmanager

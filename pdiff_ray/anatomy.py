@@ -76,9 +76,10 @@ class Operation:
 
 @dataclass(frozen=True)
 class Dissection:
-    """What was found of a network; if it has `CLASSES` classes, it tells the anatomy for any other number.
+    """What was found of a network.
 
     Attributes:
+        classes: that it was built for; if they are `CLASSES`, it tells the anatomy for any other number.
         shapes: of the parameters.
         subset: what is generated.
         operations: of a forward pass.
@@ -86,6 +87,7 @@ class Dissection:
         images: in the pass.
     """
 
+    classes: int
     shapes: Sequence[Sequence[int]]
     subset: Subset
     operations: Sequence[Operation]
@@ -93,7 +95,9 @@ class Dissection:
     images: int
 
     def anatomy(self, classes: int) -> Anatomy:
-        scale = classes / CLASSES
+        """Of the network with so many classes."""
+        assert self.classes in (classes, CLASSES)
+        scale = classes / self.classes
 
         def total(kind: str, generated: Collection[bool]) -> float:
             of = [o for o in self.operations if o.generated in generated]
@@ -102,21 +106,21 @@ class Dissection:
         entries: list[Entry] = []
         for entry in self.subset.entries:
             offset = entries[-1].offset + entries[-1].size if entries else 0
-            entries.append(Entry(entry.name, _for_classes(entry.shape, classes), offset, entry.kind))
+            entries.append(Entry(entry.name, self._shape(entry.shape, classes), offset, entry.kind))
         return Anatomy(
-            parameters=sum(math.prod(_for_classes(shape, classes)) for shape in self.shapes),
+            parameters=sum(math.prod(self._shape(shape, classes)) for shape in self.shapes),
             subset=Subset(tuple(entries)),
             prefix_flops=total("flops", {False}),
             suffix_flops=total("flops", {True}),
             operation_bytes=total("bytes", {False, True}),
             suffix_bytes=total("bytes", {True}),
-            largest_bytes=max(o.bytes * (scale if o.scales else 1) for o in self.operations) / self.images,
+            largest_bytes=max((o.bytes * (scale if o.scales else 1) for o in self.operations), default=0.0)
+            / self.images,
             frontier_bytes=self.frontier_bytes / self.images,
         )
 
-
-def _for_classes(shape: Sequence[int], classes: int) -> tuple[int, ...]:
-    return tuple(classes if edge == CLASSES else edge for edge in shape)
+    def _shape(self, shape: Sequence[int], classes: int) -> tuple[int, ...]:
+        return tuple(classes if edge == self.classes == CLASSES else edge for edge in shape)
 
 
 class Trace(TorchDispatchMode):
@@ -198,7 +202,7 @@ def dissect(network: nn.Module, info: DataInfo, zoo: config.Zoo) -> Dissection:
         with torch.no_grad(), Trace([images], generated) as trace:
             network.eval()(images)
     shapes = [p.shape for p in network.parameters()]
-    return Dissection(shapes, subset, trace.operations, trace.frontier_bytes, count)
+    return Dissection(info.num_classes, shapes, subset, trace.operations, trace.frontier_bytes, count)
 
 
 def generated_tensors(network: nn.Module, subset: Subset, zoo: config.Zoo | None) -> list[tuple[str, Tensor]]:

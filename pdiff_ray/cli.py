@@ -27,7 +27,8 @@ def guarded(command: click.Command, arguments: Sequence[str] | None = None) -> N
     Args:
         arguments: default: those of the process.
     """
-    # Libraries make millions of objects that stay; the usual threshold (700) has them searched for cycles ever again.
+    # Libraries make millions of objects that stay; with the usual threshold (700) they are searched for cycles
+    # over and over.
     gc.set_threshold(10_000)
     try:
         sys.exit(command(arguments, standalone_mode=False))

@@ -30,6 +30,7 @@ SMALL_BYTES = 256 * 2**20  # kept whatever it costs to compute
 FLOPS_PER_BYTE = 1000  # of a prefix: with fewer, computing is as fast as a disk
 DEVICE_SHARE = 0.25  # of the free memory of an accelerator, at most, for a split
 LABELS_FILE, SECONDS_FILE = "labels.npy", "seconds.npy"
+FORMAT = 2  # of the files; raise it when their meaning changes
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def keep(
             return Frontier(network, layouts, rows, labels, time.monotonic() - started, device)
         except torch.OutOfMemoryError:  # a process beside this one has taken it
             computed = _rows(network, dataset, split, device, layouts, batch_size)
-    found = hashlib.sha256(f"{network.fingerprint()} {split.key} {device.type} {torch.__version__}".encode())
+    found = hashlib.sha256(f"{FORMAT} {network.fingerprint()} {split.key} {device.type} {torch.__version__}".encode())
     folder = cache / f"frontier-{found.hexdigest()[:16]}"
 
     def write(temporary: Path) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,7 +37,10 @@ EXAMPLE_IMAGES = 4  # to trace a network with
 # to twice as long; an accelerator wants much work at a time.
 CPU_IMAGES, CPU_TENSOR_BYTES = (32, 500), 16 * 2**20
 GPU_IMAGES, GPU_SHARE = 4096, 0.25
+FEW_IMAGES = 64  # with fewer at a time, networks are taken apart first where memory ends
 LIVE_TENSORS = 4  # of the largest size, at a time: input, output, shortcut and workspace of a layer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -133,22 +136,32 @@ class Judge:
         """Judges vectors (n, D) on each of `splits` (of `JUDGED_SPLITS`).
 
         Every image chunk passes once through what all networks share, and then through what is each one's own. Where
-        memory does not suffice, fewer networks and then fewer images are taken at a time, from then on.
+        memory does not suffice, less is taken at a time, from then on.
 
         Raises:
             PdiffError: it does not suffice for one image of one network.
         """
-        while self.stacked > 1 or self.batch_size > 1:
-            with contextlib.suppress(torch.OutOfMemoryError):
-                return self._judged(vectors, splits)
-            if self.stacked > 1:
-                self.stacked //= 2
-            else:
-                self.batch_size //= 2
-        with enough_memory("judging", "evaluation.stack"):
-            return self._judged(vectors, splits)
+        return self._with_less(lambda: self._judgements(vectors, splits))
 
-    def _judged(self, vectors: Tensor, splits: Sequence[str]) -> list[Judgement]:
+    def predictions(self, vectors: Tensor) -> Tensor:
+        """The classes (n, T) that the networks of vectors (n, D) give to the test images; memory as in `judge`."""
+        return self._with_less(lambda: self._classes(vectors))
+
+    def _with_less(self, work: Callable[[], T]) -> T:
+        """What `work` gives, with fewer images at a time where memory ends, then fewer networks, then single images."""
+        with enough_memory("judging", "evaluation.stack"):
+            while self.batch_size > 1 or self.stacked > 1:
+                before = replace(self.seconds)
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    return work()
+                self.seconds = before
+                if self.batch_size > FEW_IMAGES or self.stacked == 1:
+                    self.batch_size //= 2
+                else:
+                    self.stacked //= 2
+            return work()
+
+    def _judgements(self, vectors: Tensor, splits: Sequence[str]) -> list[Judgement]:
         results: list[dict[str, float | bytes]] = [{} for _ in vectors]
         with self._inference(splits):
             tensors = self._tensors_of(vectors)
@@ -172,8 +185,7 @@ class Judge:
                         result["wrong"] = np.packbits(misses).tobytes()
         return [Judgement(**result) for result in results]  # type: ignore[arg-type]
 
-    def predictions(self, vectors: Tensor) -> Tensor:
-        """The classes (n, T) that the networks of vectors (n, D) give to the test images."""
+    def _classes(self, vectors: Tensor) -> Tensor:
         with self._inference(["test"]):
             predicted: list[list[Tensor]] = [[] for _ in vectors]
             for index, logits, _ in self._logits(self._tensors_of(vectors), "test"):
@@ -297,6 +309,8 @@ class Judge:
             )
             if logits.requires_grad:
                 logits.sum().backward()
+        except torch.OutOfMemoryError:  # says nothing of the network
+            raise
         except Exception:  # whatever vmap meets in a network
             return False
         return True

@@ -34,6 +34,7 @@ from pdiff_ray.anatomy import (
 )
 from pdiff_ray.config import Data
 from pdiff_ray.data import Dataset, Split, random_images
+from pdiff_ray.devices import exact_float32
 from pdiff_ray.errors import ConfigError
 from pdiff_ray.generators import Fitting, make_generator
 from pdiff_ray.generators.autoencoder import Autoencoder
@@ -94,6 +95,7 @@ class Meter:
     """
 
     def __init__(self, device: torch.device, total_s: float = TOTAL_S) -> None:
+        exact_float32()  # as in the work that is measured
         self.device, self.total_s = device, total_s
         self.spent_s = 0.0
         self.counted = False
@@ -111,6 +113,8 @@ class Meter:
         def measure() -> Anatomy:
             if ":" in network.name:
                 return self._own_anatomy(network, info, zoo)
+            if str(CLASSES) in str(network.args):
+                return self._dissect(network, info, zoo).anatomy(info.num_classes)
             many = replace(info, num_classes=CLASSES)
             found = self._once(
                 lambda: self._dissect(network, many, zoo), "dissection", network, _shape(many), _cut(zoo)
@@ -125,6 +129,9 @@ class Meter:
         if not found.subset.entries:
             return found
         built = self._network(network, info).eval()
+        for parameter in built.parameters():
+            if not parameter.any():  # as heads often are before training: all logits would be zero
+                nn.init.normal_(parameter, std=0.01)
         names = [name for name, _ in generated_tensors(built, found.subset, zoo)]
         reason = split_network(built, names, self._images(info, 4)).reason
         if reason is None:

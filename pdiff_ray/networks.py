@@ -84,7 +84,7 @@ def build_network(config: Network, info: DataInfo, *seed: int | str) -> nn.Modul
             network = _BUILDERS[source](config, info)
         except ConfigError:
             raise
-        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        except (TypeError, ValueError, KeyError, RuntimeError, AssertionError) as error:
             raise ConfigError(f"network: {config.name} ({source}) cannot be built: {error}") from None
         except OSError as error:  # what hubs raise without a network
             reason = str(error).partition("\n")[0]

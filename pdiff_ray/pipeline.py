@@ -102,9 +102,10 @@ def _run_here(plan: Plan, progress: Display) -> None:
     from pdiff_ray.trials import BUILDERS
 
     torch.set_num_threads(plan.experiment.resources.cpus_per_worker)
+    context = here(progress)
     for stage in plan.missing:
         if stage in BUILDERS:
-            BUILDERS[stage](plan.experiment, plan.artifacts, here(progress))
+            BUILDERS[stage](plan.experiment, plan.artifacts, context)
             _announce(plan, stage)
 
 

@@ -1,4 +1,7 @@
-"""What commands print of an experiment or a sweep: its plan, its results, and where they are."""
+"""What commands print of an experiment or a sweep: its plan, its results, and where they are.
+
+What takes seconds to import waits until it is needed: the first line comes before.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pdiff_ray import distributed, pipeline, report
+from pdiff_ray import distributed, pipeline
 from pdiff_ray.artifacts import Storage
 from pdiff_ray.console import console
-from pdiff_ray.estimate import Estimator, duration
 
 if TYPE_CHECKING:
     from pdiff_ray.config import Experiment
@@ -29,6 +31,8 @@ def print_start(plan: pipeline.Plan) -> None:
 
 
 def print_plan(plan: pipeline.Plan) -> None:
+    from pdiff_ray.estimate import Estimator, duration
+
     e, estimator = plan.experiment, Estimator(plan.storage)
     table = Table(title=f"plan of {e.name}", title_justify="left")
     for column in ("stage", "key", "state", "what", "time", "memory"):
@@ -64,6 +68,8 @@ def _sum(seconds: Iterable[float | None]) -> float | None:
 
 
 def print_result(plan: pipeline.Plan) -> None:
+    from pdiff_ray import report
+
     artifacts = plan.artifacts
     summary = report.load_summary(artifacts)
     head, *rows = report.table_rows(summary)
@@ -79,7 +85,7 @@ def print_result(plan: pipeline.Plan) -> None:
     console.print(report.LEGEND, style="dim")
     console.print(f"verdict: {summary['verdict']['text']}")
     if sharing := report.achieved_sharing(artifacts):
-        console.print(f"shared: {sharing}")
+        console.print(f"shared: {sharing}", markup=False)
     seconds = report.stage_seconds(artifacts)
     console.print("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
     console.print(f"\nreport     {report.report_location(artifacts)}")
@@ -90,7 +96,7 @@ def print_result(plan: pipeline.Plan) -> None:
 
 def print_sweep(ledger: Ledger) -> None:
     """Writes a sweep's report, and prints its table and where it is."""
-    from pdiff_ray import sweep_report, sweep_table  # these import figures, which runs of one experiment do without
+    from pdiff_ray import sweep_report, sweep_table
 
     rows = sweep_report.write(ledger)
     shown = rows if ledger.sweep.search == "grid" else rows[:MAX_TRIALS]

@@ -128,7 +128,7 @@ def sharing_text(zoo: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
             sentences.append(f"Zoo steps were full passes: {reason}.")
         else:
             saving = zoo.get("steps_saving")
-            fast = f" and were {saving:.1f} times as fast as full passes" if saving else ""
+            fast = f" and were {saving:.1f} times as fast as full passes (from the measured parts)" if saving else ""
             sentences.append(f"Zoo steps read what is shared{fast}.")
     if compared := evaluation.get("compared_predictions"):
         changed = evaluation["changed_predictions"]

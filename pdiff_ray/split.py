@@ -107,6 +107,8 @@ def split_network(network: nn.Module, names: Collection[str], images: Tensor) ->
     try:
         split = _split(network, names, images)
         _verify(split, whole, images, {name: _tensors(network)[name] for name in names})
+    except torch.OutOfMemoryError:  # says nothing of the network
+        raise
     except Exception as error:  # the network's own code is traced, and may raise anything
         whole.reason = _first_line(error)
         return whole
@@ -238,7 +240,7 @@ def _verify(split: SplitNetwork, whole: SplitNetwork, images: Tensor, tensors: M
             if not expected.isfinite().all():
                 raise ValueError("the network's logits are not finite")
             if not expected.any():
-                raise ValueError("the network's logits are all zero, which shows nothing")
+                raise ValueError("the network's logits are all zero, so that parts cannot be compared with it")
             if not _close(split.suffix(values, tensors), expected):
                 if not _close(whole(batch, tensors), expected):
                     raise ValueError("two forward passes of the network over the same images differ")

@@ -22,10 +22,8 @@ no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=no_gpu)])
 def device(request):
-    before = torch.backends.cudnn.allow_tf32
     devices.exact_float32()
-    yield torch.device(request.param)
-    torch.backends.cudnn.allow_tf32 = before
+    return torch.device(request.param)
 
 
 def on(device, network, size, cache, **settings):

@@ -164,7 +164,7 @@ class Branching(nn.Module):
 
 
 def test_less_is_taken_at_a_time_where_memory_ends(monkeypatch, dataset, network):
-    """Fewer networks first, then fewer images; what one image of one network exceeds is an error."""
+    """Fewer images, then fewer networks, then single images; what one image of one network exceeds is an error."""
     subset = resolve(SubsetRule(last_norm_layers=1), network)
     vectors = make_vectors(network, subset, 4)
     expected = Judge(network, subset, dataset, CPU).judge(vectors)
@@ -183,7 +183,10 @@ def test_less_is_taken_at_a_time_where_memory_ends(monkeypatch, dataset, network
         assert a.test_loss == pytest.approx(b.test_loss)
     assert (judge.stacked, judge.batch_size) == (1, 25)
     stages = [(stacked, images) for stacked, images in dict.fromkeys(tried) if images in (100, 50, 25)]
-    assert stages == [(4, 100), (2, 100), (1, 100), (1, 50), (1, 25)]
+    assert stages == [(4, 100), (4, 50), (2, 50), (1, 50), (1, 25)]
+    again = Judge(network, subset, dataset, CPU, batch_size=100, stacked=4)
+    monkeypatch.setattr(again.split, "suffix", with_little_memory)
+    assert torch.equal(again.predictions(vectors), Judge(network, subset, dataset, CPU).predictions(vectors))
     room = 0
     with pytest.raises(PdiffError, match=r"judging: CUDA out of memory; lower evaluation\.stack"):
         judge.judge(vectors)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_split import CONVNET, CONVNEXT, LAST_NORMS, RESNET, SMALL_VIT
+from torch import nn
 
 from pdiff_ray import anatomy, measure
 from pdiff_ray.config import Network, SubsetRule, Zoo
@@ -45,6 +46,28 @@ def test_a_dissected_network_tells_of_any_number_of_classes(monkeypatch, network
         built = build_network(network, info, 0)
         assert meter.anatomy(network, info, zoo) == anatomy.dissect(built, info, zoo).anatomy(classes)
     assert len(dissections) == 1
+
+
+def test_a_layer_may_have_as_many_channels_as_the_number_that_stands_for_classes():
+    network, info = Network(args={"widths": [4, anatomy.CLASSES]}), info_of(8)
+    found = measure.Meter(CPU).anatomy(network, info, Zoo())
+    assert found.parameters == sum(p.numel() for p in build_network(network, info, 0).parameters())
+
+
+def untrained(num_classes, in_channels, image_size, **_):
+    """A network whose logits are all zero before it is trained."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(in_channels * image_size**2, 32), nn.Linear(32, num_classes))
+    nn.init.zeros_(network[-1].weight)
+    nn.init.zeros_(network[-1].bias)
+    return network
+
+
+def test_a_head_of_zeros_hides_nothing_of_ones_own_network():
+    found = measure.Meter(CPU).anatomy(
+        Network(name="test_measure:untrained"), info_of(8), Zoo(subset=SubsetRule(names=("2.*",)))
+    )
+    assert found.runs_whole is None
+    assert found.shared > 0.9
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_tiny"])

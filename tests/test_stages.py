@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import build, context, interrupted_zoo, tiny
+from helpers import BUILDERS, build, context, interrupted_zoo, tiny
 
-from pdiff_ray import pipeline, report
+from pdiff_ray import pipeline, printing, report
 from pdiff_ray.errors import ConfigError, PdiffError
 from pdiff_ray.judge import Judge
 from pdiff_ray.report import load_summary, sharing_text, table_rows
@@ -118,14 +118,13 @@ def test_a_network_is_split_once_for_all_stages(tmp_path, monkeypatch):
         return split_network(network, names, images)
 
     monkeypatch.setattr("pdiff_ray.judge.split_network", counted)
-    experiment, artifacts = tiny(tmp_path, "data.train_noise=0")
-    build(experiment, artifacts)
-    other, its = tiny(tmp_path, "data.train_noise=0", "generator.seed=1")
-    build(other, its)  # as the next trial of a process does
-    assert len([names for names in split if names]) == 1
-    changed, its = tiny(tmp_path, "data.train_noise=0", "zoo.subset={names: [fc.*]}")
-    build(changed, its)
-    assert sorted(split[-1]) == ["fc.bias", "fc.weight"]
+    here = context()
+    for number, overrides in enumerate([[], ["generator.seed=1"], ["zoo.batchnorm=recalibrated"]], 1):
+        experiment, artifacts = tiny(tmp_path, "data.train_noise=0", *overrides)
+        for stage, builder in BUILDERS.items():
+            if not artifacts[stage].exists():
+                builder(experiment, artifacts, here)
+        assert len([names for names in split if names]) == max(1, number - 1)
 
 
 def test_an_interrupted_evaluation_says_what_all_of_it_took(done, tmp_path):
@@ -144,6 +143,15 @@ def test_an_interrupted_evaluation_says_what_all_of_it_took(done, tmp_path):
     info = artifacts["evaluation"].manifest()["info"]
     assert info["suffix_seconds"] > kept["suffix_seconds"]
     assert info["compared_predictions"] == 2 * 897  # one network of each of two stacks
+
+
+def test_a_reason_is_printed_as_it_is(done, monkeypatch, capsys):
+    """Reasons are first lines of exceptions, which may look like markup."""
+    experiment, artifacts = done
+    report.build(experiment, artifacts)
+    monkeypatch.setattr(report, "sharing_text", lambda *_: "runs whole: shape [b, 3] is no [/x]")
+    printing.print_result(pipeline.make_plan(experiment))
+    assert "shared: runs whole: shape [b, 3] is no [/x]" in capsys.readouterr().out
 
 
 def test_reduced_precision_says_what_it_changes(done):

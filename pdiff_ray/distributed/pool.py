@@ -37,7 +37,9 @@ class _Worker:
         """Returns when the actor has found a place and has started."""
 
     def build(self, stage: str) -> None:
-        BUILDERS[stage](self.experiment, self.artifacts, self.context)
+        self.evaluator = None  # its vectors make room
+        if not self.artifacts[stage].exists():  # by an actor that died since
+            BUILDERS[stage](self.experiment, self.artifacts, self.context)
 
     def evaluate(self, stack: Stack) -> Stack:
         if self.evaluator is None:

@@ -18,6 +18,8 @@ from pdiff_ray.config import Experiment
 if TYPE_CHECKING:
     import torch
 
+    from pdiff_ray.judge import Judge
+
 Progress = Callable[[str, int, int, str], None]  # task, done, total, note
 
 
@@ -33,6 +35,7 @@ class Context:
         cache: folder of this node for decoded images.
         rank, world: this worker among those that build the stage together (torch.distributed where world > 1).
         checkpoint_s: seconds between the states that interrupted work resumes from.
+        judges: the one that a stage has made, for the next one (`judging.base_judge`).
     """
 
     device: torch.device
@@ -41,6 +44,7 @@ class Context:
     world: int = 1
     progress: Progress = field(default=silent, compare=False)
     checkpoint_s: float = 10.0
+    judges: dict[Any, Judge] = field(default_factory=dict, compare=False, repr=False)
 
 
 def artifacts_of(experiment: Experiment, storage: Storage) -> dict[str, Artifact]:

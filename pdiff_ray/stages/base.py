@@ -34,10 +34,9 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     artifact, config = artifacts["base"], experiment.training
     dataset = open_dataset(experiment, context)
     started = time.monotonic()
-    with enough_memory("training of the base", "training.batch_size"):
-        network, history = train_network(
-            experiment, dataset, context, seed=("base", config.seed or 0), task="base", checkpoints=artifact
-        )
+    network, history = train_network(
+        experiment, dataset, context, seed=("base", config.seed or 0), task="base", checkpoints=artifact
+    )
     if context.rank == 0:
         files = {
             NETWORK_FILE: save_tree(dict(network.state_dict())),
@@ -120,15 +119,16 @@ def train_network(
         batches = dataset.training_batches(
             config.batch_size, start, start + per_epoch, device, *seed, rank=context.rank, world=context.world
         )
-        for step, (images, labels) in enumerate(batches, start):
-            seed_global(*seed, "step", step, context.rank)
-            with autocast(device, config.precision):
-                logits = model(images)
-            loss = functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-            trainer.step(loss, step)
-            total += loss.detach()
-            if main and step % 10 == 0:
-                context.progress(task, step, config.epochs * per_epoch, f"epoch {epoch + 1}/{config.epochs}")
+        with enough_memory(trainer.what, "training.batch_size"):
+            for step, (images, labels) in enumerate(batches, start):
+                seed_global(*seed, "step", step, context.rank)
+                with autocast(device, config.precision):
+                    logits = model(images)
+                loss = functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+                trainer.step(loss, step)
+                total += loss.detach()
+                if main and step % 10 == 0:
+                    context.progress(task, step, config.epochs * per_epoch, f"epoch {epoch + 1}/{config.epochs}")
         mean = _mean_over_workers(total / per_epoch, context)
         trainer.check(mean, start + per_epoch, "training.optimizer.lr")
         if not main:

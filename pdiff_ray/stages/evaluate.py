@@ -193,11 +193,11 @@ class Evaluator:
         sharing: dict[str, Any] | None = None
         if pending:
             judge = self.judge.at(precision)
-            sharing = describe_sharing(judge)
             judge.seconds = Seconds()
             chosen = torch.from_numpy(vectors[pending])
             for index, judgement in zip(pending, judge.judge(chosen), strict=True):
                 records[index] = judged(records[index], judgement)
+            sharing = describe_sharing(judge)
             counts = {f"{part}_seconds": seconds for part, seconds in asdict(judge.seconds).items()}
             if precision != "float32" and records[0].group == "generated":  # the first of each stack is compared
                 changed = judge.predictions(chosen[:1]) != self.judge.predictions(chosen[:1])

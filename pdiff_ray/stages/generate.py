@@ -60,7 +60,7 @@ def build_generator(
         checkpoint_s=context.checkpoint_s,
     )
     generator = make_generator(settings, subset)
-    with enough_memory("training of the generator", "generator.autoencoder.batch_size or channels"):
+    with enough_memory("training of the generator", "generator.autoencoder.batch_size or the models' sizes"):
         generator.fit(torch.from_numpy(zoo.vectors(range(experiment.num_members))).to(context.device), fitting)
     files = {
         GENERATOR_FILE: save_tree(generator.state()),
@@ -85,7 +85,8 @@ def build_samples(experiment: Experiment, artifacts: Mapping[str, Artifact], con
     zoo = ParameterStore(artifacts["zoo"])
     generator = load_generator(experiment, artifacts)
     context.progress("samples", 0, sampling.samples, f"{sampling.sampler}")
-    vectors = generator.sample(sampling.samples, sampling, context.device)
+    with enough_memory("sampling", "sampling.samples"):
+        vectors = generator.sample(sampling.samples, sampling, context.device)
     if not vectors.isfinite().all():
         count = int((~vectors.isfinite()).any(1).sum())
         raise PdiffError(

@@ -15,8 +15,6 @@ from pdiff_ray.stages import Context
 from pdiff_ray.stages.base import load_network, open_dataset
 from pdiff_ray.subset import Subset
 
-_last: tuple[Any, Judge] | None = None
-
 
 def make_judge(experiment: Experiment, network: nn.Module, subset: Subset, dataset: Dataset, context: Context) -> Judge:
     """The judge of networks that differ from `network` in `subset`, by the experiment's policies."""
@@ -36,23 +34,22 @@ def make_judge(experiment: Experiment, network: nn.Module, subset: Subset, datas
 def base_judge(experiment: Experiment, artifacts: Mapping[str, Artifact], subset: Subset, context: Context) -> Judge:
     """The judge of networks that differ from the base in `subset`.
 
-    This process keeps the last one for the next stage or trial, which mostly judges the same networks: to split a
-    network takes seconds, and an accelerator holds what they share.
+    The context keeps the last one for the stages to come, which mostly judge the same networks: to split a network
+    takes seconds, and an accelerator holds what they share.
     """
-    global _last
-    base, config = artifacts["base"], experiment.evaluation
+    config = experiment.evaluation
     policies = (experiment.zoo.batchnorm, config.batch_size, config.vmap)
-    key = (base.location, experiment.data, subset, *policies, context.device, context.cache)
-    if _last is None or _last[0] != key:
-        _last = None  # its memory is free before the next one is made
+    key = (artifacts["base"].location, experiment.data, subset, *policies)
+    if key not in context.judges:
+        context.judges.clear()  # its memory is free before the next one is made
         network, dataset = load_network(experiment, artifacts), open_dataset(experiment, context)
-        _last = key, make_judge(experiment, network, subset, dataset, context)
-    return _last[1]
+        context.judges[key] = make_judge(experiment, network, subset, dataset, context)
+    return context.judges[key]
 
 
 def describe_sharing(judge: Judge) -> dict[str, Any]:
-    """What a manifest says of what networks share: its part of a pass's FLOPs, or why there is none, and of how many
-    networks and images are judged at a time."""
+    """What a manifest says of the computation that networks share: its part of a pass's FLOPs, or why there is none;
+    and how many images and networks were judged at a time."""
     return {
         "shared": judge.split.shared,
         "runs_whole": judge.split.reason,

@@ -97,7 +97,7 @@ class SubsetTraining:
         """Steps `start` to `stop` - 1, of the batches that each network's seed gives."""
         loss = torch.zeros(())
         batches = self._kept(dataset, start, stop, seeds) if self.frontier else self._full(dataset, start, stop, *seeds)
-        with enough_memory("training of the zoo", "zoo.batch_size or zoo.vmap"):
+        with enough_memory("training of the subset", "zoo.vmap or zoo.batch_size"):
             for step, (logits, labels) in enumerate(batches, start):
                 # The mean over a network's images, and their sum, as no network's gradient depends on another one's.
                 loss = functional.cross_entropy(logits.float(), labels) * self.count

@@ -151,7 +151,6 @@ class _FromBase:
         reads = self.num_runs * max(map(self._steps, runs))
         frontier = training_frontier(self.experiment, self.subset, judge, reads)
         why_full = None if isinstance(frontier, Frontier) else frontier
-        self._save_sharing(why_full)
         most = 1
         if len(runs) > 1 and not why_full:
             most = judge.at(config.precision).trained_together(config.batch_size, config.vmap)
