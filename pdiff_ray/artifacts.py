@@ -270,7 +270,12 @@ class Artifact:
 
     def load_work(self, name: str) -> bytes | None:
         path = self._work(name)
-        return self.storage.read(path) if self.storage.exists(path) else None
+        try:
+            return self.storage.read(path)
+        except StorageError:
+            if self.storage.exists(path):
+                raise
+            return None  # it never was, or another builder has finished meanwhile
 
     def _work(self, name: str) -> str:
         return f"{self.folder}/{WORK}/{name}"

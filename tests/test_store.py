@@ -317,6 +317,19 @@ def test_key_depends_on_stage_config_and_inputs():
     assert re.fullmatch("[0-9a-f]{16}", key)
 
 
+def test_work_that_goes_while_it_is_looked_for_is_none(artifact, monkeypatch):
+    """Another builder has finished the artifact."""
+    artifact.save_work("state", b"1")
+    read = Storage.read
+
+    def finished_meanwhile(storage, name):
+        storage.delete(name)
+        return read(storage, name)
+
+    monkeypatch.setattr(Storage, "read", finished_meanwhile)
+    assert artifact.load_work("state") is None
+
+
 def test_work_in_progress_goes_when_the_artifact_is_there(artifact):
     assert artifact.load_work("run.safetensors") is None
     artifact.save_work("run.safetensors", b"one")

@@ -7,7 +7,6 @@ state with each part of members it writes, so that only members in flight are ev
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import time
@@ -22,7 +21,6 @@ from torch import nn
 from pdiff_ray.artifacts import Artifact, load_tree, save_tree
 from pdiff_ray.config import Experiment, Zoo
 from pdiff_ray.data import Dataset, steps_per_epoch
-from pdiff_ray.errors import StorageError
 from pdiff_ray.frontier import Frontier
 from pdiff_ray.judge import Judge, judged
 from pdiff_ray.networks import build_network
@@ -106,8 +104,7 @@ def finish(artifact: Artifact, subset: Subset, members: int, seconds: float) -> 
     records = store.records(ids)
     accuracies = np.array([r.test_accuracy for r in records if r.judged])
     info: dict[str, Any] = {"members": members, "parameters": subset.size, "tensors": subset.names}
-    with contextlib.suppress(StorageError):  # another worker that saw the zoo complete has committed it
-        info |= json.loads(artifact.load_work(SHARING_FILE) or "{}")
+    info |= json.loads(artifact.load_work(SHARING_FILE) or "{}")
     if len(accuracies):
         info |= {"mean_test_accuracy": float(accuracies.mean()), "std_test_accuracy": float(accuracies.std())}
     artifact.commit({"subset.json": subset.to_json().encode()}, info, seconds, store.manifest_entries(ids))
