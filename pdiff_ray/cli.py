@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,19 +20,24 @@ if TYPE_CHECKING:
 
 STAGE_NAMES = ("base", "zoo", "generator", "samples", "evaluation", "report")
 INTERRUPTED = 130
+PLANNED = "planned"  # what a command returns that has printed a plan
 
 
 def guarded(command: click.Command, arguments: Sequence[str] | None = None) -> None:
     """Runs a command and exits; what a user can mend is printed as one message, without a traceback.
 
     Args:
-        arguments: default: those of the process.
+        arguments: default: those of the process, which is this command's own.
     """
     # Libraries make millions of objects that stay; with the usual threshold (700) they are searched for cycles
     # over and over.
     gc.set_threshold(10_000)
     try:
-        sys.exit(command(arguments, standalone_mode=False))
+        result = command(arguments, standalone_mode=False)
+        if result == PLANNED and arguments is None:
+            sys.stdout.flush()
+            os._exit(0)  # nothing was started; to free what libraries have made, object by object, takes a second
+        sys.exit()
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -104,7 +110,7 @@ def _overrides(
 @experiment_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @in_process_option
-def sweep(file: str, dry_run: bool, in_process: bool, **options: Any) -> None:
+def sweep(file: str, dry_run: bool, in_process: bool, **options: Any) -> str | None:
     """Run the experiment of FILE, or all trials of its sweep, from data to report; what is there is used again."""
     from pdiff_ray import space
 
@@ -113,6 +119,7 @@ def sweep(file: str, dry_run: bool, in_process: bool, **options: Any) -> None:
         _sweep_trials(loaded, dry_run, in_process)
     else:
         _sweep_one(loaded, dry_run, in_process)
+    return PLANNED if dry_run else None
 
 
 def _sweep_one(experiment: Experiment, dry_run: bool, in_process: bool) -> None:
