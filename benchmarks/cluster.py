@@ -63,7 +63,9 @@ class Evaluation:
         """One evaluation, from stacks to a committed artifact, which is a new one each time."""
         artifact = self.artifacts["evaluation"]
         artifact = replace(artifact, config={**artifact.config, "benchmark": next(self.counter)})
-        evaluate.build(self.experiment, {**self.artifacts, "evaluation": artifact}, self.context, map_stacks)
+        artifacts = {**self.artifacts, "evaluation": artifact}
+        evaluate.judge_missing(self.experiment, artifacts, self.context, map_stacks)
+        evaluate.finish(self.experiment, artifacts)
         return artifact
 
     @contextlib.contextmanager

@@ -130,7 +130,7 @@ class Judge:
             else:
                 self._refusals[name, reads] = kept
             self.seconds.prefix += self._now() - started
-        return self._frontiers.get(name) or self._refusals[name, reads]
+        return self._frontiers[name] if name in self._frontiers else self._refusals[name, reads]
 
     def judge(self, vectors: Tensor, splits: Sequence[str] = JUDGED_SPLITS) -> list[Judgement]:
         """Judges vectors (n, D) on each of `splits` (of `JUDGED_SPLITS`).

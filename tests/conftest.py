@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pdiff_ray import distributed
+from pdiff_ray.artifacts import Artifact, Storage
 from pdiff_ray.config import Resources
 
 torch.set_num_threads(1)
@@ -28,3 +29,9 @@ def ray():
     ray.init(address="local", include_dashboard=False, num_cpus=4)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    """An artifact that does not exist yet."""
+    return Artifact(Storage(str(tmp_path / "storage")), "zoo", {"members": 5}, {"base": "abc"})

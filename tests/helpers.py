@@ -11,17 +11,11 @@ from pdiff_ray.artifacts import Storage
 from pdiff_ray.data import default_cache
 from pdiff_ray.networks import build_network
 from pdiff_ray.sources import DATASETS
-from pdiff_ray.stages import Context, artifacts_of, base, evaluate, generate, zoo
+from pdiff_ray.stages import Context, artifacts_of, zoo
 from pdiff_ray.store import ParameterStore
+from pdiff_ray.trials import BUILDERS
 
 TINY = Path(__file__).parent / "tiny.yaml"
-BUILDERS = {
-    "base": base.build,
-    "zoo": zoo.build,
-    "generator": generate.build_generator,
-    "samples": generate.build_samples,
-    "evaluation": evaluate.build,
-}
 
 
 def tiny(storage, *overrides):

@@ -23,6 +23,7 @@ def test_free_memory_is_that_of_ones_share(monkeypatch, device, fraction, free):
 def test_convolutions_round_to_float32():
     before = torch.backends.cudnn.allow_tf32
     try:
+        torch.backends.cudnn.allow_tf32 = True
         devices.exact_float32()
         assert not torch.backends.cudnn.allow_tf32
         assert "tf32" not in (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)

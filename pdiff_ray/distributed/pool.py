@@ -13,14 +13,9 @@ from pdiff_ray.config import Experiment
 from pdiff_ray.data import default_cache
 from pdiff_ray.distributed.session import gpu_share, report_progress, take_place
 from pdiff_ray.errors import PdiffError
-from pdiff_ray.stages import Context, evaluate, generate
+from pdiff_ray.stages import Context
 from pdiff_ray.stages.evaluate import Evaluator, Stack
-
-BUILDERS = {
-    "generator": generate.build_generator,
-    "samples": generate.build_samples,
-    "evaluation": evaluate.build,
-}
+from pdiff_ray.trials import BUILDERS
 
 
 class _Worker:

@@ -59,18 +59,9 @@ MapStacks = Callable[[Sequence[Stack]], Iterable[Stack]]
 SUMMARY_FILE, PROGRESS_FILE = "summary.json", "progress.json"
 
 
-def build(
-    experiment: Experiment,
-    artifacts: Mapping[str, Artifact],
-    context: Context,
-    map_stacks: MapStacks | None = None,
-) -> None:
-    """Judges what is not judged yet, in any order, and commits all rows with their summary.
-
-    Args:
-        map_stacks: evaluates stacks elsewhere (a pool of actors); default: here, one after another.
-    """
-    judge_missing(experiment, artifacts, context, map_stacks)
+def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
+    """Judges what is not judged yet, in any order, and commits all rows with their summary."""
+    judge_missing(experiment, artifacts, context)
     finish(experiment, artifacts)
 
 
@@ -80,7 +71,12 @@ def judge_missing(
     context: Context,
     map_stacks: MapStacks | None = None,
 ) -> None:
-    """Judges what is not judged yet; see `build`. No vector is read here if `map_stacks` is given."""
+    """Judges what is not judged yet, in any order.
+
+    Args:
+        map_stacks: evaluates stacks elsewhere (a pool of actors), so that no vector is read here; default: here, one
+            after another.
+    """
     artifact, zoo = artifacts["evaluation"], ParameterStore(artifacts["zoo"])
     store = ParameterStore(artifact)
     subset, present = zoo.subset(), set(store.ids)

@@ -60,7 +60,9 @@ def build_generator(
         checkpoint_s=context.checkpoint_s,
     )
     generator = make_generator(settings, subset)
-    with enough_memory("training of the generator", "generator.autoencoder.batch_size or the models' sizes"):
+    with enough_memory(
+        "training of the generator", "generator.autoencoder.batch_size or generator.autoencoder.channels"
+    ):
         generator.fit(torch.from_numpy(zoo.vectors(range(experiment.num_members))).to(context.device), fitting)
     files = {
         GENERATOR_FILE: save_tree(generator.state()),

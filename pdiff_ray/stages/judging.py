@@ -48,8 +48,10 @@ def base_judge(experiment: Experiment, artifacts: Mapping[str, Artifact], subset
 
 
 def describe_sharing(judge: Judge) -> dict[str, Any]:
-    """What a manifest says of the computation that networks share: its part of a pass's FLOPs, or why there is none;
-    and how many images and networks were judged at a time."""
+    """What a manifest says of the computation that networks share: its part of a pass's FLOPs, or why there is none.
+
+    How many images and networks were judged at a time stands beside it.
+    """
     return {
         "shared": judge.split.shared,
         "runs_whole": judge.split.reason,

@@ -1,0 +1,250 @@
+"""Diffusion of latents against simpler or independent versions: the process, samplers, and CUDA graphs."""
+
+import contextlib
+
+import pytest
+import torch
+from test_generators import CPU, SUBSET, draw, fitted, small
+
+from pdiff_ray import config
+from pdiff_ray.config import Generator, Sampling
+from pdiff_ray.generators import Fitting, graphs, make_generator
+from pdiff_ray.generators import diffusion as diffusion_module
+from pdiff_ray.generators.diffusion import Diffusion, GraphStep, linear_steps, make_scheduler
+from pdiff_ray.generators.graphs import graphed
+from pdiff_ray.subset import Entry, Subset
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_forward_process_is_that_of_diffusers(prediction):
+    settings = config.Diffusion(prediction=prediction, width=8, depth=1)
+    diffusion, scheduler = Diffusion(settings, 4), make_scheduler(settings, Sampling())
+    x_start, eps, t = draw(9, 4), draw(9, 4, seed=1), torch.tensor([0, 1, 2, 10, 100, 500, 900, 998, 999])
+    torch.testing.assert_close(diffusion.q_sample(x_start, t, eps), scheduler.add_noise(x_start, eps, t))
+    target = eps if prediction == "epsilon" else scheduler.get_velocity(x_start, eps, t)
+    torch.testing.assert_close(diffusion.target(x_start, t, eps), target)
+    assert diffusion.alphas_cumprod[-1] < 1e-4  # ends as noise
+
+
+class Exact(torch.nn.Module):
+    """The best possible denoiser of N(mean, std^2 I), in closed form."""
+
+    def __init__(self, diffusion, mean, std):
+        super().__init__()
+        self.diffusion, self.mean, self.std = diffusion, mean, std
+
+    def embedding(self, t):
+        return t
+
+    def forward(self, x, t):
+        a = self.diffusion.alphas_cumprod[t][:, None]
+        eps = (1 - a).sqrt() * (x - a.sqrt() * self.mean) / (a * self.std**2 + 1 - a)
+        x_start = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        return self.diffusion.target(x_start, t, eps)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize(
+    ("sampler", "steps"), [("ddpm", None), ("ddpm", 250), ("ddim", 100), ("dpmsolver++", 25), ("dpmsolver++", None)]
+)
+def test_samplers_with_the_exact_denoiser(sampler, steps, prediction):
+    diffusion = Diffusion(config.Diffusion(prediction=prediction, width=8, depth=1), 2)
+    mean, std = torch.tensor([1.5, -0.5]), 0.5
+    object.__setattr__(diffusion, "denoiser", Exact(diffusion, mean, std))
+    diffusion._modules.pop("denoiser")
+    drawn = diffusion.sample(4000, Sampling(sampler=sampler, steps=steps, seed=1), CPU)
+    torch.testing.assert_close(drawn.mean(0), mean, rtol=0, atol=0.04)
+    torch.testing.assert_close(drawn.std(0), torch.full((2,), std), rtol=0.08, atol=0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("denoiser", ["mlp", "cnn"])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", None), ("ddpm", 30), ("ddim", 50), ("dpmsolver++", 20)])
+def test_sampling_is_what_diffusers_does_step_by_step(sampler, steps, denoiser, prediction):
+    settings = config.Diffusion(denoiser=denoiser, prediction=prediction, width=16, num_timesteps=200)
+    diffusion, sampling = Diffusion(settings, 4), Sampling(sampler=sampler, steps=steps)
+    x = expected = draw(20, 4)
+    random, again = (torch.Generator().manual_seed(1) for _ in range(2))
+    drawn = diffusion.denoise(x, sampling, lambda: torch.randn(x.shape, generator=random))
+    scheduler = make_scheduler(settings, sampling)
+    scheduler.set_timesteps(steps or 200)
+    kwargs = {} if sampler == "dpmsolver++" else {"generator": again}
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            predicted = diffusion.denoiser(expected, diffusion.denoiser.embedding(t.expand(20)))
+            expected = scheduler.step(predicted, t, expected, **kwargs).prev_sample
+    torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 1000), ("ddpm", 7), ("ddim", 1000), ("ddim", 7)])
+def test_linear_steps_are_those_of_diffusers(sampler, steps, prediction):
+    scheduler = make_scheduler(config.Diffusion(prediction=prediction), Sampling(sampler=sampler))
+    scheduler.set_timesteps(steps)
+    x, predicted = draw(1, 4).double(), draw(1, 4, seed=1).double()
+    for t, (of_x, of_prediction, of_noise) in zip(scheduler.timesteps, linear_steps(scheduler), strict=True):
+        random, again = (torch.Generator().manual_seed(1) for _ in range(2))
+        found = of_x * x + of_prediction * predicted
+        if of_noise:
+            found += of_noise * torch.randn(x.shape, generator=again, dtype=x.dtype)
+        expected = scheduler.step(predicted, t, x, generator=random).prev_sample
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("denoiser", ["mlp", "cnn"])
+def test_step_on_fixed_memory_is_the_same(denoiser):
+    """What a CUDA graph captures, run here without one."""
+    settings = config.Diffusion(denoiser=denoiser, width=16, num_timesteps=30)
+    diffusion, x, noise = Diffusion(settings, 4), draw(20, 4), draw(30, 20, 4, seed=1)
+    drawn = iter(noise)
+    expected = diffusion.denoise(x, Sampling(), lambda: next(drawn))
+    scheduler = make_scheduler(settings, Sampling())
+    scheduler.set_timesteps(30)
+    with torch.inference_mode():
+        times = diffusion.denoiser.embedding(scheduler.timesteps)
+        step = GraphStep(diffusion.denoiser, x, times, linear_steps(scheduler))
+        step()
+        step.restart(x)
+        for row in noise:
+            step.noise.copy_(row)
+            step()
+    torch.testing.assert_close(step.x, expected)
+
+
+class Replayed:
+    """Does what a CUDA graph of a step would: writes the results of the next run to where the first one's were."""
+
+    def __init__(self, step, parameters, wrong=False):
+        self.step, self.parameters, self.wrong = step, parameters, wrong
+        step()
+        self.loss = step()
+        self.gradients = [parameter.grad for parameter in parameters]
+
+    def replay(self):
+        self.loss.copy_(self.step() + self.wrong)
+        for gradient, parameter in zip(self.gradients, self.parameters, strict=True):
+            gradient.copy_(parameter.grad)
+
+
+@pytest.mark.parametrize("way", ["captured", "wrong", "refused"])
+def test_replays_train_as_single_steps_do(monkeypatch, way):
+    """And what cannot be captured, or computes something else, goes on as it was."""
+
+    def losses(train):
+        torch.manual_seed(0)
+        model, random = torch.nn.Linear(3, 1), torch.Generator().manual_seed(0)
+        parameters = list(model.parameters())
+
+        def capture(step):
+            step()
+            if way == "refused":
+                raise RuntimeError("a test")
+            graph = Replayed(step, parameters, wrong=way == "wrong")
+            return graph, graph.loss
+
+        def backward():
+            model.zero_grad()
+            loss = model(torch.randn(5, 3, generator=random)).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        monkeypatch.setattr(graphs, "capture", capture)
+        step = train(backward, parameters, random)
+        found = []
+        for _ in range(5):
+            found.append(step().item())
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter -= 0.1 * parameter.grad
+        return found, step is backward
+
+    plain, _ = losses(lambda backward, *_: backward)
+    with contextlib.nullcontext() if way == "captured" else pytest.warns(UserWarning, match="without a CUDA graph"):
+        found, same = losses(graphed)
+    assert found == plain
+    assert same == (way != "captured")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("error")
+def test_graphs_compute_what_single_kernels_do(monkeypatch):
+    device = torch.device("cuda")
+    diffusion = Diffusion(config.Diffusion(width=64, num_timesteps=50), 4).to(device)
+
+    def results():
+        fitting = Fitting(device, 0)
+        make_generator(small(), SUBSET).fit(draw(60, 14).to(device), fitting)
+        return diffusion.sample(20, Sampling(seed=0), device), fitting.history
+
+    def refused(*_):
+        raise RuntimeError("a test")
+
+    samples, losses = results()
+    monkeypatch.setattr(graphs, "capture", refused)
+    monkeypatch.setattr(diffusion_module, "capture", refused)
+    with pytest.warns(UserWarning, match="a test"):
+        plain, expected = results()
+    torch.testing.assert_close(samples, plain, rtol=1e-3, atol=1e-3)
+    for name, values in expected.items():
+        torch.testing.assert_close(torch.tensor(losses[name]), torch.tensor(values), rtol=1e-2, atol=1e-3)
+
+
+def test_samples_of_a_batch_are_those_drawn_one_at_a_time():
+    diffusion = Diffusion(config.Diffusion(width=64, num_timesteps=50), 4)
+    x, noise = draw(32, 4), draw(50, 32, 4, seed=1)
+
+    def samples(rows):
+        drawn = iter(noise[:, rows])
+        return diffusion.denoise(x[rows], Sampling(), lambda: next(drawn))
+
+    one_at_a_time = torch.cat([samples(slice(row, row + 1)) for row in range(32)])
+    torch.testing.assert_close(samples(slice(None)), one_at_a_time, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++"])
+@pytest.mark.parametrize("steps", [None, 1, 7])
+def test_sampling_is_determined_by_the_seed(sampler, steps):
+    diffusion = Diffusion(small().diffusion, 4)
+    first, again, other = (
+        diffusion.sample(5, Sampling(sampler=sampler, steps=steps, seed=seed), CPU) for seed in (0, 0, 1)
+    )
+    assert first.shape == (5, 4)
+    assert first.isfinite().all()
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+
+
+@pytest.mark.parametrize("denoiser", ["mlp", "cnn"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("standardize", [True, False])
+def test_every_kind_learns(denoiser, prediction, standardize):
+    """Members on a line: both losses fall well below that of predicting the mean, which is about 1."""
+    vectors = 2 + draw(64, 1) * torch.ones(14) + 0.01 * draw(64, 14, seed=1)
+    changes = {"denoiser": denoiser, "prediction": prediction, "standardize_latents": standardize}
+    settings = small(
+        autoencoder={"steps": 150, "lr": 1e-2},
+        diffusion={**changes, "steps": 200, "lr": 5e-3, "batch_size": 64, "num_timesteps": 100, "width": 32},
+    )
+    generator, fitting = fitted(settings, vectors)
+    for name, steps in (("autoencoder", 150), ("diffusion", 200)):
+        losses = torch.tensor(fitting.history[name])
+        assert len(losses) == steps
+        assert losses[-20:].mean() < 0.6 * losses[:5].mean()
+    assert fitting.notes["unexplained_variance"] < 0.1
+    assert generator.sample(3, Sampling(seed=0), CPU).isfinite().all()
+
+
+def test_default_recipe_recovers_a_gaussian():
+    """200 members that vary in 10 directions, by scales from 0.01 to 1."""
+    subset = Subset((Entry("a", (100,), 0, "parameter"),))
+    vectors = torch.linspace(-1, 1, 100) + draw(200, 10) @ draw(10, 100, seed=1) * torch.logspace(-2, 0, 100)
+    generator, fitting = make_generator(Generator(seed=0), subset), Fitting(CPU, 0)
+    generator.fit(vectors, fitting)
+    drawn = generator.sample(200, Sampling(seed=0, steps=250), CPU)
+    std, relative_std = vectors.std(0), drawn.std(0) / vectors.std(0)
+    assert fitting.notes["unexplained_variance"] < 0.03
+    assert ((drawn.mean(0) - vectors.mean(0)) / std).abs().max() < 0.4
+    assert relative_std.min() > 0.75
+    assert relative_std.max() < 1.3
+    assert (torch.corrcoef(drawn.T) - torch.corrcoef(vectors.T)).abs().mean() < 0.1
+    assert torch.cdist(drawn, vectors).min() > 0.1 * std.norm()  # and copies no member
