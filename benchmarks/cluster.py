@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import itertools
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from pdiff_ray.distributed.pool import Pool
 
 QUICKSTART = Path(__file__).parent.parent / "sweeps" / "quickstart.yaml"
+RESNET = Path(__file__).with_name("resnet18.yaml")
 # Evaluation takes as long whatever the networks have learned.
 BRIEF = (
     "training.epochs=2",
@@ -45,28 +47,35 @@ BRIEF = (
 
 
 class Evaluation:
-    """The quickstart's evaluation, again and again.
+    """An experiment's evaluation, again and again.
 
     Args:
-        overrides: of the quickstart's fields.
+        overrides: of the experiment's fields.
     """
 
-    def __init__(self, storage: str, overrides: tuple[str, ...] = BRIEF) -> None:
-        self.experiment = loading.load(QUICKSTART, [f"storage={storage}", *overrides])
+    def __init__(self, storage: str, file: Path = QUICKSTART, overrides: tuple[str, ...] = BRIEF) -> None:
+        self.experiment = loading.load(file, [f"storage={storage}", *overrides])
         self.artifacts = artifacts_of(self.experiment, Storage(storage))
         self.context = Context(torch.device("cpu"), default_cache())
         for build in (base.build, zoo.build, generate.build_generator, generate.build_samples):
             build(self.experiment, self.artifacts, self.context)
         self.counter = itertools.count()
 
-    def run(self, map_stacks: evaluate.MapStacks) -> Artifact:
+    def run(self, map_stacks: evaluate.MapStacks, workers: int = 1) -> Artifact:
         """One evaluation, from stacks to a committed artifact, which is a new one each time."""
+        resources = self.experiment.resources.model_copy(update={"actors": workers})
+        experiment = self.experiment.model_copy(update={"resources": resources})
         artifact = self.artifacts["evaluation"]
         artifact = replace(artifact, config={**artifact.config, "benchmark": next(self.counter)})
         artifacts = {**self.artifacts, "evaluation": artifact}
-        evaluate.judge_missing(self.experiment, artifacts, self.context, map_stacks)
-        evaluate.finish(self.experiment, artifacts)
+        evaluate.judge_missing(experiment, artifacts, self.context, map_stacks)
+        evaluate.finish(experiment, artifacts)
         return artifact
+
+    @property
+    def networks(self) -> int:
+        """That are judged; the originals were when they were made."""
+        return len(evaluate.made_networks(self.experiment))
 
     @contextlib.contextmanager
     def pool(self, actors: int, events: str) -> Iterator[Pool]:
@@ -77,7 +86,7 @@ class Evaluation:
         pool = Pool(self.experiment.model_copy(update={"resources": resources}), self.artifacts, events)
         try:
             for _ in range(2):  # so that each gets some work
-                self.run(pool.map_stacks)
+                self.run(pool.map_stacks, actors)
             yield pool
         finally:
             pool.close()
@@ -96,45 +105,51 @@ def _same(one: Artifact, other: Artifact) -> bool:
 
 
 @contextlib.contextmanager
-def _evaluation(overrides: tuple[str, ...]) -> Iterator[tuple[Evaluation, str]]:
-    """An evaluation, and a Ray for its actors."""
+def _evaluation(file: Path = QUICKSTART, overrides: tuple[str, ...] = BRIEF) -> Iterator[tuple[Evaluation, str]]:
+    """An experiment's evaluation, and a Ray for its actors."""
     resources = config.Resources()
     distributed.prepare(resources)
     from pdiff_ray.distributed import session
 
     with tempfile.TemporaryDirectory() as storage, session.connect(resources, silent) as events:
-        yield Evaluation(storage, overrides), events
+        yield Evaluation(storage, file, overrides), events
 
 
-def actors(overrides: tuple[str, ...] = BRIEF, n: int = 5) -> Iterator[Result]:
+def actors(
+    experiments: Sequence[tuple[Path, tuple[str, ...]]] = ((RESNET, ()), (QUICKSTART, BRIEF)), n: int = 5
+) -> Iterator[Result]:
     """Evaluation on several actors of one core each, against one actor."""
-    with _evaluation(overrides) as (evaluation, events):
-        for count in (2, 4, 8, 16):
-            if count > (os.cpu_count() or 1):
-                break
-            with evaluation.pool(count, events) as several:
-                one = copy.copy(several)
-                one.actors = several.actors[:1]
-                assert _same(evaluation.run(one.map_stacks), evaluation.run(several.map_stacks))
-                yield compare(
-                    "actors",
-                    f"evaluation of the quickstart's networks on {count} actors of one core each",
-                    lambda several=several: evaluation.run(several.map_stacks),
-                    "on one",
-                    lambda one=one: evaluation.run(one.map_stacks),
-                    n=n,
-                    target=0.85 * count,
-                )
+    for file, overrides in experiments:
+        with _evaluation(file, overrides) as (evaluation, events):
+            for count in (2, 4, 8, 16):
+                if count > (os.cpu_count() or 1):
+                    break
+                with evaluation.pool(count, events) as several:
+                    one = copy.copy(several)
+                    one.actors = several.actors[:1]
+                    ours = functools.partial(evaluation.run, several.map_stacks, count)
+                    other = functools.partial(evaluation.run, one.map_stacks)
+                    assert _same(other(), ours())
+                    what = f"evaluation of {evaluation.networks} {evaluation.experiment.network.name}s"
+                    yield compare(
+                        "actors",
+                        f"{what} on {count} actors of one core each",
+                        ours,
+                        "on one",
+                        other,
+                        n=n,
+                        target=0.85 * count,
+                    )
 
 
 def ray_overhead(overrides: tuple[str, ...] = BRIEF, n: int = 5) -> Iterator[Result]:
     """Evaluation through Ray on an actor, against the same function in this process."""
-    with _evaluation(overrides) as (evaluation, events), evaluation.pool(1, events) as pooled:
+    with _evaluation(overrides=overrides) as (evaluation, events), evaluation.pool(1, events) as pooled:
         here = evaluation.here()
         assert _same(evaluation.run(pooled.map_stacks), evaluation.run(here))
         yield compare(
             "ray_overhead",
-            "evaluation of the quickstart's networks on an actor",
+            f"evaluation of {evaluation.networks} {evaluation.experiment.network.name}s on an actor",
             lambda: evaluation.run(pooled.map_stacks),
             "in this process",
             lambda: evaluation.run(here),
@@ -151,7 +166,7 @@ def trial_overhead(trials: int = 10, trial_s: float = 60.0, overrides: tuple[str
     """
     from pdiff_ray import sweeping
 
-    with tempfile.TemporaryDirectory() as folder, _evaluation(overrides) as (evaluation, _):
+    with tempfile.TemporaryDirectory() as folder, _evaluation(overrides=overrides) as (evaluation, _):
         ends: dict[str, list[float]] = {}
         objectives = []
         for place in ("ray", "here"):

@@ -29,8 +29,10 @@ from pdiff_ray.errors import StorageError
 from pdiff_ray.frontier import worth_keeping
 from pdiff_ray.generators.latent_diffusion import CHUNK, GATE_MEMBERS
 from pdiff_ray.measure import MIN_CHUNK, Meter, Passes
+from pdiff_ray.stages.evaluate import made_networks, make_stacks
 from pdiff_ray.stages.subset_training import full_steps
 from pdiff_ray.stages.zoo import runs_of
+from pdiff_ray.store import Record
 
 LIBRARIES_BYTES = 2**30  # of a process that has imported torch and what a stage needs
 REPORT_S = 2.0
@@ -151,7 +153,7 @@ class Estimator:
         if not anatomy.shared:
             return Sharing(0.0, 1.0, 1.0, anatomy.runs_whole or "generated parameters reach the first layer")
         prefix, suffix = anatomy.prefix_flops, anatomy.suffix_flops
-        networks, stacks = _judged_later(e)
+        networks, stacks = _judged_later(e, e.resources.actors)
         images = _count(e)
         kept = images is None or _kept(anatomy, images.judged)
         once = 1 if kept else stacks
@@ -243,7 +245,7 @@ class _Stages:
         return self._cost_of_generator().sample
 
     def _evaluation(self, images: _Images) -> float:
-        networks, stacks = _judged_later(self.e)
+        networks, stacks = _judged_later(self.e, self.place.actors)
         config = self.e.evaluation
         steps = min(config.fine_tuned_networks, self.e.num_members) * config.fine_tuned_steps
         return self._judging(images, networks, stacks) + steps * self._zoo_step(images)
@@ -326,14 +328,12 @@ def _kept(anatomy: Anatomy, images: int) -> bool:
     return worth_keeping(anatomy.frontier_bytes, anatomy.prefix_flops, images)
 
 
-def _judged_later(e: Experiment) -> tuple[int, int]:
+def _judged_later(e: Experiment, actors: int) -> tuple[int, int]:
     """Networks that the evaluation judges, and their stacks; members were judged when they were made."""
-    config = e.evaluation
-    fine_tuned = min(config.fine_tuned_networks, e.num_members)
-    noise = len(config.noise_sigmas) * config.noise_networks
-    imported = e.num_members if e.zoo.imported else 0
-    groups = (e.sampling.samples, noise, 1, imported)
-    return sum(groups) + fine_tuned, fine_tuned + sum(math.ceil(count / config.stack) for count in groups)
+    networks = made_networks(e)
+    if e.zoo.imported or e.evaluation.precision != "float32":
+        networks += [Record(id_, "original") for id_ in range(e.num_members)]
+    return len(networks), len(make_stacks(networks, e.evaluation.stack, actors))
 
 
 def _count(e: Experiment) -> _Images | None:

@@ -178,6 +178,7 @@ def _announce(plan: Plan, *stages: str) -> None:
 def describe(plan: Plan, estimator: Estimator) -> list[tuple[str, ...]]:
     """The plan as rows: stage, key, state, what it is, time and memory of a process."""
     from pdiff_ray.estimate import duration, gib
+    from pdiff_ray.stages.evaluate import made_networks
 
     e = plan.experiment
     what = {
@@ -185,7 +186,7 @@ def describe(plan: Plan, estimator: Estimator) -> list[tuple[str, ...]]:
         "zoo": f"{e.zoo.members} members, {e.zoo.regime}, {e.zoo.subset}: {estimator.anatomy(e).subset.size:,} values",
         "generator": f"{e.generator.name} of {e.num_members} members",
         "samples": f"{e.sampling.samples} vectors, {e.sampling.sampler}",
-        "evaluation": f"{_num_networks(e)} networks on {e.resources.actors} actors",
+        "evaluation": f"{e.num_members + len(made_networks(e))} networks on {e.resources.actors} actors",
         "report": "tables and figures",
     }
     rows: list[tuple[str, ...]] = []
@@ -201,12 +202,6 @@ def costs(plan: Plan, estimator: Estimator) -> dict[str, Cost]:
     from pdiff_ray.estimate import Place
 
     return estimator.costs(plan.experiment, plan.artifacts, plan.missing, Place.of_plan(plan.experiment.resources))
-
-
-def _num_networks(e: Experiment) -> int:
-    config = e.evaluation
-    noise = len(config.noise_sigmas) * config.noise_networks
-    return e.num_members + 1 + noise + min(config.fine_tuned_networks, e.num_members) + e.sampling.samples
 
 
 def notes(plan: Plan) -> Sequence[str]:

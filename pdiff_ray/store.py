@@ -1,9 +1,9 @@
 """The parameter store: networks as rows of Parquet part files, their flattened parameters beside what is known of them.
 
-One format serves zoos, generated samples and evaluations (which leave the vectors out). A row has a row group of its
-own, so that one network, or one column, is read without the rest; pages carry checksums. Part files are written whole,
-under a name that holds their digest, by any number of workers at once. A store keeps the files that it has read open,
-their footers parsed.
+One format serves zoos, generated samples and evaluations (which leave the vectors out). A row with a vector has a row
+group of its own, so that one network, or one column, is read without the rest; pages carry checksums. Part files are
+written whole, under a name that holds their digest, by any number of workers at once. A store keeps the files that it
+has read open, their footers parsed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import platform
 import resource
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -108,7 +108,7 @@ def encode(records: Sequence[Record], subset: Subset, about: dict[str, Any]) -> 
     pq.write_table(
         table,
         sink,
-        row_group_size=1,
+        row_group_size=1 if "vector" in columns else len(records),
         use_dictionary=False,
         compression="none",
         write_statistics=False,
@@ -132,6 +132,12 @@ class _Part:
     def file(self) -> pq.ParquetFile:
         # An object store answers few large requests sooner than many small ones.
         return pq.ParquetFile(self.stream, page_checksum_verification=True, pre_buffer=self._remote)
+
+    def read(self, rows: list[int], columns: list[str]) -> pa.Table:
+        """Columns of some rows."""
+        if self.file.num_row_groups == self.file.metadata.num_rows:
+            return self.file.read_row_groups(rows, columns=columns)
+        return self.file.read(columns=columns).take(rows)
 
     @functools.cached_property
     def _floats(self) -> int:
@@ -216,12 +222,16 @@ class ParameterStore:
     def ids(self) -> list[int]:
         return sorted(self._rows)
 
-    def append(self, records: Sequence[Record], subset: Subset) -> None:
-        """Writes one part file; networks that are there already are left out, as they have the same content."""
+    def append(self, records: Sequence[Record], subset: Subset, about: Mapping[str, Any] | None = None) -> None:
+        """Writes one part file; networks that are there already are left out, as they have the same content.
+
+        Args:
+            about: what else is to be known of the part; JSON values.
+        """
         records = [r for r in records if r.id not in self._rows]
         if not records:
             return
-        content = encode(records, subset, {"stage": self.artifact.stage, "key": self.artifact.key})
+        content = encode(records, subset, {"stage": self.artifact.stage, "key": self.artifact.key, **(about or {})})
         name = f"{PARTS}/part-{digest(content)}.parquet"
         self.storage.write(f"{self.artifact.folder}/{name}", content)
         self._add(name, [r.id for r in records])
@@ -239,9 +249,12 @@ class ParameterStore:
         part = next(iter(self._parts), None)
         if part is None:
             raise StorageError(f"{self.artifact.location}: holds no networks")
+        return Subset.from_json(json.dumps(self.about(part)["subset"]))
+
+    def about(self, part: str) -> dict[str, Any]:
+        """What a part file says of its networks beside their rows."""
         with self._naming(part):
-            about = json.loads(self._open(part).file.schema_arrow.metadata[METADATA_KEY])
-        return Subset.from_json(json.dumps(about["subset"]))
+            return json.loads(self._open(part).file.schema_arrow.metadata[METADATA_KEY])
 
     def records(self, ids: Sequence[int] | None = None, *, vectors: bool = False) -> list[Record]:
         """Rows in the order of `ids` (default: all, by id)."""
@@ -305,7 +318,7 @@ class ParameterStore:
         positions: dict[tuple[str, int], int] = {}
         for part, rows in wanted.items():
             with self._naming(part):
-                tables.append(self._open(part).file.read_row_groups(sorted(rows), columns=columns))
+                tables.append(self._open(part).read(sorted(rows), columns))
             positions.update({(part, row): len(positions) + i for i, row in enumerate(sorted(rows))})
         return pa.concat_tables(tables), [positions[place] for place in places]
 

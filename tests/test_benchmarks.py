@@ -52,3 +52,13 @@ def test_ways_that_differ_are_noticed(monkeypatch):
 def test_a_second_run_prints_the_same_table():
     (result,) = cluster.rerun(cluster.BRIEF)
     assert result.ratio > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", [cluster.ray_overhead, cluster.actors])
+def test_evaluations_are_compared(work):
+    brief = (*cluster.BRIEF, "zoo.members=20", "sampling.samples=8", "evaluation.fine_tuned_networks=2")
+    arguments = {"experiments": [(cluster.QUICKSTART, brief)]} if work is cluster.actors else {"overrides": brief}
+    results = list(work(n=1, **arguments))
+    assert results
+    assert all(result.ratio > 0 and "evaluation of 71 convnets" in result.what for result in results)

@@ -15,8 +15,8 @@ from pdiff_ray.judge import Judge
 from pdiff_ray.report import load_summary, sharing_text, table_rows
 from pdiff_ray.split import split_network
 from pdiff_ray.stages import base, evaluate, subset_training, zoo
-from pdiff_ray.stages.evaluate import Evaluator, networks_to_judge
-from pdiff_ray.store import ParameterStore
+from pdiff_ray.stages.evaluate import Evaluator, make_stacks, networks_to_judge
+from pdiff_ray.store import ParameterStore, Record
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,21 @@ def test_groups_and_their_networks(done):
     assert [r.wrong for r in records[:12]] == [r.wrong for r in zoo_rows]
 
 
+def test_stacks_shrink_toward_the_end_where_workers_share_them():
+    judged = [Record(id_, "original", wrong=b"") for id_ in range(30)]
+    made = [Record(30, "ensemble"), *(Record(id_, "generated") for id_ in range(31, 71)), Record(71, "fine_tuned")]
+
+    def sizes(workers):
+        stacks = make_stacks([*judged, *made], 20, workers)
+        assert sorted(record.id for stack in stacks for record in stack) == list(range(72))
+        return [(stack[0].group, len(stack)) for stack in stacks]
+
+    ends = [("ensemble", 1), ("original", 20), ("original", 10)]
+    assert sizes(1) == [("fine_tuned", 1), ("generated", 20), ("generated", 20), *ends]
+    shrinking = [("generated", size) for size in (20, 11, 5, 3, 1)]
+    assert sizes(2) == [("fine_tuned", 1), *shrinking, *ends]
+
+
 def test_ensemble_and_distances(done):
     experiment, artifacts = done
     members = ParameterStore(artifacts["zoo"]).vectors()
@@ -137,11 +152,12 @@ def test_an_interrupted_evaluation_says_what_all_of_it_took(done, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         evaluate.build(experiment, artifacts, context(progress=stop))
-    kept = json.loads(artifacts["evaluation"].load_work("progress.json"))["counts"]
-    assert kept["suffix_seconds"] > 0
+    store = ParameterStore(artifacts["evaluation"])
+    kept = [store.about(part)["counts"] for part in store.manifest_entries(store.ids)]
     build(experiment, artifacts)
     info = artifacts["evaluation"].manifest()["info"]
-    assert info["suffix_seconds"] > kept["suffix_seconds"]
+    assert info["suffix_seconds"] > sum(counts["suffix_seconds"] for counts in kept) > 0
+    assert artifacts["evaluation"].manifest()["seconds"] > sum(counts["seconds"] for counts in kept) > 0
     assert info["compared_predictions"] == 2 * 897  # one network of each of two stacks
 
 

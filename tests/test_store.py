@@ -109,6 +109,16 @@ def test_one_network_is_read_without_the_rest(store, artifact):
         store.vectors([2])
 
 
+def test_rows_without_vectors_are_kept_together(store, artifact):
+    """Row groups of one row would take twenty times as long to write."""
+    records = [replace(record, vector=None) for record in make_records(range(4))]
+    store.append(records, SUBSET, {"counts": {"seconds": 1.5}})
+    (part,) = parts_of(artifact)
+    assert pq.ParquetFile(part).metadata.num_row_groups == 1
+    assert store.records([3, 1]) == [records[3], records[1]]
+    assert [store.about(name)["counts"] for name in store.manifest_entries([0])] == [{"seconds": 1.5}]
+
+
 @pytest.mark.parametrize(
     "written",
     [

@@ -74,10 +74,14 @@ class Pool:
         idle: list[Any] = []
         # Work goes to actors that have started: in a full cluster some may wait for a place.
         running: dict[Any, tuple[Any, Any, int]] = {actor.ready.remote(): (actor, None, 0) for actor in self.actors}
-        while waiting or any(item is not None for _, item, _ in running.values()):
+        finished: list[Any] = []
+        while waiting or finished or any(item is not None for _, item, _ in running.values()):
             while waiting and idle:
                 actor, (item, failures) = idle.pop(0), waiting.pop()
                 running[getattr(actor, method).remote(item)] = (actor, item, failures)
+            if finished:  # once its actor has other work, as the caller may take its time
+                yield finished.pop()
+                continue
             (done, *_), _ = ray.wait(list(running))
             actor, item, failures = running.pop(done)
             try:
@@ -101,4 +105,4 @@ class Pool:
             else:
                 idle.append(actor)
                 if item is not None:
-                    yield result
+                    finished.append(result)

@@ -12,7 +12,9 @@ Work is cut into stacks of networks; each is evaluated by `Evaluator`, in this p
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +43,7 @@ class Stack(list[Record]):
 
     Attributes:
         sharing: what the evaluated networks shared (`judging.describe_sharing`).
-        counts: numbers to be added up over all stacks: seconds, and what the precision changed.
+        counts: numbers to be added up over all stacks: seconds of its parts, and what the precision changed.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Stack(list[Record]):
 
 MapStacks = Callable[[Sequence[Stack]], Iterable[Stack]]
 
-SUMMARY_FILE, PROGRESS_FILE = "summary.json", "progress.json"
+SUMMARY_FILE = "summary.json"
 
 
 def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
@@ -81,57 +83,61 @@ def judge_missing(
     store = ParameterStore(artifact)
     subset, present = zoo.subset(), set(store.ids)
     wanted = networks_to_judge(experiment, zoo)
-    stacks = make_stacks([r for r in wanted if r.id not in present], experiment.evaluation.stack)
+    workers = experiment.resources.actors if map_stacks else 1
+    stacks = make_stacks([r for r in wanted if r.id not in present], experiment.evaluation.stack, workers)
     if not stacks:
         return
-    progress = _progress(artifact)
-    counts, started = Counter(progress["counts"]), time.monotonic() - progress["seconds"]
-    done = len(present)
+    done, before = len(present), time.monotonic()
     for stack in map_stacks(stacks) if map_stacks else _here(experiment, artifacts, context, stacks):
-        store.append(stack, subset)
-        counts.update(stack.counts)
-        progress = {
-            "sharing": {**progress["sharing"], **stack.sharing},
-            "counts": counts,
-            "seconds": time.monotonic() - started,
-        }
-        artifact.save_work(PROGRESS_FILE, json.dumps(progress).encode())
-        done += len(stack)
+        # With its rows, so that an evaluation that is interrupted says what all of it took.
+        now = time.monotonic()
+        store.append(stack, subset, {"sharing": stack.sharing, "counts": {**stack.counts, "seconds": now - before}})
+        done, before = done + len(stack), now
         context.progress("evaluation", done, len(wanted), "networks")
 
 
 def finish(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> None:
     """Commits the rows of all networks, which have been judged, with their summary."""
     started, artifact, zoo = time.monotonic(), artifacts["evaluation"], ParameterStore(artifacts["zoo"])
-    store, progress = ParameterStore(artifact), _progress(artifact)
-    ids = [record.id for record in networks_to_judge(experiment, zoo)]
-    members = zoo.vectors(range(experiment.num_members))
+    store, members = ParameterStore(artifact), zoo.vectors(range(experiment.num_members))
     samples = ParameterStore(artifacts["samples"]).vectors()
     about = artifacts["base"].manifest()["info"]
-    records = store.records(ids)
-    summary = summarize(records, about["test_images"], about["num_classes"], _spread(members), _spread(samples))
+    ids = range(len(members) + len(made_networks(experiment)))
+    summary = summarize(
+        store.records(ids), about["test_images"], about["num_classes"], _spread(members), _spread(samples)
+    )
+    sharing: dict[str, Any] = {}
+    counts: Counter[str] = Counter()
+    parts = store.manifest_entries(ids)
+    for part in parts:
+        sharing |= store.about(part)["sharing"]
+        counts.update(store.about(part)["counts"])
+    seconds = counts.pop("seconds") + time.monotonic() - started
     artifact.commit(
         {SUMMARY_FILE: json.dumps(summary, indent=1).encode()},
-        {"networks": len(ids), "test_images": about["test_images"], **progress["sharing"], **progress["counts"]},
-        progress["seconds"] + time.monotonic() - started,
-        store.manifest_entries(ids),
+        {"networks": len(ids), "test_images": about["test_images"], **sharing, **counts},
+        seconds,
+        parts,
     )
-
-
-def _progress(artifact: Artifact) -> dict[str, Any]:
-    """Of an evaluation that is not finished: what was shared, counted and taken so far."""
-    saved = artifact.load_work(PROGRESS_FILE)
-    return json.loads(saved) if saved else {"sharing": {}, "counts": {}, "seconds": 0.0}
 
 
 def networks_to_judge(experiment: Experiment, zoo: ParameterStore) -> list[Record]:
     """All networks of the evaluation, without vectors: originals first, numbered on from there."""
+    originals = zoo.records(range(experiment.num_members))
+    if experiment.evaluation.precision != "float32":  # in which members were judged when they were made
+        originals = [replace(record, wrong=None) for record in originals]
+    return [*originals, *made_networks(experiment)]
+
+
+def made_networks(experiment: Experiment) -> list[Record]:
+    """All networks of the evaluation but the originals, from which they are numbered on."""
     config, count = experiment.evaluation, experiment.num_members
-    wanted = [replace(record, vector=None) for record in zoo.records(range(count))]
+    made: list[Record] = []
 
     def add(group: str, parent: int | None = None, sigma: float | None = None) -> None:
-        seed = derive_seed(experiment.sampling.seed or 0, group, str(sigma), len(wanted))
-        wanted.append(Record(len(wanted), group, parent=parent, sigma=sigma, seed=seed))
+        id_ = count + len(made)
+        seed = derive_seed(experiment.sampling.seed or 0, group, str(sigma), id_)
+        made.append(Record(id_, group, parent=parent, sigma=sigma, seed=seed))
 
     add("ensemble")
     for sigma in config.noise_sigmas:
@@ -141,21 +147,29 @@ def networks_to_judge(experiment: Experiment, zoo: ParameterStore) -> list[Recor
         add("fine_tuned", parent)
     for sample in range(experiment.sampling.samples):
         add("generated", parent=sample)
-    return wanted
+    return made
 
 
 def _spread_over(count: int, picks: int) -> list[int]:
     return [index * count // picks for index in range(picks)]
 
 
-def make_stacks(records: Sequence[Record], size: int) -> list[Stack]:
-    """Stacks of networks of one group; those that must be trained first, which takes longest, one each and first."""
-    slow = [Stack([r]) for r in records if r.group == "fine_tuned"]
-    stacks: list[Stack] = []
-    for group in ("generated", "noise_added", "ensemble", "original"):
-        same = [r for r in records if r.group == group]
-        stacks += [Stack(same[start : start + size]) for start in range(0, len(same), size)]
-    return slow + stacks
+def make_stacks(records: Sequence[Record], size: int, workers: int = 1) -> list[Stack]:
+    """Stacks of up to `size` networks of one group, in the order in which they are to be evaluated.
+
+    What takes longest comes first: networks that are trained, one each. Where several workers share the others, stacks
+    become smaller toward the end, so that all end together (guided self-scheduling, Polychronopoulos and Kuck 1987).
+    Networks that are judged already are only compared, which takes no time, and come last.
+    """
+    stacks = [Stack([r]) for r in records if r.group == "fine_tuned"]
+    left = sum(not r.judged for r in records) - len(stacks)
+    for judged_already, group in itertools.product((False, True), ("generated", "noise_added", "ensemble", "original")):
+        same = [r for r in records if (r.judged, r.group) == (judged_already, group)]
+        while same:
+            count = size if judged_already else min(size, math.ceil(left / workers))
+            stacks.append(Stack(same[:count]))
+            same, left = same[count:], left - len(stacks[-1])
+    return stacks
 
 
 def _here(
@@ -182,12 +196,11 @@ class Evaluator:
         """The records with judgement and distance to the nearest member; without vectors."""
         records = list(stack)
         vectors = np.stack([self._vector(record) for record in records])
-        # Members were judged in float32 when they were made.
-        precision = self.experiment.evaluation.precision
-        pending = [i for i, record in enumerate(records) if not record.judged or precision != "float32"]
+        pending = [i for i, record in enumerate(records) if not record.judged]
         counts: dict[str, float] = {}
         sharing: dict[str, Any] | None = None
         if pending:
+            precision = self.experiment.evaluation.precision
             judge = self.judge.at(precision)
             judge.seconds = Seconds()
             chosen = torch.from_numpy(vectors[pending])
