@@ -57,10 +57,15 @@ def connect(resources: Resources, progress: Progress) -> Iterator[str]:
     """Connects to Ray, and yields the name of the actor through which workers report; `progress` hears of it here.
 
     A Ray that was there before, a cluster or this process's, is left running.
+
+    Raises:
+        PdiffError: nothing listens at the address, or a local Ray has too little.
     """
-    ours = not ray.is_initialized()
+    address, ours = ray_address(resources), not ray.is_initialized()
+    if address:
+        _reach(address)
     if ours:
-        _init(resources)
+        _init(resources, address)
     name = f"pdiff-events-{uuid.uuid4().hex[:8]}"
     events: Any = ray.remote(_Events).options(name=name, **beside_driver()).remote()
     stop = threading.Event()
@@ -92,11 +97,9 @@ def beside_driver() -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": node}
 
 
-def _init(resources: Resources) -> None:
+def _init(resources: Resources, address: str | None) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)  # of its many notices none is about the experiment
-    address = ray_address(resources)
     if address:
-        _reach(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return
     # "local": else Ray would join whatever cluster was last started on this machine.
