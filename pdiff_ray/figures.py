@@ -37,7 +37,8 @@ def accuracy_by_group(records: Sequence[Record]) -> bytes:
         axes.scatter(column + spread, accuracies, s=12, alpha=0.5, color=COLOURS[members[0].group], linewidths=0)
         axes.hlines(accuracies.mean(), column - 0.35, column + 0.35, color="black", linewidth=1.5)
         axes.annotate(f"{accuracies.mean():.1f}", (column + 0.37, accuracies.mean()), fontsize=8, va="center")
-    axes.set_xticks(range(len(groups)), [f"{n}\n({len(m)})" for n, m in groups.items()], fontsize=8)
+    names = [f"{name} ({len(members)})".replace(" ", "\n") for name, members in groups.items()]  # neighbours touch else
+    axes.set_xticks(range(len(groups)), names, fontsize=8)
     axes.set_xlim(-0.5, len(groups) - 0.2)
     axes.set_ylabel("test accuracy (%)")
     return png(figure)
