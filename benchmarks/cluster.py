@@ -50,7 +50,9 @@ class Evaluation:
     """An experiment's evaluation, again and again.
 
     Args:
-        overrides: of the experiment's fields.
+        storage: where its artifacts are built.
+        file: the experiment's.
+        overrides: of its fields.
     """
 
     def __init__(self, storage: str, file: Path = QUICKSTART, overrides: tuple[str, ...] = BRIEF) -> None:
@@ -61,9 +63,9 @@ class Evaluation:
             build(self.experiment, self.artifacts, self.context)
         self.counter = itertools.count()
 
-    def run(self, map_stacks: evaluate.MapStacks, workers: int = 1) -> Artifact:
-        """One evaluation, from stacks to a committed artifact, which is a new one each time."""
-        resources = self.experiment.resources.model_copy(update={"actors": workers})
+    def run(self, map_stacks: evaluate.MapStacks, actors: int = 1) -> Artifact:
+        """One evaluation by so many actors, from stacks to a committed artifact, which is a new one each time."""
+        resources = self.experiment.resources.model_copy(update={"actors": actors})
         experiment = self.experiment.model_copy(update={"resources": resources})
         artifact = self.artifacts["evaluation"]
         artifact = replace(artifact, config={**artifact.config, "benchmark": next(self.counter)})
@@ -73,8 +75,8 @@ class Evaluation:
         return artifact
 
     @property
-    def networks(self) -> int:
-        """That are judged; the originals were when they were made."""
+    def num_networks(self) -> int:
+        """Of the networks that are judged here: all but the originals."""
         return len(evaluate.made_networks(self.experiment))
 
     @contextlib.contextmanager
@@ -130,7 +132,7 @@ def actors(
                     ours = functools.partial(evaluation.run, several.map_stacks, count)
                     other = functools.partial(evaluation.run, one.map_stacks)
                     assert _same(other(), ours())
-                    what = f"evaluation of {evaluation.networks} {evaluation.experiment.network.name}s"
+                    what = f"evaluation of {evaluation.num_networks} {evaluation.experiment.network.name}s"
                     yield compare(
                         "actors",
                         f"{what} on {count} actors of one core each",
@@ -149,7 +151,7 @@ def ray_overhead(overrides: tuple[str, ...] = BRIEF, n: int = 5) -> Iterator[Res
         assert _same(evaluation.run(pooled.map_stacks), evaluation.run(here))
         yield compare(
             "ray_overhead",
-            f"evaluation of {evaluation.networks} {evaluation.experiment.network.name}s on an actor",
+            f"evaluation of {evaluation.num_networks} {evaluation.experiment.network.name}s on an actor",
             lambda: evaluation.run(pooled.map_stacks),
             "in this process",
             lambda: evaluation.run(here),

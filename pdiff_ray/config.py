@@ -275,7 +275,7 @@ class Evaluation(Section):
     unkeyed = frozenset({"batch_size", "stack", "vmap"})
 
     batch_size: int | None = Field(None, ge=1, description="images per forward pass; default: by memory")
-    stack: int = Field(20, ge=1, description="networks sent to an actor, or written, at a time")
+    stack: int = Field(20, ge=1, description="networks sent to an actor, or written, at a time; fewer toward the end")
     vmap: int | None = Field(
         None, ge=1, description="networks of a stack that run as one program; default: by memory on a GPU, else 1"
     )

@@ -146,14 +146,14 @@ class Estimator:
         """
         return self.meter.anatomy(e.network, sources.describe(e.data), e.zoo)
 
-    def sharing(self, e: Experiment) -> Sharing:
+    def sharing(self, e: Experiment, place: Place) -> Sharing:
         """What the experiment's networks share."""
         anatomy = self.anatomy(e)
         reason = full_steps(e, anatomy.subset)
         if not anatomy.shared:
             return Sharing(0.0, 1.0, 1.0, anatomy.runs_whole or "generated parameters reach the first layer")
         prefix, suffix = anatomy.prefix_flops, anatomy.suffix_flops
-        networks, stacks = _judged_later(e, e.resources.actors)
+        networks, stacks = _judged_later(e, place.actors)
         images = _count(e)
         kept = images is None or _kept(anatomy, images.judged)
         once = 1 if kept else stacks

@@ -37,7 +37,8 @@ def accuracy_by_group(records: Sequence[Record]) -> bytes:
         axes.scatter(column + spread, accuracies, s=12, alpha=0.5, color=COLOURS[members[0].group], linewidths=0)
         axes.hlines(accuracies.mean(), column - 0.35, column + 0.35, color="black", linewidth=1.5)
         axes.annotate(f"{accuracies.mean():.1f}", (column + 0.37, accuracies.mean()), fontsize=8, va="center")
-    names = [f"{name} ({len(members)})".replace(" ", "\n") for name, members in groups.items()]  # neighbours touch else
+    # In lines, as neighbours would touch.
+    names = [f"{name} ({len(members)})".replace(" ", "\n") for name, members in groups.items()]
     axes.set_xticks(range(len(groups)), names, fontsize=8)
     axes.set_xlim(-0.5, len(groups) - 0.2)
     axes.set_ylabel("test accuracy (%)")

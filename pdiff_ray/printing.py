@@ -31,7 +31,7 @@ def print_start(plan: pipeline.Plan) -> None:
 
 
 def print_plan(plan: pipeline.Plan) -> None:
-    from pdiff_ray.estimate import Estimator, duration
+    from pdiff_ray.estimate import Estimator, Place, duration
 
     e, estimator = plan.experiment, Estimator(plan.storage)
     table = Table(title=f"plan of {e.name}", title_justify="left")
@@ -44,7 +44,7 @@ def print_plan(plan: pipeline.Plan) -> None:
         costs = pipeline.costs(plan, estimator).values()
         known = sum(cost.source == "earlier runs" for cost in costs)
         console.print(
-            f"shared: {estimator.sharing(e)}\n"
+            f"shared: {estimator.sharing(e, Place.of_plan(e.resources))}\n"
             f"time: {duration(_sum(cost.device_s for cost in costs))} of devices, "
             f"{duration(_sum(cost.seconds for cost in costs))} with the processes below, one stage after another\n"
             f"[dim]Times are {estimator.about}"

@@ -103,8 +103,8 @@ def encode(records: Sequence[Record], subset: Subset, about: dict[str, Any]) -> 
     metadata = {METADATA_KEY: json.dumps({"format": 1, "subset": json.loads(subset.to_json()), **about})}
     table = pa.table(columns).replace_schema_metadata(metadata)
     sink = io.BytesIO()
-    # Random floats neither repeat nor compress: a dictionary makes them larger, a codec only slower. Statistics of a
-    # single row say nothing, and a vector in one page can be read without Parquet's machinery.
+    # Random floats neither repeat nor compress: a dictionary makes them larger, a codec only slower. Statistics of so
+    # few rows say nothing, and a vector in one page can be read without Parquet's machinery.
     pq.write_table(
         table,
         sink,
@@ -150,7 +150,10 @@ class _Part:
             ArrowException, OSError, IndexError: it does not fit its checksum, or is not as `encode` writes it.
         """
         metadata = self.file.metadata
-        column = metadata.row_group(row).column(metadata.num_columns - 1)
+        group = metadata.row_group(row)
+        if group.num_rows != 1:
+            raise OSError("not a row group of its own")
+        column = group.column(metadata.num_columns - 1)
         offset, length, size = column.data_page_offset, column.total_compressed_size, 4 * self._floats
         chunk = self.stream.read_at(length, offset)
         if size > length or len(chunk) < length or not _whole_page(chunk):

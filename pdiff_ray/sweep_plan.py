@@ -81,10 +81,10 @@ def make_plan(ledger: Ledger, estimator: Estimator) -> SweepPlan:
             artifacts = ledger.artifacts(experiment)
             missing = [s for s, a in artifacts.items() if a.key not in seen and not a.exists()]
             seen.update(artifact.key for artifact in artifacts.values())
-            plan.sharing.setdefault(_name(experiment), estimator.sharing(experiment))
-            for stage, cost in estimator.costs(
-                experiment, artifacts, missing, Place.of_trial(experiment.resources)
-            ).items():
+            name, place = _name(experiment), Place.of_trial(experiment.resources)
+            if name not in plan.sharing:
+                plan.sharing[name] = estimator.sharing(experiment, place)
+            for stage, cost in estimator.costs(experiment, artifacts, missing, place).items():
                 plan.known += cost.source == "earlier runs"
                 plan.memory = max(plan.memory, cost.memory)
                 if cost.seconds is None:

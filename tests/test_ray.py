@@ -125,6 +125,43 @@ def test_work_of_a_dead_actor_is_done_by_the_others(here, ray, actors):
     assert {r.id: r.wrong for r in found} == expected
 
 
+def test_an_actor_has_other_work_before_its_result_is_looked_at(here, ray):
+    """The caller writes rows meanwhile."""
+    from pdiff_ray.distributed.pool import Pool
+    from pdiff_ray.distributed.session import connect
+
+    def count(worker):
+        evaluate, worker.stacks = worker.evaluator.evaluate, 0
+
+        def counted(stack):
+            worker.stacks += 1
+            return evaluate(stack)
+
+        worker.evaluator.evaluate = counted
+
+    experiment, artifacts = here
+    stacks = make_stacks(networks_to_judge(experiment, ParameterStore(artifacts["zoo"])), 1)[:4]
+    with connect(experiment.resources, Display(None)) as events:
+        resources = experiment.resources.model_copy(update={"actors": 1})
+        pool = Pool(experiment.model_copy(update={"resources": resources}), artifacts, events)
+        (actor,) = pool.actors
+        list(pool.map_stacks(stacks[:1]))
+        ray.get(actor.__ray_call__.remote(count))
+        results = pool.map_stacks(stacks[1:])
+        next(results)
+        assert ray.get(actor.__ray_call__.remote(lambda worker: worker.stacks)) == 2
+        assert len(list(results)) == 2
+        pool.close()
+
+
+def test_an_address_is_tried_where_a_ray_is_there(here, ray):
+    from pdiff_ray.distributed.session import connect
+
+    resources = here[0].resources.model_copy(update={"address": "127.0.0.1:1"})
+    with pytest.raises(PdiffError, match=r"no Ray cluster at '127\.0\.0\.1:1'"), connect(resources, Display(None)):
+        pass
+
+
 def test_actors_that_find_no_place_are_not_waited_for(here, ray):
     """The others do their work."""
     from pdiff_ray.distributed.pool import Pool

@@ -93,8 +93,33 @@ def test_stacks_shrink_toward_the_end_where_workers_share_them():
 
     ends = [("ensemble", 1), ("original", 20), ("original", 10)]
     assert sizes(1) == [("fine_tuned", 1), ("generated", 20), ("generated", 20), *ends]
-    shrinking = [("generated", size) for size in (20, 11, 5, 3, 1)]
+    shrinking = [("generated", size) for size in (20, 11, 5, 4)]
     assert sizes(2) == [("fine_tuned", 1), *shrinking, *ends]
+
+
+def test_stacks_are_cut_for_the_actors_there_are(done, tmp_path):
+    experiment, artifacts = tiny(tmp_path, "resources.actors=3", "sampling.samples=12", "evaluation.noise_networks=0")
+    build(experiment, artifacts, "base", "zoo", "generator", "samples")
+    sizes = []
+
+    def note(stacks):
+        sizes.extend(len(stack) for stack in stacks if stack[0].group == "generated")
+        return []
+
+    evaluate.judge_missing(experiment, artifacts, context(), note)
+    assert sizes == [4, 3, 2, 2, 1]
+
+
+def test_rows_of_an_earlier_version_are_taken(tmp_path):
+    """Which did not say with them what they took."""
+    experiment, artifacts = tiny(tmp_path)
+    build(experiment, artifacts)
+    rows, subset = ParameterStore(artifacts["evaluation"]).records(), ParameterStore(artifacts["zoo"]).subset()
+    summary = load_summary(artifacts)
+    shutil.rmtree(artifacts["evaluation"].location)
+    ParameterStore(artifacts["evaluation"]).append(rows, subset)
+    build(experiment, artifacts)
+    assert load_summary(artifacts) == summary
 
 
 def test_ensemble_and_distances(done):

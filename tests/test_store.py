@@ -124,6 +124,7 @@ def test_rows_without_vectors_are_kept_together(store, artifact):
     [
         {},
         {"write_statistics": False, "data_page_size": 2**30},  # as the store writes, with row groups of one row
+        {"row_group_size": 4, "write_statistics": False, "data_page_size": 2**30},  # several vectors in a page
         {"data_page_size": 16, "write_batch_size": 4},  # a vector in several pages
         {"compression": "snappy"},
         {"use_dictionary": True},
@@ -140,6 +141,7 @@ def test_vectors_however_their_pages_were_written(store, artifact, written):
     vectors = np.stack([record.vector for record in records])
     opened = ParameterStore(artifact)
     np.testing.assert_array_equal(opened.vectors([2, 0, 2]), vectors[[2, 0, 2]])
+    np.testing.assert_array_equal(opened.vectors([0]), vectors[[0]])
     assert_same(opened.records([3, 1], vectors=True), [records[3], records[1]])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -74,15 +75,16 @@ class Pool:
         idle: list[Any] = []
         # Work goes to actors that have started: in a full cluster some may wait for a place.
         running: dict[Any, tuple[Any, Any, int]] = {actor.ready.remote(): (actor, None, 0) for actor in self.actors}
-        finished: list[Any] = []
+        finished: deque[Any] = deque()
         while waiting or finished or any(item is not None for _, item, _ in running.values()):
             while waiting and idle:
                 actor, (item, failures) = idle.pop(0), waiting.pop()
                 running[getattr(actor, method).remote(item)] = (actor, item, failures)
-            if finished:  # once its actor has other work, as the caller may take its time
-                yield finished.pop()
+            ready, _ = ray.wait(list(running), timeout=0 if finished else None) if running else ([], [])
+            if not ready:  # every actor has work: the caller may take its time
+                yield finished.popleft()
                 continue
-            (done, *_), _ = ray.wait(list(running))
+            (done,) = ready
             actor, item, failures = running.pop(done)
             try:
                 result = ray.get(done)
@@ -93,12 +95,14 @@ class Pool:
                 if item is not None:
                     waiting.append((item, failures + 1))
                 if (item is not None and failures == self.max_failures) or not (idle or running):
+                    yield from finished
                     reason = str(error).partition("\n")[0]
                     raise PdiffError(
                         f"evaluation: an actor died {self.deaths[actor]} times ({reason}); lower evaluation.stack, "
                         "evaluation.batch_size or resources.actors if memory ran out"
                     ) from None
             except RayTaskError as error:
+                yield from finished
                 if isinstance(error.cause, PdiffError):
                     raise error.cause from None
                 raise

@@ -56,7 +56,7 @@ class _Events:
 def connect(resources: Resources, progress: Progress) -> Iterator[str]:
     """Connects to Ray, and yields the name of the actor through which workers report; `progress` hears of it here.
 
-    A Ray that was there before, a cluster or this process's, is left running.
+    A Ray that was there before is left running; one that this process has goes before the address.
 
     Raises:
         PdiffError: nothing listens at the address, or a local Ray has too little.

@@ -43,7 +43,7 @@ class Stack(list[Record]):
 
     Attributes:
         sharing: what the evaluated networks shared (`judging.describe_sharing`).
-        counts: numbers to be added up over all stacks: seconds of its parts, and what the precision changed.
+        counts: numbers to be added up over all stacks: seconds of prefix and suffix, and what the precision changed.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ def judge_missing(
     store = ParameterStore(artifact)
     subset, present = zoo.subset(), set(store.ids)
     wanted = networks_to_judge(experiment, zoo)
-    workers = experiment.resources.actors if map_stacks else 1
-    stacks = make_stacks([r for r in wanted if r.id not in present], experiment.evaluation.stack, workers)
+    actors = experiment.resources.actors if map_stacks else 1
+    stacks = make_stacks([r for r in wanted if r.id not in present], experiment.evaluation.stack, actors)
     if not stacks:
         return
     done, before = len(present), time.monotonic()
@@ -106,19 +106,26 @@ def finish(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> None:
     summary = summarize(
         store.records(ids), about["test_images"], about["num_classes"], _spread(members), _spread(samples)
     )
-    sharing: dict[str, Any] = {}
-    counts: Counter[str] = Counter()
     parts = store.manifest_entries(ids)
-    for part in parts:
-        sharing |= store.about(part)["sharing"]
-        counts.update(store.about(part)["counts"])
-    seconds = counts.pop("seconds") + time.monotonic() - started
+    sharing, counts = _taken(store, parts)
+    seconds = counts.pop("seconds", 0.0) + time.monotonic() - started
     artifact.commit(
         {SUMMARY_FILE: json.dumps(summary, indent=1).encode()},
         {"networks": len(ids), "test_images": about["test_images"], **sharing, **counts},
         seconds,
         parts,
     )
+
+
+def _taken(store: ParameterStore, parts: Iterable[str]) -> tuple[dict[str, Any], Counter[str]]:
+    """What the networks of part files shared, and what judging them took: twice what two launches did at once."""
+    sharing: dict[str, Any] = {}
+    counts: Counter[str] = Counter()
+    for part in parts:
+        about = store.about(part)
+        sharing |= about.get("sharing", {})  # nothing, in a part of an earlier version
+        counts.update(about.get("counts", {}))
+    return sharing, counts
 
 
 def networks_to_judge(experiment: Experiment, zoo: ParameterStore) -> list[Record]:
@@ -154,19 +161,20 @@ def _spread_over(count: int, picks: int) -> list[int]:
     return [index * count // picks for index in range(picks)]
 
 
-def make_stacks(records: Sequence[Record], size: int, workers: int = 1) -> list[Stack]:
+def make_stacks(records: Sequence[Record], size: int, actors: int = 1) -> list[Stack]:
     """Stacks of up to `size` networks of one group, in the order in which they are to be evaluated.
 
-    What takes longest comes first: networks that are trained, one each. Where several workers share the others, stacks
-    become smaller toward the end, so that all end together (guided self-scheduling, Polychronopoulos and Kuck 1987).
-    Networks that are judged already are only compared, which takes no time, and come last.
+    What takes longest comes first: networks that are trained, one each. Where several actors share the others, stacks
+    become smaller toward the end, so that all end together (guided self-scheduling, Polychronopoulos and Kuck 1987),
+    but no smaller than a quarter of `size`: each takes a file, and a prefix where none is kept. Networks that are
+    judged already are only compared, which takes no time, and come last.
     """
     stacks = [Stack([r]) for r in records if r.group == "fine_tuned"]
-    left = sum(not r.judged for r in records) - len(stacks)
+    left = sum(not r.judged and r.group != "fine_tuned" for r in records)
     for judged_already, group in itertools.product((False, True), ("generated", "noise_added", "ensemble", "original")):
         same = [r for r in records if (r.judged, r.group) == (judged_already, group)]
         while same:
-            count = size if judged_already else min(size, math.ceil(left / workers))
+            count = size if judged_already else min(size, max(math.ceil(size / 4), math.ceil(left / actors)))
             stacks.append(Stack(same[:count]))
             same, left = same[count:], left - len(stacks[-1])
     return stacks
@@ -208,8 +216,9 @@ class Evaluator:
                 records[index] = judged(records[index], judgement)
             sharing = describe_sharing(judge)
             counts = {f"{part}_seconds": seconds for part, seconds in asdict(judge.seconds).items()}
-            if precision != "float32" and records[0].group == "generated":  # the first of each stack is compared
-                changed = judge.predictions(chosen[:1]) != self.judge.predictions(chosen[:1])
+            compared = [row for row, index in enumerate(pending) if self._compared(records[index])]
+            if compared:
+                changed = judge.predictions(chosen[compared]) != self.judge.predictions(chosen[compared])
                 counts |= {"compared_predictions": changed.numel(), "changed_predictions": int(changed.sum())}
         nearest = distances(vectors, self.members)
         for row, record in zip(nearest, records, strict=True):
@@ -222,6 +231,12 @@ class Evaluator:
             for r, d in zip(records, nearest.min(1), strict=True)
         ]
         return Stack(records, sharing, counts)
+
+    def _compared(self, record: Record) -> bool:
+        """Whether its predictions are compared with float32's: those of some samples are, as it takes long."""
+        config = self.experiment.evaluation
+        chosen = record.group == "generated" and (record.parent or 0) % config.stack == 0
+        return chosen and config.precision != "float32"
 
     def _vector(self, record: Record) -> np.ndarray:
         """The record's parameters (D,)."""
