@@ -118,10 +118,14 @@ def _evaluation(file: Path = QUICKSTART, overrides: tuple[str, ...] = BRIEF) -> 
 
 
 def actors(
-    experiments: Sequence[tuple[Path, tuple[str, ...]]] = ((RESNET, ()), (QUICKSTART, BRIEF)), n: int = 5
+    experiments: Sequence[tuple[Path, tuple[str, ...], int]] = ((RESNET, (), 5), (QUICKSTART, BRIEF, 15)),
 ) -> Iterator[Result]:
-    """Evaluation on several actors of one core each, against one actor."""
-    for file, overrides in experiments:
+    """Evaluation on several actors of one core each, against one actor.
+
+    Args:
+        experiments: files, overrides of their fields, and paired runs.
+    """
+    for file, overrides, n in experiments:
         with _evaluation(file, overrides) as (evaluation, events):
             for count in (2, 4, 8, 16):
                 if count > (os.cpu_count() or 1):

@@ -69,8 +69,7 @@ def test_the_resnets_can_be_built(tmp_path):
 @pytest.mark.parametrize("work", [cluster.ray_overhead, cluster.actors])
 def test_evaluations_are_compared(work):
     brief = (*cluster.BRIEF, "zoo.members=20", "sampling.samples=8", "evaluation.fine_tuned_networks=2")
-    arguments = {"experiments": [(cluster.QUICKSTART, brief)]} if work is cluster.actors else {"overrides": brief}
-    first, *_ = work(n=1, **arguments)
+    first, *_ = work([(cluster.QUICKSTART, brief, 1)]) if work is cluster.actors else work(brief, n=1)
     target = {"actors": 1.7, "ray_overhead": 1 / 1.1}[work.__name__]
     assert first.what.startswith("evaluation of 71 convnets on")
     assert (first.name, first.n, first.target) == (work.__name__, 1, target)
