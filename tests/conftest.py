@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from helpers import pixels, write_parquet
 
 from pdiff_ray import distributed
 from pdiff_ray.artifacts import Artifact, Storage
-from pdiff_ray.config import Resources
+from pdiff_ray.config import Data, Resources
 
 torch.set_num_threads(1)
 distributed.prepare(Resources())  # before any test imports Ray
@@ -35,3 +37,15 @@ def ray():
 def artifact(tmp_path):
     """An artifact that does not exist yet."""
     return Artifact(Storage(str(tmp_path / "storage")), "zoo", {"members": 5}, {"base": "abc"})
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """Configuration, training pixels (40, in two files) and test pixels (10) of a custom set of 3 classes."""
+    train, test = pixels(40), pixels(10, seed=1)
+    labels = np.arange(40) % 3
+    write_parquet(tmp_path / "root/train-0.parquet", train[:25], labels[:25])
+    write_parquet(tmp_path / "root/train-1.parquet", train[25:], labels[25:])
+    write_parquet(tmp_path / "root/test.parquet", test, np.arange(10) % 3)
+    config = Data(name="custom", source="parquet", root=str(tmp_path / "root"), loader_workers=0)
+    return config, train, test

@@ -1,10 +1,15 @@
 """What several test files use."""
 
+import io
 import os
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from pdiff_ray import config, loading
 from pdiff_ray.artifacts import Storage
@@ -53,3 +58,29 @@ def deadly_network(num_classes, in_channels, deadly=False, **_):
     if deadly and "ImplicitFunc" in Path("/proc/self/cmdline").read_text():
         os._exit(1)
     return build_network(config.Network(args={"widths": [4, 8]}), DATASETS["digits"], 0)
+
+
+def pixels(count, size=8, channels=3, seed=0):
+    shape = (count, size, size, channels) if channels == 3 else (count, size, size)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def png(array):
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_parquet(path, images, labels, image="img", label="label"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    column = pa.array([{"bytes": png(array), "path": None} for array in images])
+    pq.write_table(pa.table({image: column, label: pa.array(labels, pa.int64())}), path, row_group_size=10)
+
+
+def images_of(split, batch_size=7):
+    batches = list(split.in_order(batch_size))
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+def with_(config, **changes):
+    return config.model_copy(update=changes)

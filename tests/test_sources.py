@@ -1,0 +1,203 @@
+"""Where images come from: the table of data sets, Parquet files and folders, and what is wrong with them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers import images_of, pixels, png, with_, write_parquet
+from PIL import Image
+
+from pdiff_ray import data, sources
+from pdiff_ray.config import Data
+from pdiff_ray.errors import ConfigError, PdiffError
+
+
+def test_table_agrees_with_the_digits(tmp_path):
+    from sklearn.datasets import load_digits
+
+    dataset = data.load(Data(), tmp_path)
+    info = sources.DATASETS["digits"]
+    images, labels = images_of(replace(dataset.train, indices=np.arange(900)))
+    scaled = images.double() / 255
+    assert images.shape == (900, info.channels, info.image_size, info.image_size)
+    assert scaled.mean().item() == pytest.approx(info.mean[0], abs=1e-3)
+    assert scaled.std().item() == pytest.approx(info.std[0], abs=1e-3)
+    assert len(dataset.test) == 897
+    assert labels.unique().tolist() == list(range(info.num_classes))
+    assert torch.equal((scaled[:, 0] * 16).round(), torch.from_numpy(load_digits().images[:900]))
+
+
+def test_table_is_consistent():
+    from torchvision import datasets
+
+    for name, info in sources.DATASETS.items():
+        assert len(info.mean) == len(info.std) == info.channels, name
+        assert all(0 < value < 1 for value in (*info.mean, *info.std)), name
+        assert info.torchvision is None or hasattr(datasets, info.torchvision), name
+
+
+@pytest.mark.parametrize("image", ["img", "image"])
+@pytest.mark.parametrize("label", ["label", "fine_label"])
+def test_parquet_schemas(tmp_path, image, label):
+    images = pixels(12)
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", images, range(12), image, label)
+    dataset = data.load(Data(name="custom", source="parquet", root=str(tmp_path)), tmp_path / "cache")
+    found, labels = images_of(dataset.test)
+    assert torch.equal(found, torch.from_numpy(images.transpose(0, 3, 1, 2)))
+    assert labels.tolist() == list(range(12))
+
+
+def test_custom_data_describes_itself(parquet):
+    config, _, _ = parquet
+    info = sources.describe(config)
+    assert (info.channels, info.image_size, info.num_classes) == (3, 8, 3)
+    assert info.mean == info.std == (0.5, 0.5, 0.5)
+    assert sources.describe(with_(config, channels=1, image_size=4)).image_size == 4
+
+
+def test_custom_data_is_keyed_by_content(parquet):
+    config, train, _ = parquet
+    key = sources.keyed(config)
+    moved = Path(config.root).rename(Path(config.root).with_name("moved"))
+    assert sources.keyed(with_(config, root=str(moved))) == key
+    write_parquet(moved / "train-0.parquet", train[:24], np.arange(24) % 3)
+    assert sources.keyed(with_(config, root=str(moved))) != key
+
+
+def test_image_folder(tmp_path):
+    arrays = pixels(12, size=6, channels=1)
+    for split in ("train", "val"):
+        for index, array in enumerate(arrays):
+            folder = tmp_path / split / f"class{index % 4}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(folder / f"{index:02}.png")
+    config = Data(name="custom", source="folder", root=str(tmp_path), channels=1)
+    info = sources.describe(config)
+    assert (info.channels, info.image_size, info.num_classes) == (1, 6, 4)
+    images, labels = images_of(data.load(config, tmp_path / "cache").test)
+    order = sorted(range(12), key=lambda index: (index % 4, index))
+    assert labels.tolist() == [index % 4 for index in order]
+    assert torch.equal(images[:, 0], torch.from_numpy(arrays[order]))
+
+
+def test_grey_to_colour_and_resize(tmp_path):
+    config = Data(channels=3, image_size=16)
+    info, plain = sources.describe(config), sources.DATASETS["digits"]
+    assert (info.channels, info.image_size) == (3, 16)
+    assert info.mean == pytest.approx(plain.mean * 3)
+    images, _ = images_of(data.load(config, tmp_path).test)
+    assert images.shape == (897, 3, 16, 16)
+    assert torch.equal(images[:, 0], images[:, 1])
+    small, _ = images_of(data.load(Data(), tmp_path).test)
+    assert images.double().mean().item() == pytest.approx(small.double().mean().item(), rel=0.01)
+    assert torch.equal(images_of(data.load(with_(config, image_size=8), tmp_path).test)[0][:, 2:], small)
+
+
+def test_oblong_images_are_cropped_in_the_middle(tmp_path):
+    array = np.zeros((4, 8, 3), dtype=np.uint8)
+    array[:, 2:6] = 255
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", [array] * 2, [0, 1])
+    images, _ = images_of(data.load(Data(name="custom", source="parquet", root=str(tmp_path)), tmp_path / "c").test)
+    assert images.shape == (2, 3, 4, 4)
+    assert images.eq(255).all()
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_name():
+    with pytest.raises(ConfigError, match=r"data\.name: unknown data set 'cifar-10'; did you mean 'cifar10'"):
+        sources.describe(Data(name="cifar-10"))
+    with pytest.raises(ConfigError, match=r"'zzzz'; known: digits, mnist, .*custom"):
+        sources.describe(Data(name="zzzz"))
+
+
+def test_custom_needs_a_source():
+    with pytest.raises(ConfigError, match=r"data\.source: 'auto' cannot be read as custom data; choose parquet or"):
+        sources.describe(Data(name="custom"))
+
+
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [
+        (Data(name="mnist"), "set data.download: true"),
+        (Data(name="imagenet"), "name another data.source"),
+        (Data(name="custom", source="parquet"), "put files there"),
+        (Data(name="custom", source="folder"), "no folder train"),
+    ],
+    ids=lambda value: value.source + value.name if isinstance(value, Data) else "",
+)
+def test_missing_root(tmp_path, config, remedy):
+    with pytest.raises(ConfigError) as caught:
+        sources.check(with_(config, root=str(tmp_path / "nowhere")))
+    assert str(caught.value).startswith("data.root: ")
+    assert "nowhere" in str(caught.value)
+    assert remedy in str(caught.value)
+
+
+def test_empty_image_folder(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"data\.root: .*train has to hold a folder of images per class"):
+        sources.check(Data(name="custom", source="folder", root=str(tmp_path)))
+
+
+def test_truncated_parquet_file_is_named(parquet):
+    config, _, _ = parquet
+    path = Path(config.root) / "train-1.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"data\.root: .*train-1\.parquet cannot be read as Parquet images"):
+        sources.check(config)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (pa.table({"picture": [b"x"], "label": [0]}), "has columns picture, label; wanted are img or image"),
+        (pa.table({"img": [{"bytes": b"x"}]}), "has columns img; wanted"),
+        (pa.table({"img": [b"x"], "label": [0]}), "cannot be read as Parquet images"),
+        (pa.table({"img": [{"bytes": b"x"}], "label": ["cat"]}), "cannot be read as Parquet images"),
+        (pa.table({"img": pa.array([{"bytes": b"x"}])[:0], "label": pa.array([0])[:0]}), "holds no images"),
+    ],
+    ids=["no image", "no label", "no struct", "label as text", "no rows"],
+)
+def test_wrong_parquet_columns(tmp_path, table, expected):
+    for split in ("train", "test"):
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    with pytest.raises(ConfigError, match=expected) as caught:
+        data.load(Data(name="custom", source="parquet", root=str(tmp_path)), tmp_path / "cache")
+    assert "train.parquet" in str(caught.value)
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_of_another_data_set(tmp_path, label):
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", pixels(4, size=32), [0, 1, 2, label])
+    with pytest.raises(ConfigError, match=rf"cifar10 has the labels 0 to 9, but the train data .* has .*{label}"):
+        sources.check(Data(name="cifar10", source="parquet", root=str(tmp_path)))
+
+
+@pytest.mark.parametrize("max_cache_gib", [1.0, 0.0])
+def test_damaged_image_is_named(tmp_path, parquet, max_cache_gib):
+    config, train, _ = parquet
+    column = [{"bytes": png(array)} for array in train[:20]]
+    column[13] = {"bytes": column[13]["bytes"][:60]}
+    table = pa.table({"img": pa.array(column), "label": pa.array([0, 1] * 10)})
+    pq.write_table(table, Path(config.root) / "test.parquet")
+    with pytest.raises(PdiffError, match=r"data\.root: image 13, counted from 0, cannot be decoded"):
+        images_of(data.load(with_(config, max_cache_gib=max_cache_gib), tmp_path / "cache").test)
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_damaged_image_file_is_named(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        Image.fromarray(pixels(1)[0]).save(tmp_path / split / "cat" / "a.png")
+    (tmp_path / "test/cat/b.png").write_bytes(b"not an image")
+    with pytest.raises(PdiffError, match=r"test/cat/b\.png cannot be decoded"):
+        data.load(Data(name="custom", source="folder", root=str(tmp_path)), tmp_path / "cache")
