@@ -84,7 +84,9 @@ class Evaluation:
         """Actors of one core each, started and warm."""
         from pdiff_ray.distributed.pool import Pool
 
-        resources = self.experiment.resources.model_copy(update={"actors": actors, "cpus_per_actor": 1})
+        resources = self.experiment.resources.model_copy(
+            update={"actors": actors, "cpus_per_actor": 1, "gpus_per_actor": 0}
+        )
         pool = Pool(self.experiment.model_copy(update={"resources": resources}), self.artifacts, events)
         try:
             for _ in range(2):  # so that each gets some work

@@ -77,6 +77,7 @@ class _Streamed(torch.utils.data.Dataset):
 
     def __init__(self, samples: Samples, info: DataInfo, num_workers: int, key: str) -> None:
         self.samples, self.info, self.num_workers, self.key = samples, info, num_workers, key
+        self.pinned = False
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -86,7 +87,7 @@ class _Streamed(torch.utils.data.Dataset):
         return torch.from_numpy(image), label
 
     def to(self, device: torch.device) -> None:
-        pass
+        self.pinned = device.type == "cuda"  # which takes a GPU's memory, where there is one, used or not
 
     def batches(self, index_batches: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         # A forked child of a Ray worker inherits its threads' locks, one of a server that has imported torch does not.
@@ -97,7 +98,7 @@ class _Streamed(torch.utils.data.Dataset):
             batch_sampler=(batch.tolist() for batch in index_batches),  # type: ignore[arg-type]
             num_workers=self.num_workers,
             multiprocessing_context=processes if self.num_workers else None,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.pinned,
         )
         yield from loader
 

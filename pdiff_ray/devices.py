@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pdiff_ray.errors import PdiffError
 
@@ -13,10 +14,17 @@ from pdiff_ray.errors import PdiffError
 def exact_float32() -> None:
     """Makes float32 mean that on GPUs too, in this process; "bfloat16" is there for speed.
 
-    PyTorch lets convolutions round to TF32, 10 bits of a mantissa, in which a network and its parts do not agree.
+    PyTorch lets convolutions round to TF32, 10 bits of a mantissa, in which a network and its parts do not agree, and
+    cuDNN add gradients up in any order, so that a seed would not repeat itself.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+
+def differentiable_in_vmap(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Attention inside of vmap keeps what its gradients need; a GPU's fast kernels, which see none there, do not."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def free_bytes(device: torch.device) -> float:

@@ -54,6 +54,8 @@ def _devices(experiment: Experiment) -> str:
     import torchvision  # noqa: F401  (a torchvision that does not fit torch fails here)
 
     count = torch.cuda.device_count()
+    if count and not torch.cuda.is_available():
+        raise PdiffError(f"{count} GPUs, whose driver is too old for CUDA {torch.version.cuda}; update it")
     if not count:
         return "no GPU; everything runs on the CPU"
     return ", ".join(torch.cuda.get_device_name(index) for index in range(count))

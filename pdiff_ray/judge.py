@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pdiff_ray.data import Dataset
-from pdiff_ray.devices import enough_memory, free_bytes
+from pdiff_ray.devices import differentiable_in_vmap, enough_memory, free_bytes
 from pdiff_ray.frontier import Frontier, keep
 from pdiff_ray.optimization import autocast
 from pdiff_ray.split import SplitNetwork, split_network
@@ -122,9 +122,11 @@ class Judge:
         if self.cache is None:
             return "no cache is given"
         if name not in self._frontiers and (name, reads) not in self._refusals:
-            network, batch_size, started = self.split, self.batch_size, self._now()
+            network, cache, started = self.split, self.cache, self._now()
             split = getattr(self.dataset, name)
-            kept = keep(network, self.dataset, split, self.device, self.cache, batch_size, reads)
+            kept = self._with_less(
+                lambda: keep(network, self.dataset, split, self.device, cache, self.batch_size, reads)
+            )
             if isinstance(kept, Frontier):
                 self._frontiers[name] = kept
             else:
@@ -284,8 +286,9 @@ class Judge:
         if most == 1 or (most is None and self.device.type != "cuda"):
             return 1
         frontiers = tuple(torch.stack([tensor, tensor]) for tensor in self.split.prefix(self._examples))
-        if not self._stackable(functools.partial(torch.vmap(self.split.suffix), frontiers)):
-            return 1
+        with differentiable_in_vmap(self.device):
+            if not self._stackable(functools.partial(torch.vmap(self.split.suffix), frontiers)):
+                return 1
         if most:
             return most
         # Every tensor is kept for the backward pass, which makes a gradient of about each one's size.
@@ -309,7 +312,7 @@ class Judge:
             )
             if logits.requires_grad:
                 logits.sum().backward()
-        except torch.OutOfMemoryError:  # says nothing of the network
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # say nothing of the network
             raise
         except Exception:  # whatever vmap meets in a network
             return False

@@ -107,7 +107,7 @@ def split_network(network: nn.Module, names: Collection[str], images: Tensor) ->
     try:
         split = _split(network, names, images)
         _verify(split, whole, images, {name: _tensors(network)[name] for name in names})
-    except torch.OutOfMemoryError:  # says nothing of the network
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # say nothing of the network
         raise
     except Exception as error:  # the network's own code is traced, and may raise anything
         whole.reason = _first_line(error)

@@ -23,12 +23,12 @@ def _cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ray():
-    """One local Ray for all tests that want one."""
+    """One local Ray for all tests that want one; without GPUs, as results are compared with this process's."""
     import ray
 
     # Workers find the networks in `helpers`.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    ray.init(address="local", include_dashboard=False, num_cpus=4)
+    ray.init(address="local", include_dashboard=False, num_cpus=4, num_gpus=0)
     yield ray
     ray.shutdown()
 

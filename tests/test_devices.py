@@ -26,6 +26,7 @@ def test_convolutions_round_to_float32():
         torch.backends.cudnn.allow_tf32 = True
         devices.exact_float32()
         assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.deterministic
         assert "tf32" not in (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
     finally:
         torch.backends.cudnn.allow_tf32 = before

@@ -157,30 +157,23 @@ class Diffusion(nn.Module):
             return x
         steps = linear_steps(scheduler)
         if x.device.type == "cuda":
+            step = GraphStep(self.denoiser, x, times, steps)
             try:
-                return self._denoise_graphed(x, times, steps, draw)
-            except RuntimeError as error:  # before the first draw, so that nothing is lost
+                graph, _ = capture(step)
+            except RuntimeError as error:
                 warnings.warn(f"sampling without a CUDA graph, which is slower: {error}", stacklevel=2)
+            else:
+                step.restart(x)
+                for of_noise in steps[:, 2].tolist():
+                    if of_noise:
+                        step.noise.copy_(draw())
+                    graph.replay()
+                return step.x
         for time, (of_x, of_prediction, of_noise) in zip(times.split(1), steps.tolist(), strict=True):
             x = torch.add(x * of_x, self.denoiser(x, time), alpha=of_prediction)
             if of_noise:
                 x.add_(draw(), alpha=of_noise)
         return x
-
-    def _denoise_graphed(self, x: Tensor, times: Tensor, steps: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-        """The same steps, each a replay of one CUDA graph.
-
-        Raises:
-            RuntimeError: the step cannot be captured.
-        """
-        step = GraphStep(self.denoiser, x, times, steps)
-        graph, _ = capture(step)
-        step.restart(x)
-        for of_noise in steps[:, 2].tolist():
-            if of_noise:
-                step.noise.copy_(draw())
-            graph.replay()
-        return step.x
 
 
 class GraphStep:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from pdiff_ray.config import Experiment
 from pdiff_ray.data import Dataset
-from pdiff_ray.devices import enough_memory
+from pdiff_ray.devices import differentiable_in_vmap, enough_memory
 from pdiff_ray.frontier import Frontier
 from pdiff_ray.judge import Judge
 from pdiff_ray.optimization import Trainer, autocast
@@ -126,7 +126,8 @@ class SubsetTraining:
                     logits = suffix(frontier, {name: tensor.squeeze(0) for name, tensor in self.tensors.items()})
                 else:
                     apart = tuple(tensor.unflatten(0, (self.count, -1)) for tensor in frontier)
-                    logits = torch.vmap(suffix)(apart, self.tensors).flatten(0, 1)
+                    with differentiable_in_vmap(self.device):
+                        logits = torch.vmap(suffix)(apart, self.tensors).flatten(0, 1)
             yield logits, labels
 
     def vectors(self) -> Tensor:
