@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pdiff_ray import devices
+from pdiff_ray import devices, doctor
+from pdiff_ray.config import Experiment
 from pdiff_ray.errors import PdiffError
 
 
@@ -36,3 +37,12 @@ def test_the_end_of_memory_has_a_remedy():
     expected = pytest.raises(PdiffError, match=r"^a test: CUDA out of memory; lower zoo\.vmap, or")
     with expected, devices.enough_memory("a test", "zoo.vmap"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+
+def test_a_driver_that_is_too_old_is_found(monkeypatch):
+    """NVML counts its GPUs all the same."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = doctor._finding("devices", doctor._devices, Experiment(name="x"))
+    assert not found.ok
+    assert "2 GPUs, whose driver is too old for CUDA" in found.text

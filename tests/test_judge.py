@@ -192,6 +192,22 @@ def test_less_is_taken_at_a_time_where_memory_ends(monkeypatch, dataset, network
         judge.judge(vectors)
 
 
+def test_less_is_taken_where_memory_ends_while_a_frontier_is_made(monkeypatch, dataset, network, tmp_path):
+    judge = Judge(
+        network, resolve(SubsetRule(last_norm_layers=1), network), dataset, CPU, cache=tmp_path, batch_size=100
+    )
+    prefix = judge.split.prefix
+
+    def with_little_memory(images):
+        if len(images) > 50:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return prefix(images)
+
+    monkeypatch.setattr(judge.split, "prefix", with_little_memory)
+    assert len(judge.frontier("test")) == len(dataset.test)
+    assert judge.batch_size == 50
+
+
 def test_what_cannot_be_stacked_is_judged_in_a_loop(dataset):
     network = Branching()
     judge = Judge(network, resolve(SubsetRule(all=True), network), dataset, CPU, stacked=4)
