@@ -55,7 +55,7 @@ def _devices(experiment: Experiment) -> str:
 
     count = torch.cuda.device_count()
     if count and not torch.cuda.is_available():
-        raise PdiffError(f"{count} GPUs, whose driver is too old for CUDA {torch.version.cuda}; update it")
+        raise PdiffError(f"{count} GPUs that CUDA {torch.version.cuda} cannot use; update their driver")
     if not count:
         return "no GPU; everything runs on the CPU"
     return ", ".join(torch.cuda.get_device_name(index) for index in range(count))

@@ -45,4 +45,4 @@ def test_a_driver_that_is_too_old_is_found(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = doctor._finding("devices", doctor._devices, Experiment(name="x"))
     assert not found.ok
-    assert "2 GPUs, whose driver is too old for CUDA" in found.text
+    assert "update their driver" in found.text
