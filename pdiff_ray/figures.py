@@ -37,9 +37,7 @@ def accuracy_by_group(records: Sequence[Record]) -> bytes:
         axes.scatter(column + spread, accuracies, s=12, alpha=0.5, color=COLOURS[members[0].group], linewidths=0)
         axes.hlines(accuracies.mean(), column - 0.35, column + 0.35, color="black", linewidth=1.5)
         axes.annotate(f"{accuracies.mean():.1f}", (column + 0.37, accuracies.mean()), fontsize=8, va="center")
-    # In lines, as neighbours would touch.
-    names = [f"{name} ({len(members)})".replace(" ", "\n") for name, members in groups.items()]
-    axes.set_xticks(range(len(groups)), names, fontsize=8)
+    _name_columns(axes, [f"{name} ({len(members)})" for name, members in groups.items()])
     axes.set_xlim(-0.5, len(groups) - 0.2)
     axes.set_ylabel("test accuracy (%)")
     return png(figure)
@@ -65,7 +63,7 @@ def similarity_bars(summary: Mapping[str, Any]) -> bytes:
         )
         labels = [f"{h:.2f}" if group[key] is not None else "" for h, group in zip(heights, groups, strict=True)]
         axes.bar_label(bars, labels, fontsize=6)
-    axes.set_xticks(range(len(groups)), [g["group"] for g in groups], fontsize=8)
+    _name_columns(axes, [g["group"] for g in groups])
     axes.set_ylabel("IoU of wrong predictions")
     axes.set_ylim(0, 1.18)
     axes.legend(fontsize=7, ncols=3, loc="upper center", frameon=False)
@@ -141,6 +139,11 @@ def loss_curves(histories: Mapping[str, Sequence[float]]) -> bytes:
         axes.set_xlabel("epoch" if name == "base" else "step", fontsize=8)
         axes.tick_params(labelsize=7, which="both")
     return png(figure)
+
+
+def _name_columns(axes: Any, names: Sequence[str]) -> None:
+    """Names below columns, a word to a line, as neighbours would touch."""
+    axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=8)
 
 
 def _by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
