@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import Result
-from pdiff_ray.devices import exact_float32
+from pdiff_ray.common.devices import exact_float32
 
 # Those of `cluster` start Ray, or whole experiments; the others need neither Ray nor MLflow.
 BENCHMARKS = {

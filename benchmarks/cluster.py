@@ -24,12 +24,19 @@ import torch
 import yaml
 
 from benchmarks.harness import Result, compare, result, seconds
-from pdiff_ray import config, distributed, loading, space
-from pdiff_ray.artifacts import Artifact, Storage
-from pdiff_ray.data import default_cache
-from pdiff_ray.stages import Context, artifacts_of, base, evaluate, generate, silent, zoo
-from pdiff_ray.store import ParameterStore
-from pdiff_ray.trials import Ledger
+from pdiff_ray import distributed
+from pdiff_ray.common.progress import silent
+from pdiff_ray.config import loading
+from pdiff_ray.config import schema as config
+from pdiff_ray.config import sweep as space
+from pdiff_ray.data.cache import default_cache
+from pdiff_ray.stages import base, evaluation, generator, samples, zoo
+from pdiff_ray.stages.context import Context
+from pdiff_ray.stages.table import artifacts_of
+from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.files import Storage
+from pdiff_ray.storage.parameters import ParameterStore
+from pdiff_ray.sweeps.ledger import Ledger
 
 if TYPE_CHECKING:
     from pdiff_ray.distributed.pool import Pool
@@ -59,25 +66,25 @@ class Evaluation:
         self.experiment = loading.load(file, [f"storage={storage}", *overrides])
         self.artifacts = artifacts_of(self.experiment, Storage(storage))
         self.context = Context(torch.device("cpu"), default_cache())
-        for build in (base.build, zoo.build, generate.build_generator, generate.build_samples):
+        for build in (base.build, zoo.build, generator.build, samples.build):
             build(self.experiment, self.artifacts, self.context)
         self.counter = itertools.count()
 
-    def run(self, map_stacks: evaluate.MapStacks, actors: int = 1) -> Artifact:
+    def run(self, map_stacks: evaluation.MapStacks, actors: int = 1) -> Artifact:
         """One evaluation by so many actors, from stacks to a committed artifact, which is a new one each time."""
         resources = self.experiment.resources.model_copy(update={"actors": actors})
         experiment = self.experiment.model_copy(update={"resources": resources})
         artifact = self.artifacts["evaluation"]
         artifact = replace(artifact, config={**artifact.config, "benchmark": next(self.counter)})
         artifacts = {**self.artifacts, "evaluation": artifact}
-        evaluate.judge_missing(experiment, artifacts, self.context, map_stacks)
-        evaluate.finish(experiment, artifacts)
+        evaluation.judge_missing(experiment, artifacts, self.context, map_stacks)
+        evaluation.finish(experiment, artifacts)
         return artifact
 
     @property
     def num_networks(self) -> int:
         """Of the networks that are judged here: all but the originals."""
-        return len(evaluate.made_networks(self.experiment))
+        return len(evaluation.made_networks(self.experiment))
 
     @contextlib.contextmanager
     def pool(self, actors: int, events: str) -> Iterator[Pool]:
@@ -95,9 +102,9 @@ class Evaluation:
         finally:
             pool.close()
 
-    def here(self) -> evaluate.MapStacks:
+    def here(self) -> evaluation.MapStacks:
         """What maps stacks in this process, started and warm."""
-        evaluator = evaluate.Evaluator(self.experiment, self.artifacts, self.context)
+        evaluator = evaluation.Evaluator(self.experiment, self.artifacts, self.context)
         self.run(lambda stacks: map(evaluator.evaluate, stacks))
         return lambda stacks: map(evaluator.evaluate, stacks)
 
@@ -172,7 +179,7 @@ def trial_overhead(trials: int = 10, trial_s: float = 60.0, overrides: tuple[str
 
     What Ray adds to a trial of a few seconds, from one trial's end to the next, is added to one of `trial_s`.
     """
-    from pdiff_ray import sweeping
+    from pdiff_ray.running import sweep as sweeping
 
     with tempfile.TemporaryDirectory() as folder, _evaluation(overrides=overrides) as (evaluation, _):
         ends: dict[str, list[float]] = {}

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Result, compare
-from pdiff_ray.artifacts import Artifact, Storage
-from pdiff_ray.config import Diffusion as DiffusionSettings
-from pdiff_ray.config import Evaluation, Generator, Optimizer, Sampling
-from pdiff_ray.generators import Fitting
+from pdiff_ray.config.schema import Diffusion as DiffusionSettings
+from pdiff_ray.config.schema import Evaluation, Generator, Optimizer, Sampling
 from pdiff_ray.generators.diffusion import Diffusion, make_scheduler
+from pdiff_ray.generators.interface import Fitting
 from pdiff_ray.generators.latent_diffusion import LatentDiffusion
 from pdiff_ray.generators.training import fit_model
-from pdiff_ray.store import ParameterStore, Record
-from pdiff_ray.subset import Entry, Subset
+from pdiff_ray.networks.subset import Entry, Subset
+from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.files import Storage
+from pdiff_ray.storage.parameters import ParameterStore, Record
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LATENT_DIM = 32

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pdiff_ray.artifacts import versions
+from pdiff_ray.storage.artifacts import versions
 
 Work = Callable[[], Any]
 

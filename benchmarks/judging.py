@@ -19,14 +19,15 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Result, Work, compare, matrix_rate, peak_mib, result, seconds
-from pdiff_ray.anatomy import dissect
-from pdiff_ray.config import Data, Network, SubsetRule, Zoo
-from pdiff_ray.data import Dataset, Split, random_images
-from pdiff_ray.judge import Judge
-from pdiff_ray.networks import build_network
-from pdiff_ray.optimization import autocast
-from pdiff_ray.sources import DataInfo
-from pdiff_ray.subset import Subset, resolve
+from pdiff_ray.common.devices import autocast
+from pdiff_ray.config.schema import Data, Network, SubsetRule, Zoo
+from pdiff_ray.data.cache import random_images
+from pdiff_ray.data.dataset import Dataset, Split
+from pdiff_ray.data.sources import DataInfo
+from pdiff_ray.estimates.anatomy import dissect
+from pdiff_ray.evaluation.judge import Judge
+from pdiff_ray.networks.build import build_network
+from pdiff_ray.networks.subset import Subset, resolve
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAST_TWO = SubsetRule(last_norm_layers=2)

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from pdiff_ray.config import Experiment
-from pdiff_ray.space import Parameter, Sweep
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.config.sweep import Parameter, Sweep
 
 FOLDER = Path(__file__).parent
 MARK = "<!-- fields: made by docs/generate.py from the schema -->\n"

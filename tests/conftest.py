@@ -9,8 +9,9 @@ import torch
 from helpers import pixels, write_parquet
 
 from pdiff_ray import distributed
-from pdiff_ray.artifacts import Artifact, Storage
-from pdiff_ray.config import Data, Resources
+from pdiff_ray.config.schema import Data, Resources
+from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.files import Storage
 
 torch.set_num_threads(1)
 distributed.prepare(Resources())  # before any test imports Ray

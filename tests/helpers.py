@@ -11,15 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from pdiff_ray import config, loading
-from pdiff_ray.artifacts import Storage
-from pdiff_ray.data import default_cache
-from pdiff_ray.networks import build_network
-from pdiff_ray.sources import DATASETS
-from pdiff_ray.stages import Context, artifacts_of, zoo
-from pdiff_ray.store import ParameterStore
-from pdiff_ray.trials import BUILDERS
+from pdiff_ray.config import loading
+from pdiff_ray.config import schema as config
+from pdiff_ray.data.cache import default_cache
+from pdiff_ray.data.sources import DATASETS
+from pdiff_ray.networks.build import build_network
+from pdiff_ray.stages import zoo
+from pdiff_ray.stages.context import Context
+from pdiff_ray.stages.table import STAGES, artifacts_of, build_missing
+from pdiff_ray.storage.files import Storage
+from pdiff_ray.storage.parameters import ParameterStore
 
+EVALUATED = [stage for stage in STAGES if stage != "report"]
 TINY = Path(__file__).parent / "tiny.yaml"
 
 
@@ -34,9 +37,8 @@ def context(**changes):
 
 
 def build(experiment, artifacts, *stages):
-    for stage in stages or BUILDERS:
-        if not artifacts[stage].exists():
-            BUILDERS[stage](experiment, artifacts, context())
+    for stage in stages or EVALUATED:
+        build_missing(stage, experiment, artifacts, context())
 
 
 def interrupted_zoo(experiment, artifacts, members):

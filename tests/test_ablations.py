@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pdiff_ray import space, sweep_report
-from pdiff_ray.trials import Ledger
+from pdiff_ray.config import sweep as space
+from pdiff_ray.sweeps import report as sweep_report
+from pdiff_ray.sweeps.ledger import Ledger
 
 pytestmark = pytest.mark.long
 
@@ -19,7 +20,7 @@ CHANCE = 0.1  # of ten digits
 
 @pytest.mark.parametrize("name", ["ablate_layers", "ablate_members", "ablate_noise"])
 def test_small_preset_answers_its_question(name, tmp_path):
-    file, code = SWEEPS / f"{name}.yaml", "from pdiff_ray.cli import main; main()"
+    file, code = SWEEPS / f"{name}.yaml", "from pdiff_ray.cli.main import main; main()"
     arguments = ["sweep", str(file), "--preset", "small", "--storage", str(tmp_path)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr

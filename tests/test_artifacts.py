@@ -13,10 +13,12 @@ import torch
 from test_store import SUBSET, assert_same, finish, make_records
 from torch import nn
 
-from pdiff_ray import artifacts
-from pdiff_ray.artifacts import Artifact, Storage, artifact_key, load_tree, save_tree
-from pdiff_ray.errors import StorageError
-from pdiff_ray.store import ParameterStore
+from pdiff_ray.common.errors import StorageError
+from pdiff_ray.storage import artifacts
+from pdiff_ray.storage.artifacts import Artifact, artifact_key
+from pdiff_ray.storage.files import Storage
+from pdiff_ray.storage.parameters import ParameterStore
+from pdiff_ray.storage.trees import load_tree, save_tree
 
 # --- artifacts --------------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ from test_split import CONVNET, LAST_NORMS
 
 from benchmarks import __main__ as command
 from benchmarks import cluster, core, judging
-from pdiff_ray import loading, pipeline
-from pdiff_ray.estimate import Estimator
+from pdiff_ray.config import loading
+from pdiff_ray.estimates.estimate import Estimator
+from pdiff_ray.running import experiment as pipeline
 
 SMALL = judging.Case("a small ConvNet", CONVNET, LAST_NORMS, 8, 60, 2, (2, 20), 20.0)
 RUNS = {

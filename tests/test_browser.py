@@ -18,8 +18,9 @@ import yaml
 from helpers import TINY
 from playwright.sync_api import expect, sync_playwright
 
-from pdiff_ray import cli, space
-from pdiff_ray.trials import Ledger
+from pdiff_ray.cli import main as cli
+from pdiff_ray.config import sweep as space
+from pdiff_ray.sweeps.ledger import Ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -48,7 +49,7 @@ def pages(ledger):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    code = "from pdiff_ray.cli import main; main()"
+    code = "from pdiff_ray.cli.main import main; main()"
     arguments = [sys.executable, "-c", code, "ui", "--storage", str(ledger.storage.local), "--port", str(port)]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, start_new_session=True)
     found = {}

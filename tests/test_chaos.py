@@ -16,9 +16,10 @@ import pytest
 import yaml
 from helpers import TINY
 
-from pdiff_ray import space, sweep_report
+from pdiff_ray.config import sweep as space
+from pdiff_ray.sweeps import report as sweep_report
+from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.tracking import tracking_uri
-from pdiff_ray.trials import Ledger
 
 pytestmark = pytest.mark.long
 
@@ -52,7 +53,7 @@ GRID = {
 
 
 def start(file, storage):
-    code = "from pdiff_ray.cli import main; main()"
+    code = "from pdiff_ray.cli.main import main; main()"
     storage.mkdir(exist_ok=True)
     with open(storage.with_suffix(".log"), "w") as output:
         return subprocess.Popen(

@@ -14,9 +14,9 @@ import torch
 from helpers import TINY, build, tiny
 from safetensors.torch import load_file, save_file
 
-from pdiff_ray.cli import cli, guarded
+from pdiff_ray.cli.main import cli, guarded
 from pdiff_ray.stages.base import load_network
-from pdiff_ray.store import ParameterStore, Record
+from pdiff_ray.storage.parameters import ParameterStore, Record
 
 
 def pdiff(*arguments, code=0):
@@ -41,7 +41,7 @@ def storage(tmp_path_factory):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; from pdiff_ray.cli import cli; cli(['--help'], standalone_mode=False); print(*sys.modules)"
+    code = "import sys; from pdiff_ray.cli.main import cli; cli(['--help'], standalone_mode=False); print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(result.stdout.split())
     assert "click" in loaded

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pdiff_ray import loading
+from pdiff_ray.config import loading
 
 FOLDER = Path(__file__).parent.parent / "cluster"
 SITES = sorted(FOLDER.glob("*.site.yaml"))

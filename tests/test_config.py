@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pdiff_ray import loading
-from pdiff_ray.config import PAPER_RECIPE, Experiment
-from pdiff_ray.errors import ConfigError
+from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.config import loading
+from pdiff_ray.config.schema import PAPER_RECIPE, Experiment
 
 SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("**/*.yaml"))
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from helpers import images_of, pixels, with_, write_parquet
 
-from pdiff_ray import data
-from pdiff_ray.config import Data
-from pdiff_ray.errors import ConfigError, PdiffError
+from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.config.schema import Data
+from pdiff_ray.data import dataset as data
 
 CPU = torch.device("cpu")
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from pdiff_ray import devices, doctor
-from pdiff_ray.config import Experiment
-from pdiff_ray.errors import PdiffError
+from pdiff_ray.cli import doctor
+from pdiff_ray.common import devices
+from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.config.schema import Experiment
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])

@@ -6,13 +6,14 @@ import pytest
 import torch
 from test_generators import CPU, SUBSET, draw, fitted, small
 
-from pdiff_ray import config
-from pdiff_ray.config import Generator, Sampling
-from pdiff_ray.generators import Fitting, graphs, make_generator
+from pdiff_ray.config import schema as config
+from pdiff_ray.config.schema import Generator, Sampling
 from pdiff_ray.generators import diffusion as diffusion_module
+from pdiff_ray.generators import graphs
 from pdiff_ray.generators.diffusion import Diffusion, GraphStep, linear_steps, make_scheduler
 from pdiff_ray.generators.graphs import graphed
-from pdiff_ray.subset import Entry, Subset
+from pdiff_ray.generators.interface import Fitting, make_generator
+from pdiff_ray.networks.subset import Entry, Subset
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])

@@ -10,17 +10,19 @@ from helpers import build, context, interrupted_zoo, tiny
 from test_split import CONVNET, CONVNEXT, LAST_NORMS, RESNET, SMALL_VIT, Twice, names
 from torch import nn
 
-from pdiff_ray import frontier as frontiers
-from pdiff_ray.config import Data, Experiment
-from pdiff_ray.data import Dataset, Split, _Cached, build_once
-from pdiff_ray.frontier import Frontier, keep
-from pdiff_ray.judge import Judge
-from pdiff_ray.networks import build_network
-from pdiff_ray.sources import DataInfo
-from pdiff_ray.split import SplitNetwork
-from pdiff_ray.stages import subset_training, zoo
-from pdiff_ray.store import ParameterStore
-from pdiff_ray.subset import resolve
+from pdiff_ray.config.schema import Data, Experiment
+from pdiff_ray.data.cache import Cached, build_once
+from pdiff_ray.data.dataset import Dataset, Split
+from pdiff_ray.data.sources import DataInfo
+from pdiff_ray.evaluation.judge import Judge
+from pdiff_ray.networks import frontier as frontiers
+from pdiff_ray.networks.build import build_network
+from pdiff_ray.networks.frontier import Frontier, keep
+from pdiff_ray.networks.split import SplitNetwork
+from pdiff_ray.networks.subset import resolve
+from pdiff_ray.stages import zoo
+from pdiff_ray.storage.parameters import ParameterStore
+from pdiff_ray.training import subset as subset_training
 
 CPU = torch.device("cpu")
 IMAGES = 48
@@ -29,7 +31,7 @@ IMAGES = 48
 def noise(size, **changes):
     """A data set of noise, with 3 channels and 10 classes."""
     images = np.random.default_rng(size).integers(256, size=(IMAGES, 3, size, size), dtype=np.uint8)
-    source = _Cached(images, np.arange(IMAGES) % 10, f"noise-{size}")
+    source = Cached(images, np.arange(IMAGES) % 10, f"noise-{size}")
     split = Split(source, np.arange(IMAGES))
     info = DataInfo(3, size, 10, (0.5,) * 3, (0.25,) * 3)
     return Dataset(info, Data(**changes), split, split, split, split)
@@ -130,12 +132,14 @@ def test_steps_are_those_of_full_passes(tmp_path, network, size, precision):
     judge = judge_of(network, names(*chosen), dataset, tmp_path)
     kept = subset_training.training_frontier(experiment, judge.subset, judge, 100)
     assert isinstance(kept, Frontier), kept
+    # Some processors' kernels round to bfloat16 elsewhere in the whole network than in its parts.
+    rounding = 1e-5 if precision == "float32" else 2**-7
     for steps in (1, 5):
         ours, vector = trained(experiment, judge, dataset, kept, steps)
         plain, expected = trained(experiment, judge, dataset, "images", steps)
         for a, b in zip(ours, plain, strict=True):
-            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
-        torch.testing.assert_close(vector, expected, rtol=1e-5, atol=1e-6)
+            assert (a - b).abs().max() <= rounding * b.abs().max()
+        torch.testing.assert_close(vector, expected, rtol=rounding, atol=rounding / 10)
 
 
 class WithDropout(nn.Module):

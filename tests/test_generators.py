@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from pdiff_ray import config
-from pdiff_ray.artifacts import load_tree, save_tree
-from pdiff_ray.config import Generator, Optimizer, Sampling
-from pdiff_ray.errors import ConfigError, PdiffError
-from pdiff_ray.generators import GENERATORS, NUM_RUNGS, Fitting, make_generator
+from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.config import schema as config
+from pdiff_ray.config.schema import Generator, Optimizer, Sampling
 from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.generators.diffusion import Diffusion
+from pdiff_ray.generators.interface import GENERATORS, NUM_RUNGS, Fitting, make_generator
 from pdiff_ray.generators.normalizer import Normalizer
 from pdiff_ray.generators.training import EMA, fit_model
-from pdiff_ray.optimization import Trainer, lr_factor
-from pdiff_ray.subset import Entry, Subset
+from pdiff_ray.networks.subset import Entry, Subset
+from pdiff_ray.storage.trees import load_tree, save_tree
+from pdiff_ray.training.trainer import Trainer, lr_factor
 
 CPU = torch.device("cpu")
 SUBSET = Subset((Entry("a.weight", (8,), 0, "parameter"), Entry("a.bias", (2, 3), 8, "parameter")))  # D = 14

@@ -5,17 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import BUILDERS, tiny
+from helpers import EVALUATED, build_missing, tiny
 from test_frontier import experiment_of, judge_of, noise
 from test_split import CONVNET, CONVNEXT, LAST_NORMS, RESNET, SMALL_VIT
 from torch.func import functional_call
 
-from pdiff_ray import devices
-from pdiff_ray.data import default_cache
-from pdiff_ray.frontier import Frontier
-from pdiff_ray.judge import Judge
-from pdiff_ray.similarity import unpack_wrong
-from pdiff_ray.stages import Context, subset_training
+from pdiff_ray.common import devices
+from pdiff_ray.data.cache import default_cache
+from pdiff_ray.evaluation.judge import Judge
+from pdiff_ray.evaluation.similarity import unpack_wrong
+from pdiff_ray.networks.frontier import Frontier
+from pdiff_ray.stages.context import Context
+from pdiff_ray.training import subset as subset_training
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -83,8 +84,8 @@ def test_branches_are_those_trained_alone(tmp_path, device, network, size):
 
 def test_an_experiment(tmp_path, device):
     experiment, artifacts = tiny(tmp_path, "data.train_noise=0", "zoo.regime=branches", "zoo.branches=3")
-    for builder in BUILDERS.values():
-        builder(experiment, artifacts, Context(device, default_cache()))
+    for stage in EVALUATED:
+        build_missing(stage, experiment, artifacts, Context(device, default_cache()))
     info = artifacts["zoo"].manifest()["info"]
     assert info["full_steps"] is None
     assert info["runs_whole"] is None

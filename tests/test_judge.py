@@ -8,16 +8,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pdiff_ray import data
-from pdiff_ray.config import Data, Network, SubsetRule
-from pdiff_ray.errors import PdiffError
-from pdiff_ray.frontier import Frontier
-from pdiff_ray.judge import CALIBRATION_BATCH, Judge, Judgement, judged
-from pdiff_ray.networks import build_network
-from pdiff_ray.similarity import distances, iou, mean_within, unpack_wrong
-from pdiff_ray.store import Record
-from pdiff_ray.subset import Subset, resolve
-from pdiff_ray.summary import summarize
+from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.config.schema import Data, Network, SubsetRule
+from pdiff_ray.data import dataset as data
+from pdiff_ray.evaluation.judge import CALIBRATION_BATCH, Judge, Judgement, judged
+from pdiff_ray.evaluation.similarity import distances, iou, mean_within, unpack_wrong
+from pdiff_ray.evaluation.summary import summarize
+from pdiff_ray.networks.build import build_network
+from pdiff_ray.networks.frontier import Frontier
+from pdiff_ray.networks.subset import Subset, resolve
+from pdiff_ray.storage.parameters import Record
 
 CPU = torch.device("cpu")
 
@@ -254,9 +254,9 @@ def test_chunks_are_as_large_as_caches(dataset, network, monkeypatch):
     """The largest tensor of an image: 4 channels of 8 x 8 float32."""
     judge = Judge(network, Subset(()), dataset, CPU)
     assert judge.batch_size == 500
-    monkeypatch.setattr("pdiff_ray.judge.CPU_TENSOR_BYTES", 4 * 8 * 8 * 4 * 100)
+    monkeypatch.setattr("pdiff_ray.evaluation.judge.CPU_TENSOR_BYTES", 4 * 8 * 8 * 4 * 100)
     assert Judge(network, Subset(()), dataset, CPU).batch_size == 100
-    monkeypatch.setattr("pdiff_ray.judge.CPU_TENSOR_BYTES", 1)
+    monkeypatch.setattr("pdiff_ray.evaluation.judge.CPU_TENSOR_BYTES", 1)
     assert Judge(network, Subset(()), dataset, CPU).batch_size == 32
 
 
@@ -419,7 +419,7 @@ def test_noise_is_grouped_by_sigma():
 
 
 def test_distances_are_those_of_whole_vectors(monkeypatch):
-    monkeypatch.setattr("pdiff_ray.similarity.CHUNK_VALUES", 50)  # several chunks, the last one shorter
+    monkeypatch.setattr("pdiff_ray.evaluation.similarity.CHUNK_VALUES", 50)  # several chunks, the last one shorter
     random = np.random.default_rng(0)
     first, second = random.standard_normal((3, 23)), random.standard_normal((4, 23))
     expected = np.linalg.norm(first[:, None] - second[None], axis=2)

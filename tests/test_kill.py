@@ -9,7 +9,8 @@ import time
 import pytest
 from helpers import TINY, tiny
 
-from pdiff_ray.report import load_summary, table_rows
+from pdiff_ray.reports.tables import table_rows
+from pdiff_ray.stages.report import load_summary
 
 # Long enough to be caught in the middle of each stage.
 LONGER = (
@@ -24,7 +25,7 @@ LONGER = (
 
 def command(storage):
     settings = [text for override in LONGER for text in ("--set", override)]
-    code = "from pdiff_ray.cli import main; main()"
+    code = "from pdiff_ray.cli.main import main; main()"
     return [
         sys.executable,
         "-c",

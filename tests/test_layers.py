@@ -1,6 +1,7 @@
-"""The architecture, read off the sources: imports point downward, Ray and MLflow stay in their layers."""
+"""The architecture, read off the sources: `docs/structure.md` names every file, and imports point down its list."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,37 +9,27 @@ from pathlib import Path
 import pytest
 from helpers import TINY
 
-PACKAGE = Path(__file__).parent.parent / "pdiff_ray"
-# Top floor first: a module imports from its own floor or those below it.
-FLOORS = [
-    {"sweep"},
-    {"cli"},
-    {"printing"},
-    {"sweeping", "sweep_report", "sweep_plan"},
-    {"pipeline", "doctor"},
-    {"distributed"},
-    {"tracking"},
-    {"sweep_table"},
-    {"trials"},
-    {"report", "exchange"},
-    {"sweep_figures", "estimate"},
-    {"figures", "stages", "measure"},
-    {"summary", "judge", "generators", "anatomy"},
-    {"frontier"},
-    {"store", "networks", "split"},
-    {"data", "subset", "similarity", "optimization"},
-    {"sources"},
-    {"artifacts", "console", "search"},
-    {"space"},
-    {"loading"},
-    {"config", "seeds", "devices"},
-    {"errors", "__init__"},
-]
-FLOOR_OF = {name: height for height, names in enumerate(reversed(FLOORS)) for name in names}
-SOURCES = sorted(PACKAGE.rglob("*.py"))
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "pdiff_ray"
+SOURCES = {str(source.relative_to(PACKAGE)): source for source in sorted(PACKAGE.rglob("*.py"))}
 
 
-def imported_modules(source: Path) -> set[str]:
+def listed():
+    """Folders and files of `docs/structure.md`, in order; a folder is named by its `__init__.py`."""
+    names, folder = [], ""
+    for indent, name in re.findall(r"^( *)- `([\w./]+)`: \S", (ROOT / "docs/structure.md").read_text(), re.MULTILINE):
+        if name.endswith("/"):
+            folder, name = name, f"{name}__init__.py"
+        elif indent:
+            name = folder + name
+        names.append(name)
+    return names
+
+
+HEIGHT = {name: -position for position, name in enumerate(listed())}
+
+
+def imported_modules(source):
     found = set()
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import):
@@ -49,29 +40,43 @@ def imported_modules(source: Path) -> set[str]:
     return found
 
 
-def part(dotted: str) -> str:
-    """The part of the package a dotted name belongs to; the package itself is `__init__`."""
-    pieces = dotted.split(".")
-    return pieces[1] if len(pieces) > 1 and pieces[1] in FLOOR_OF else "__init__"
+def file_of(module):
+    """The package's file that a dotted name leads to."""
+    path = "/".join(module.split(".")[1:])
+    parent = path.rpartition("/")[0]
+    tries = (f"{path}.py", f"{path}/__init__.py", f"{parent}.py", f"{parent}/__init__.py", "__init__.py")
+    return next(name for name in (one.lstrip("/") for one in tries) if name in SOURCES)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_point_downward(source):
-    own = source.relative_to(PACKAGE).with_suffix("").parts[0]
-    assert own in FLOOR_OF, f"{own} has no floor: add it to FLOORS"
-    for module in imported_modules(source):
+def test_the_page_names_every_file():
+    assert sorted(listed()) == sorted(SOURCES)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_point_downward(name):
+    for module in imported_modules(SOURCES[name]):
         if module.split(".")[0] == "pdiff_ray":
-            assert FLOOR_OF[part(module)] <= FLOOR_OF[own], f"{own} imports {module} from a floor above"
+            other = file_of(module)
+            within = Path(other).parent == Path(name).parent
+            if other in (name, "__init__.py") or (within and "__init__.py" in (Path(name).name, Path(other).name)):
+                continue  # a folder's own front, and the version
+            assert HEIGHT[other] < HEIGHT[name], f"{name} imports {other}, which stands above it in docs/structure.md"
 
 
 @pytest.mark.parametrize(("library", "home"), [("ray", "distributed"), ("mlflow", "tracking")])
 def test_only_one_layer_imports(library, home):
     users = {
-        source.relative_to(PACKAGE).with_suffix("").parts[0]
-        for source in SOURCES
+        Path(name).parts[0]
+        for name, source in SOURCES.items()
         if any(module.split(".")[0] == library for module in imported_modules(source))
     }
     assert users == {home}
+
+
+def test_every_folder_says_what_lives_there_and_what_it_imports():
+    for name, source in SOURCES.items():
+        if name.endswith("/__init__.py"):
+            assert re.search(r"\bImports? |\bimports ", ast.get_docstring(ast.parse(source.read_text()))), name
 
 
 def test_the_core_works_without_ray_and_mlflow(tmp_path):
@@ -79,7 +84,7 @@ def test_the_core_works_without_ray_and_mlflow(tmp_path):
     code = f"""
 import sys
 sys.modules["ray"] = sys.modules["mlflow"] = None
-from pdiff_ray.cli import main
+from pdiff_ray.cli.main import main
 sys.argv = ["pdiff", "run", "report", {str(TINY)!r}, "--storage", {str(tmp_path)!r}, "--in-process"]
 main()
 """

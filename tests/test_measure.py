@@ -7,12 +7,12 @@ import torch
 from test_split import CONVNET, CONVNEXT, LAST_NORMS, RESNET, SMALL_VIT
 from torch import nn
 
-from pdiff_ray import anatomy, measure
-from pdiff_ray.config import Network, SubsetRule, Zoo
-from pdiff_ray.networks import build_network
-from pdiff_ray.sources import DataInfo
-from pdiff_ray.split import split_network
-from pdiff_ray.subset import resolve
+from pdiff_ray.config.schema import Network, SubsetRule, Zoo
+from pdiff_ray.data.sources import DataInfo
+from pdiff_ray.estimates import anatomy, measure
+from pdiff_ray.networks.build import build_network
+from pdiff_ray.networks.split import split_network
+from pdiff_ray.networks.subset import resolve
 
 CPU = torch.device("cpu")
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from pdiff_ray.config import Network, SubsetRule
-from pdiff_ray.errors import ConfigError
-from pdiff_ray.networks import build_network
-from pdiff_ray.sources import DATASETS, DataInfo
-from pdiff_ray.subset import Subset, main_path_norm_layers, norm_layers, resolve
+from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.config.schema import Network, SubsetRule
+from pdiff_ray.data.sources import DATASETS, DataInfo
+from pdiff_ray.networks.build import build_network
+from pdiff_ray.networks.subset import Subset, main_path_norm_layers, norm_layers, resolve
 
 MNIST, CIFAR, DIGITS = DATASETS["mnist"], DATASETS["cifar10"], DATASETS["digits"]
 

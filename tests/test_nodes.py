@@ -20,8 +20,9 @@ import yaml
 from helpers import TINY
 from pyarrow.fs import FileSystem
 
-from pdiff_ray import space, sweep_report
-from pdiff_ray.trials import Ledger
+from pdiff_ray.config import sweep as space
+from pdiff_ray.sweeps import report as sweep_report
+from pdiff_ray.sweeps.ledger import Ledger
 
 ROOT = Path(__file__).parent.parent
 UNSHARE = ["unshare", "--mount", "--propagation", "private"]
@@ -130,7 +131,7 @@ def test_nodes_share_only_storage_and_mlflow(cluster, bucket, mlflow_server, tmp
     resources = {"workers": 2, "actors": 2}
     content = {"base": str(TINY), "name": "nodes", "resources": resources, "sweep": SWEEP}
     file.write_text(yaml.safe_dump(content, sort_keys=False))
-    code = "from pdiff_ray.cli import main; main()"
+    code = "from pdiff_ray.cli.main import main; main()"
     places = ["--storage", bucket, "--tracking-uri", mlflow_server, "--address", address]
     command = [sys.executable, "-c", code, "sweep", str(file), *places]
     environment = {**os.environ, **JOINED, "PDIFF_CACHE": str(driver / "cache")}

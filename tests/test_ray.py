@@ -10,13 +10,14 @@ import pytest
 import torch
 from helpers import build, tiny
 
-from pdiff_ray import pipeline
-from pdiff_ray.config import Resources
-from pdiff_ray.console import Display
-from pdiff_ray.errors import ConfigError, PdiffError
-from pdiff_ray.report import load_summary, table_rows
-from pdiff_ray.stages.evaluate import make_stacks, networks_to_judge
-from pdiff_ray.store import ParameterStore
+from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.common.progress import Display
+from pdiff_ray.config.schema import Resources
+from pdiff_ray.reports.tables import table_rows
+from pdiff_ray.running import experiment as pipeline
+from pdiff_ray.stages.evaluation import make_stacks, networks_to_judge
+from pdiff_ray.stages.report import load_summary
+from pdiff_ray.storage.parameters import ParameterStore
 
 TWO = ("resources.workers=2", "resources.actors=2")
 

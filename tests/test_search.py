@@ -6,9 +6,10 @@ import pytest
 import yaml
 from helpers import TINY
 
-from pdiff_ray import space
-from pdiff_ray.search import Trial, study_of, suggest
-from pdiff_ray.trials import Ledger
+from pdiff_ray.config import sweep as space
+from pdiff_ray.sweeps.ledger import Ledger
+from pdiff_ray.sweeps.search import study_of, suggest
+from pdiff_ray.sweeps.trial import Trial
 
 PARAMETERS = {
     "generator.autoencoder.lr": {"loguniform": [1e-4, 1e-2]},

@@ -11,9 +11,10 @@ import torch
 from helpers import images_of, pixels, png, with_, write_parquet
 from PIL import Image
 
-from pdiff_ray import data, sources
-from pdiff_ray.config import Data
-from pdiff_ray.errors import ConfigError, PdiffError
+from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.config.schema import Data
+from pdiff_ray.data import dataset as data
+from pdiff_ray.data import sources
 
 
 def test_table_agrees_with_the_digits(tmp_path):

@@ -4,8 +4,9 @@ import pytest
 import yaml
 from helpers import TINY
 
-from pdiff_ray import loading, space
-from pdiff_ray.errors import ConfigError
+from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.config import loading
+from pdiff_ray.config import sweep as space
 
 
 def load(folder, sweep, preset=None, **more):

@@ -9,12 +9,12 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pdiff_ray.config import Network, SubsetRule
-from pdiff_ray.networks import build_network
-from pdiff_ray.optimization import autocast
-from pdiff_ray.sources import DataInfo
-from pdiff_ray.split import _verify, split_network
-from pdiff_ray.subset import resolve
+from pdiff_ray.common.devices import autocast
+from pdiff_ray.config.schema import Network, SubsetRule
+from pdiff_ray.data.sources import DataInfo
+from pdiff_ray.networks.build import build_network
+from pdiff_ray.networks.split import _verify, split_network
+from pdiff_ray.networks.subset import resolve
 
 aten = torch.ops.aten
 RESNET = Network(name="resnet18", source="torchvision", cifar_stem=True)
@@ -357,7 +357,7 @@ def test_kernels_that_round_otherwise_are_no_reason_to_run_whole(monkeypatch, co
         with OtherKernels():
             _verify(*arguments)
 
-    monkeypatch.setattr("pdiff_ray.split._verify", verify)
+    monkeypatch.setattr("pdiff_ray.networks.split._verify", verify)
     network = build(config, size)
     names = resolve(LAST_NORMS, network).names
     with autocast(torch.device("cpu"), precision):

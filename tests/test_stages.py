@@ -7,16 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import BUILDERS, build, context, interrupted_zoo, tiny
+from helpers import EVALUATED, build, build_missing, context, interrupted_zoo, tiny
 
-from pdiff_ray import pipeline, printing, report
-from pdiff_ray.errors import ConfigError, PdiffError
-from pdiff_ray.judge import Judge
-from pdiff_ray.report import load_summary, sharing_text, table_rows
-from pdiff_ray.split import split_network
-from pdiff_ray.stages import base, evaluate, subset_training, zoo
-from pdiff_ray.stages.evaluate import Evaluator, make_stacks, networks_to_judge
-from pdiff_ray.store import ParameterStore, Record
+from pdiff_ray.cli import printing
+from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.evaluation.judge import Judge
+from pdiff_ray.networks.split import split_network
+from pdiff_ray.reports.tables import sharing_text, table_rows
+from pdiff_ray.running import experiment as pipeline
+from pdiff_ray.stages import base, evaluation, report, zoo
+from pdiff_ray.stages.evaluation import Evaluator, make_stacks, networks_to_judge
+from pdiff_ray.stages.report import load_summary
+from pdiff_ray.storage.parameters import ParameterStore, Record
+from pdiff_ray.training import subset as subset_training
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +109,7 @@ def test_stacks_are_cut_for_the_actors_there_are(done, tmp_path):
         sizes.extend(len(stack) for stack in stacks if stack[0].group == "generated")
         return []
 
-    evaluate.judge_missing(experiment, artifacts, context(), note)
+    evaluation.judge_missing(experiment, artifacts, context(), note)
     assert sizes == [4, 3, 2, 2, 1]
 
 
@@ -157,13 +160,12 @@ def test_a_network_is_split_once_for_all_stages(tmp_path, monkeypatch):
         split.append(names)
         return split_network(network, names, images)
 
-    monkeypatch.setattr("pdiff_ray.judge.split_network", counted)
+    monkeypatch.setattr("pdiff_ray.evaluation.judge.split_network", counted)
     here = context()
     for number, overrides in enumerate([[], ["generator.seed=1"], ["zoo.batchnorm=recalibrated"]], 1):
         experiment, artifacts = tiny(tmp_path, "data.train_noise=0", *overrides)
-        for stage, builder in BUILDERS.items():
-            if not artifacts[stage].exists():
-                builder(experiment, artifacts, here)
+        for stage in EVALUATED:
+            build_missing(stage, experiment, artifacts, here)
         assert len([names for names in split if names]) == max(1, number - 1)
 
 
@@ -176,7 +178,7 @@ def test_an_interrupted_evaluation_says_what_all_of_it_took(done, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate.build(experiment, artifacts, context(progress=stop))
+        evaluation.build(experiment, artifacts, context(progress=stop))
     store = ParameterStore(artifacts["evaluation"])
     kept = [store.about(part)["counts"] for part in store.manifest_entries(store.ids)]
     build(experiment, artifacts)
@@ -189,7 +191,7 @@ def test_an_interrupted_evaluation_says_what_all_of_it_took(done, tmp_path):
 def test_a_reason_is_printed_as_it_is(done, monkeypatch, capsys):
     """Reasons are first lines of exceptions, which may look like markup."""
     experiment, artifacts = done
-    report.build(experiment, artifacts)
+    report.build(experiment, artifacts, context())
     monkeypatch.setattr(report, "sharing_text", lambda *_: "runs whole: shape [b, 3] is no [/x]")
     printing.print_result(pipeline.make_plan(experiment))
     assert "shared: runs whole: shape [b, 3] is no [/x]" in capsys.readouterr().out
@@ -229,7 +231,7 @@ def test_one_member_works(done):
     assert "-" in table_rows(summary)[1]  # no similarity among one original
     assert artifacts["samples"].manifest()["info"]["relative_latent_std"] is None
     assert artifacts["generator"].manifest()["info"]["unexplained_variance"] is None
-    report.build(one, artifacts)
+    report.build(one, artifacts, context())
 
 
 @pytest.mark.parametrize("regime", ["trajectory", "independent"])

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-import pdiff_ray.store
-from pdiff_ray import artifacts
-from pdiff_ray.artifacts import Storage
-from pdiff_ray.config import SubsetRule
-from pdiff_ray.errors import StorageError
-from pdiff_ray.store import METADATA_KEY, ParameterStore, Record, without_vector
-from pdiff_ray.subset import Subset, resolve
+from pdiff_ray.common.errors import StorageError
+from pdiff_ray.config.schema import SubsetRule
+from pdiff_ray.networks.subset import Subset, resolve
+from pdiff_ray.storage import artifacts
+from pdiff_ray.storage import parameters as parameters
+from pdiff_ray.storage.files import Storage
+from pdiff_ray.storage.parameters import METADATA_KEY, ParameterStore, Record, without_vector
 
 SUBSET = resolve(SubsetRule(all=True), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "included")
 
@@ -146,7 +146,7 @@ def test_vectors_however_their_pages_were_written(store, artifact, written):
 
 
 def test_more_parts_than_files_are_kept_open(store, artifact, monkeypatch):
-    monkeypatch.setattr(pdiff_ray.store, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(parameters, "MAX_OPEN_FILES", 2)
     records = make_records(range(6))
     for record in records:
         store.append([record], SUBSET)

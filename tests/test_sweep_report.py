@@ -11,11 +11,16 @@ import pytest
 import yaml
 from helpers import TINY, context
 
-from pdiff_ray import printing, space, sweep_figures, sweep_report, sweep_table, sweeping
-from pdiff_ray.report import load_summary
-from pdiff_ray.search import Trial
-from pdiff_ray.sweep_table import Result, Row
-from pdiff_ray.trials import Ledger, run_trial
+from pdiff_ray.cli import printing
+from pdiff_ray.config import sweep as space
+from pdiff_ray.running import sweep as sweeping
+from pdiff_ray.stages.report import load_summary
+from pdiff_ray.sweeps import figures as sweep_figures
+from pdiff_ray.sweeps import report as sweep_report
+from pdiff_ray.sweeps import table as sweep_table
+from pdiff_ray.sweeps.ledger import Ledger
+from pdiff_ray.sweeps.table import Result, Row
+from pdiff_ray.sweeps.trial import Trial, run_trial
 
 MEAN = "generated/mean_test_accuracy"
 GRID = {

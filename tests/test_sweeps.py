@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdiff_ray import cli, config, loading, pipeline, sources, space
-from pdiff_ray.config import Data, Network
+from pdiff_ray.cli import main as cli
+from pdiff_ray.config import loading
+from pdiff_ray.config import schema as config
+from pdiff_ray.config import sweep as space
+from pdiff_ray.config.schema import Data, Network
+from pdiff_ray.data import sources
 from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.generators.diffusion import Diffusion
-from pdiff_ray.networks import check_network
+from pdiff_ray.networks.build import check_network
+from pdiff_ray.running import experiment as pipeline
 from pdiff_ray.stages.zoo import subset_of
 
 FOLDER = Path(__file__).parents[1] / "sweeps"

@@ -15,17 +15,20 @@ import mlflow
 import pytest
 from helpers import TINY, build, tiny
 
-from pdiff_ray import report, space, sweeping, tracking
-from pdiff_ray.search import Trial
+from pdiff_ray import tracking
+from pdiff_ray.config import sweep as space
+from pdiff_ray.running import sweep as sweeping
+from pdiff_ray.stages import report
+from pdiff_ray.sweeps.ledger import Ledger
+from pdiff_ray.sweeps.trial import Trial
 from pdiff_ray.tracking import server, sweeps
-from pdiff_ray.trials import Ledger
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     experiment, artifacts = tiny(tmp_path_factory.mktemp("storage"))
     build(experiment, artifacts)
-    report.build(experiment, artifacts)
+    build(experiment, artifacts, "report")
     assert tracking.record(experiment, artifacts)
     uri = tracking.tracking_uri(experiment, artifacts["zoo"].storage)
     return experiment, artifacts, mlflow.MlflowClient(tracking_uri=uri)

@@ -7,11 +7,15 @@ import pytest
 import yaml
 from helpers import TINY, tiny
 
-from pdiff_ray import cli, space, sweep_table, sweeping, trials
+from pdiff_ray.cli import main as cli
+from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.config import sweep as space
 from pdiff_ray.distributed.tune import _Claims
-from pdiff_ray.errors import PdiffError
-from pdiff_ray.search import Trial
-from pdiff_ray.trials import Ledger, needs
+from pdiff_ray.running import sweep as sweeping
+from pdiff_ray.sweeps import table as sweep_table
+from pdiff_ray.sweeps import trial
+from pdiff_ray.sweeps.ledger import Ledger, needs
+from pdiff_ray.sweeps.trial import Trial
 
 SEARCH = {
     "search": "optuna",
@@ -53,7 +57,7 @@ def copy(grid, tmp_path):
 
 def test_a_loss_that_is_no_number_fails_its_trial(tmp_path, monkeypatch):
     ledger = ledger_of(tmp_path / "storage", {**SEARCH, "parameters": GRID["parameters"]})
-    monkeypatch.setattr(trials, "objective", lambda artifacts, metric: math.nan)
+    monkeypatch.setattr(trial, "objective", lambda artifacts, metric: math.nan)
     assert run(ledger) == [0, 1]
     assert [t.state for t in ledger.done()] == ["failed"] * 2
     assert "mean_train_loss is nan" in ledger.done()[0].reason

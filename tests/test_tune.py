@@ -11,10 +11,11 @@ import pytest
 import yaml
 from helpers import TINY
 
-from pdiff_ray import space, sweeping
-from pdiff_ray.errors import PdiffError
-from pdiff_ray.report import load_summary
-from pdiff_ray.trials import Ledger, needs
+from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.config import sweep as space
+from pdiff_ray.running import sweep as sweeping
+from pdiff_ray.stages.report import load_summary
+from pdiff_ray.sweeps.ledger import Ledger, needs
 
 pytestmark = pytest.mark.usefixtures("ray")
 

@@ -1,10 +1,12 @@
-"""The Ray layer: runs the plain functions of `pdiff_ray.stages` on a cluster. Nothing else imports Ray."""
+"""The Ray layer: runs the functions of `pdiff_ray.stages` on a cluster. Imports sweeps and below; only it imports
+Ray.
+"""
 
 from __future__ import annotations
 
 import os
 
-from pdiff_ray.config import Resources
+from pdiff_ray.config.schema import Resources
 
 
 def ray_address(resources: Resources) -> str | None:

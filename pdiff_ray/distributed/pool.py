@@ -9,14 +9,14 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayTaskError
 
-from pdiff_ray.artifacts import Artifact
-from pdiff_ray.config import Experiment
-from pdiff_ray.data import default_cache
+from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.data.cache import default_cache
 from pdiff_ray.distributed.session import gpu_share, report_progress, take_place
-from pdiff_ray.errors import PdiffError
-from pdiff_ray.stages import Context
-from pdiff_ray.stages.evaluate import Evaluator, Stack
-from pdiff_ray.trials import BUILDERS
+from pdiff_ray.stages.context import Context
+from pdiff_ray.stages.evaluation import Evaluator, Stack
+from pdiff_ray.stages.table import build_missing
+from pdiff_ray.storage.artifacts import Artifact
 
 
 class _Worker:
@@ -34,8 +34,8 @@ class _Worker:
 
     def build(self, stage: str) -> None:
         self.evaluator = None  # its vectors make room
-        if not self.artifacts[stage].exists():  # by an actor that died since
-            BUILDERS[stage](self.experiment, self.artifacts, self.context)
+        # It may be there, by an actor that died since.
+        build_missing(stage, self.experiment, self.artifacts, self.context)
 
     def evaluate(self, stack: Stack) -> Stack:
         if self.evaluator is None:

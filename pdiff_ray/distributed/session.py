@@ -17,11 +17,11 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pdiff_ray.config import Resources
-from pdiff_ray.devices import exact_float32
+from pdiff_ray.common.devices import exact_float32
+from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.common.progress import Progress
+from pdiff_ray.config.schema import Resources
 from pdiff_ray.distributed import ray_address
-from pdiff_ray.errors import ConfigError, PdiffError
-from pdiff_ray.stages import Progress
 
 POLL_S = 0.3
 CONNECT_TIMEOUT_S = 5.0

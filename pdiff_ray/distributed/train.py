@@ -14,12 +14,13 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from pdiff_ray.artifacts import Artifact
-from pdiff_ray.config import Experiment
-from pdiff_ray.data import default_cache
+from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.data.cache import default_cache
 from pdiff_ray.distributed.session import failures, gpu_share, report_failure, report_progress, take_place
-from pdiff_ray.errors import PdiffError
-from pdiff_ray.stages import Context, base, zoo
+from pdiff_ray.stages import base, zoo
+from pdiff_ray.stages.context import Context
+from pdiff_ray.storage.artifacts import Artifact
 
 # Workers wait for each other at the end of a stage, however unequal their shares.
 COLLECTIVE_TIMEOUT_S = 7 * 24 * 3600

@@ -20,8 +20,8 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from pdiff_ray.artifacts import Artifact, Storage
-from pdiff_ray.data import default_cache
+from pdiff_ray.common.errors import PdiffError, StorageError
+from pdiff_ray.data.cache import default_cache
 from pdiff_ray.distributed.session import (
     beside_driver,
     failures,
@@ -30,10 +30,11 @@ from pdiff_ray.distributed.session import (
     report_progress,
     take_place,
 )
-from pdiff_ray.errors import PdiffError, StorageError
-from pdiff_ray.search import Trial
-from pdiff_ray.stages import Context
-from pdiff_ray.trials import FINAL_RUNG, Ledger, run_trial
+from pdiff_ray.stages.context import Context
+from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.files import Storage
+from pdiff_ray.sweeps.ledger import Ledger
+from pdiff_ray.sweeps.trial import FINAL_RUNG, Trial, run_trial
 
 LEASE_S = 30.0
 POLL_S = 0.5

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pdiff_ray.config import Autoencoder as Settings
-from pdiff_ray.errors import ConfigError
+from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.config.schema import Autoencoder as Settings
 
 MAX_PARAMETERS = 2 * 10**9
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pdiff_ray.config import Diffusion as Settings
-from pdiff_ray.config import Sampling
+from pdiff_ray.common.seeds import generator
+from pdiff_ray.config.schema import Diffusion as Settings
+from pdiff_ray.config.schema import Sampling
 from pdiff_ray.generators.graphs import capture
-from pdiff_ray.seeds import generator
 
 ONEDNN, ONEDNN_BATCH = torch.backends.mkldnn.is_available(), 16  # for fewer rows MKL takes less time
 

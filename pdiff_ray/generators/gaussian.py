@@ -8,18 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pdiff_ray import config
-from pdiff_ray.generators import Fitting, State
-from pdiff_ray.seeds import generator
-from pdiff_ray.subset import Subset
+from pdiff_ray.common.seeds import generator
+from pdiff_ray.config import schema
+from pdiff_ray.generators.interface import Fitting, State
+from pdiff_ray.networks.subset import Subset
 
 NUM_VIEW_DIMENSIONS = 32
 
 
 class Gaussian:
-    """See `pdiff_ray.generators.Generator`. Samples are mean + z @ factor with z ~ N(0, I) of K dimensions."""
+    """See `interface.Generator`. Samples are mean + z @ factor with z ~ N(0, I) of K dimensions."""
 
-    def __init__(self, settings: config.Generator, subset: Subset) -> None:
+    def __init__(self, settings: schema.Generator, subset: Subset) -> None:
         self.mean = torch.zeros(subset.size)
         self.factor = torch.zeros(1, subset.size)
 
@@ -27,7 +27,7 @@ class Gaussian:
         self.mean = vectors.mean(0)
         self.factor = (vectors - self.mean) / max(1, len(vectors) - 1) ** 0.5
 
-    def sample(self, count: int, sampling: config.Sampling, device: torch.device) -> Tensor:
+    def sample(self, count: int, sampling: schema.Sampling, device: torch.device) -> Tensor:
         random = generator(device, sampling.seed or 0, "samples")
         z = torch.randn(count, len(self.factor), generator=random, device=device)
         return self.mean.to(device) + z @ self.factor.to(device)

@@ -10,15 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pdiff_ray import config
-from pdiff_ray.config import Optimizer
-from pdiff_ray.generators import NUM_RUNGS, Fitting, State
+from pdiff_ray.common.seeds import derive_seed
+from pdiff_ray.config import schema
+from pdiff_ray.config.schema import Optimizer
 from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.generators.diffusion import Diffusion
+from pdiff_ray.generators.interface import NUM_RUNGS, Fitting, State
 from pdiff_ray.generators.normalizer import Normalizer
 from pdiff_ray.generators.training import fit_model
-from pdiff_ray.seeds import derive_seed
-from pdiff_ray.subset import Subset
+from pdiff_ray.networks.subset import Subset
 
 GATE_MEMBERS = 10
 AUTOENCODER_RUNGS = range(1, 4)
@@ -28,9 +28,9 @@ CHUNK = 50  # vectors that pass the autoencoder together, outside of training
 
 
 class LatentDiffusion:
-    """See `pdiff_ray.generators.Generator`."""
+    """See `pdiff_ray.generators.interface.Generator`."""
 
-    def __init__(self, settings: config.Generator, subset: Subset) -> None:
+    def __init__(self, settings: schema.Generator, subset: Subset) -> None:
         self.settings, self.subset = settings, subset
         latent_dim = settings.autoencoder.latent_dim
         with torch.random.fork_rng(devices=[]):
@@ -72,7 +72,7 @@ class LatentDiffusion:
         else:
             self.latents = Normalizer(torch.zeros_like(latents[0]), torch.ones_like(latents[0]))
         steps = min(PREVIEW_STEPS, diffusion.num_timesteps)
-        few_steps = config.Sampling(sampler="dpmsolver++", steps=steps, seed=fitting.seed % 2**31)
+        few_steps = schema.Sampling(sampler="dpmsolver++", steps=steps, seed=fitting.seed % 2**31)
         fit_model(
             "diffusion",
             self.diffusion.to(fitting.device),
@@ -100,7 +100,7 @@ class LatentDiffusion:
             "passed": 100 * (before - after) <= self.settings.gate_points,
         }
 
-    def sample(self, count: int, sampling: config.Sampling, device: torch.device) -> Tensor:
+    def sample(self, count: int, sampling: schema.Sampling, device: torch.device) -> Tensor:
         self._to(device)
         latents = self.diffusion.sample(count, sampling, device)
         with torch.inference_mode():

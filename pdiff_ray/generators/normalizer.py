@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pdiff_ray.subset import Subset
+from pdiff_ray.networks.subset import Subset
 
 MIN_RELATIVE_STD = 1e-6  # of the mean over all values
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pdiff_ray.config import Optimizer
-from pdiff_ray.generators import Fitting
+from pdiff_ray.common.seeds import generator
+from pdiff_ray.config.schema import Optimizer
 from pdiff_ray.generators.graphs import graphed
-from pdiff_ray.optimization import Trainer
-from pdiff_ray.seeds import generator
+from pdiff_ray.generators.interface import Fitting
+from pdiff_ray.training.trainer import Trainer
 
 
 class EMA:

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from pdiff_ray.artifacts import Artifact, load_tree, save_tree
-from pdiff_ray.config import Experiment
-from pdiff_ray.data import Dataset, load, steps_per_epoch
-from pdiff_ray.devices import enough_memory
-from pdiff_ray.judge import Judge
-from pdiff_ray.networks import build_network
-from pdiff_ray.optimization import Trainer, autocast
-from pdiff_ray.seeds import seed_global
-from pdiff_ray.sources import describe
-from pdiff_ray.stages import Context
-from pdiff_ray.subset import Subset
+from pdiff_ray.common.devices import autocast, enough_memory
+from pdiff_ray.common.seeds import seed_global
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.data.dataset import Dataset, load, steps_per_epoch
+from pdiff_ray.data.sources import describe
+from pdiff_ray.evaluation.judge import Judge
+from pdiff_ray.networks.build import build_network
+from pdiff_ray.networks.subset import Subset
+from pdiff_ray.stages.context import Context
+from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.trees import load_tree, save_tree
+from pdiff_ray.training.trainer import Trainer
 
 NETWORK_FILE = "network.safetensors"
 HISTORY_FILE = "history.safetensors"

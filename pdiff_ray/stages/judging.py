@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from pdiff_ray.artifacts import Artifact
-from pdiff_ray.config import Experiment
-from pdiff_ray.data import Dataset
-from pdiff_ray.judge import Judge
-from pdiff_ray.stages import Context
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.data.dataset import Dataset
+from pdiff_ray.evaluation.judge import Judge
+from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.base import load_network, open_dataset
-from pdiff_ray.subset import Subset
+from pdiff_ray.stages.context import Context
+from pdiff_ray.storage.artifacts import Artifact
 
 
 def make_judge(experiment: Experiment, network: nn.Module, subset: Subset, dataset: Dataset, context: Context) -> Judge:

@@ -18,20 +18,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from pdiff_ray.artifacts import Artifact, load_tree, save_tree
-from pdiff_ray.config import Experiment, Zoo
-from pdiff_ray.data import Dataset, steps_per_epoch
-from pdiff_ray.frontier import Frontier
-from pdiff_ray.judge import Judge, judged
-from pdiff_ray.networks import build_network
-from pdiff_ray.seeds import derive_seed
-from pdiff_ray.sources import describe
-from pdiff_ray.stages import Context
+from pdiff_ray.common.seeds import derive_seed
+from pdiff_ray.config.schema import Experiment, Zoo
+from pdiff_ray.data.dataset import Dataset, steps_per_epoch
+from pdiff_ray.data.sources import describe
+from pdiff_ray.evaluation.judge import Judge, judged
+from pdiff_ray.networks.build import build_network
+from pdiff_ray.networks.frontier import Frontier
+from pdiff_ray.networks.subset import Subset, resolve
 from pdiff_ray.stages.base import load_network, open_dataset, train_network
+from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.judging import base_judge, describe_sharing, make_judge
-from pdiff_ray.stages.subset_training import SubsetTraining, training_frontier
-from pdiff_ray.store import ParameterStore, Record, stamp
-from pdiff_ray.subset import Subset, resolve
+from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.parameters import ParameterStore, Record, stamp
+from pdiff_ray.storage.trees import load_tree, save_tree
+from pdiff_ray.training.subset import SubsetTraining, training_frontier
 
 SHARING_FILE = "sharing.json"
 

@@ -1,7 +1,8 @@
 """MLflow: an experiment per configuration name; a run per zoo, per trial and per sweep.
 
 Storage is the source: runs are written from it, and can be written again, so a server that is down costs nothing but a
-warning. A run carries the key of what it describes and is never written twice.
+warning. A run carries the key of what it describes and is never written twice. Imports sweeps
+and below; only it imports MLflow.
 """
 
 from pdiff_ray.tracking.pages import Links, links

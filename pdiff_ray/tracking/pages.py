@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from pdiff_ray.space import Sweep
+from pdiff_ray.config.sweep import Sweep
+from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.tracking.runs import MAX_NOTE, PARENT
 from pdiff_ray.tracking.server import Connection, translated, without_secret
-from pdiff_ray.trials import Ledger
 
 VIEW = "mlflow.sharedViewState."
 TRAINING = "workflowType=machine_learning"  # MLflow's pages for it, not those for language models

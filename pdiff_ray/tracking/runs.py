@@ -11,11 +11,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pdiff_ray.artifacts import STAGES, Artifact, load_tree
-from pdiff_ray.config import Experiment
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.evaluation.summary import named_metrics
 from pdiff_ray.stages.base import HISTORY_FILE
-from pdiff_ray.stages.evaluate import SUMMARY_FILE
-from pdiff_ray.summary import named_metrics
+from pdiff_ray.stages.evaluation import SUMMARY_FILE
+from pdiff_ray.stages.table import STAGES
+from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.trees import load_tree
 from pdiff_ray.tracking.server import Connection, Mark, connect, experiment_name, tracking_uri, translated
 
 MAX_METRICS, MAX_PARAMS = 1000, 100  # per call, MLflow's limits

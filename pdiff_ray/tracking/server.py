@@ -17,10 +17,10 @@ from typing import Any
 
 from rich.markup import escape
 
-from pdiff_ray.artifacts import Storage
-from pdiff_ray.config import Experiment
-from pdiff_ray.console import console
-from pdiff_ray.errors import PdiffError
+from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.common.progress import console
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.storage.files import Storage
 
 # A dead server must not hold up the work: MLflow's defaults retry for minutes. Nor does it report on its users here.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

@@ -23,11 +23,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pdiff_ray.config import Experiment
-from pdiff_ray.console import console
-from pdiff_ray.errors import ConfigError, PdiffError, StorageError
-from pdiff_ray.search import Trial
-from pdiff_ray.space import format_label
+from pdiff_ray.common.errors import ConfigError, PdiffError, StorageError
+from pdiff_ray.common.progress import console
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.config.sweep import format_label
+from pdiff_ray.sweeps.ledger import Ledger
+from pdiff_ray.sweeps.trial import Trial
 from pdiff_ray.tracking import pages
 from pdiff_ray.tracking.runs import (
     MAX_NOTE,
@@ -44,16 +45,7 @@ from pdiff_ray.tracking.runs import (
     write_files,
     zoo_run,
 )
-from pdiff_ray.tracking.server import (
-    Connection,
-    Mark,
-    connect,
-    experiment_name,
-    tracking_uri,
-    translated,
-    warn,
-)
-from pdiff_ray.trials import Ledger
+from pdiff_ray.tracking.server import Connection, Mark, connect, experiment_name, tracking_uri, translated, warn
 
 PAUSE_S = 60.0  # until a server that failed is tried again
 FAREWELL_S = 10.0  # for the last words of a sweep that was interrupted

@@ -1,0 +1,102 @@
+"""`pdiff doctor`: is everything there that an experiment needs, and if not, how to get it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.storage.files import Storage
+
+PACKAGES = ("ray", "torch", "torchvision", "timm", "mlflow", "optuna", "pyarrow", "diffusers", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    ok: bool
+    text: str  # what was found, or what is wrong and the remedy
+
+
+def examine(experiment: Experiment) -> Iterator[Finding]:
+    """Findings, one after another: some take seconds."""
+    yield Finding("python", True, f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
+    for package in PACKAGES:
+        try:
+            yield Finding(package, True, metadata.version(package))
+        except metadata.PackageNotFoundError:
+            yield Finding(package, False, "not installed; run `uv sync`")
+    for what, examined in (
+        ("devices", _devices),
+        ("storage", _storage),
+        ("cache", _cache),
+        ("data", _data),
+        ("ray", _ray),
+        ("mlflow", _mlflow),
+    ):
+        yield _finding(what, examined, experiment)
+
+
+def _finding(what: str, examined: Callable[[Experiment], str], experiment: Experiment) -> Finding:
+    try:
+        return Finding(what, True, examined(experiment))
+    except (PdiffError, ImportError, OSError) as error:
+        return Finding(what, False, str(error))
+
+
+def _devices(experiment: Experiment) -> str:
+    import torch
+    import torchvision  # noqa: F401  (a torchvision that does not fit torch fails here)
+
+    count = torch.cuda.device_count()
+    if count and not torch.cuda.is_available():
+        raise PdiffError(f"{count} GPUs that CUDA {torch.version.cuda} cannot use; update their driver")
+    if not count:
+        return "no GPU; everything runs on the CPU"
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(count))
+
+
+def _storage(experiment: Experiment) -> str:
+    storage = Storage(experiment.storage_uri)
+    storage.check_writable()
+    free = f", {shutil.disk_usage(storage.local).free / 2**30:.0f} GiB free" if storage.local else ""
+    return f"{storage.place}: writable{free}"
+
+
+def _cache(experiment: Experiment) -> str:
+    from pdiff_ray.data.cache import default_cache
+
+    cache = default_cache()
+    cache.mkdir(parents=True, exist_ok=True)
+    return f"{cache}: {shutil.disk_usage(cache).free / 2**30:.0f} GiB free"
+
+
+def _data(experiment: Experiment) -> str:
+    from pdiff_ray.data import sources
+
+    sources.check(experiment.data)
+    return f"{experiment.data.name}: there"
+
+
+def _ray(experiment: Experiment) -> str:
+    from pdiff_ray import distributed
+
+    distributed.prepare(experiment.resources)
+    from pdiff_ray.distributed import session
+
+    with session.connect(experiment.resources, lambda *_: None):
+        resources = session.cluster_resources()
+    where = distributed.ray_address(experiment.resources) or "a local Ray starts"
+    return f"{where}: {resources.get('CPU', 0):g} cores, {resources.get('GPU', 0):g} GPUs"
+
+
+def _mlflow(experiment: Experiment) -> str:
+    from pdiff_ray import tracking
+
+    uri = tracking.tracking_uri(experiment, Storage(experiment.storage_uri))
+    return f"{tracking.without_secret(uri)}: {tracking.reachable(uri)}"

@@ -1,0 +1,1 @@
+"""What every layer uses: errors, seeds, devices, progress. Imports nothing of the package."""

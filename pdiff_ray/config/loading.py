@@ -1,0 +1,192 @@
+"""How YAML files, presets and overrides become an experiment, and what is said of those that cannot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pdiff_ray.common.errors import ConfigError, did_you_mean
+from pdiff_ray.config.schema import Experiment, Section, merge
+
+S = TypeVar("S", bound=Section)
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), preset: str | None = None) -> Experiment:
+    """The experiment of a file; of a sweep's, what it varies is as the file has it.
+
+    Raises:
+        ConfigError: naming the file, the dotted path of the field, its value and the remedy.
+    """
+    raw = read(path, overrides, preset)
+    raw.pop("sweep", None)
+    return parse_experiment(raw, where=str(path))
+
+
+def read(path: str | Path, overrides: Sequence[str] = (), preset: str | None = None) -> dict[str, Any]:
+    """The content of an experiment file and those it inherits from, with a preset of theirs, the site's file, and
+    `path=value` overrides laid over it, in this order.
+
+    The site's file (PDIFF_SITE) says what is so on this machine or cluster whatever the experiment: resources, storage,
+    tracking.
+
+    Raises:
+        ConfigError
+    """
+    raw = _read(Path(path), seen=())
+    presets = raw.pop("presets", {})
+    if preset is not None:
+        raw = merge(raw, _preset(presets, preset, path))
+    if site := os.environ.get("PDIFF_SITE"):
+        raw = merge(raw, _read(Path(site), seen=()))
+    for override in overrides:
+        raw = merge(raw, _parse_override(override))
+    return raw
+
+
+def _preset(presets: Any, name: str, path: str | Path) -> dict[str, Any]:
+    if not isinstance(presets, dict) or not isinstance(presets.get(name), dict):
+        known = ", ".join(presets) if isinstance(presets, dict) and presets else "it has none"
+        raise ConfigError(f"{path}: presets: no preset {name!r} among the mappings there ({known})")
+    return presets[name]
+
+
+def parse_experiment(raw: dict[str, Any], where: str) -> Experiment:
+    """Validates the mapping of an experiment; data.root becomes absolute, as workers have another current folder."""
+    experiment = parse(Experiment, raw, where)
+    data = experiment.data.model_copy(update={"root": str(Path(experiment.data.root).expanduser().absolute())})
+    return experiment.model_copy(update={"data": data})
+
+
+def parse(model: type[S], raw: Any, where: str, at: str = "") -> S:
+    """Validates a mapping as a `model`.
+
+    Args:
+        where: names its origin in messages.
+        at: dotted path of the mapping in the file.
+    """
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        by_path: dict[tuple[str, ...], list[Any]] = {}
+        for problem in error.errors():
+            by_path.setdefault(_path(model, problem["loc"]), []).append(problem)
+        prefix = f"{at}." if at else ""
+        lines = [_explain(model, path, prefix, problems) for path, problems in by_path.items()]
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses keys that are given twice, of which YAML would take the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} is given twice; keep one", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return node
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: base: the files inherit from each other in a circle")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a safe one
+    except FileNotFoundError:
+        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.yaml")))
+        asked = f" (base of {seen[-1].name})" if seen else ""
+        raise ConfigError(f"{path}{asked}: no such file{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise ConfigError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: an experiment file is a mapping of sections, this one is {type(content).__name__}")
+    parent = content.pop("base", None)
+    if parent is None:
+        return content
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: base: {parent!r} is not a file name; the training of the base is 'training:'")
+    return merge(_read(path.parent / parent, (*seen, path.resolve())), content)
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals or not all(path.strip().split(".")):
+        raise ConfigError(f"--set {text}: expected path=value, for example --set zoo.members=50")
+    try:
+        # PyYAML reads 1e-3 as text (YAML 1.1 wants 1.0e-3); pydantic turns it into a number.
+        tree = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"--set {text}: {value!r} is not a YAML value: {problem}") from None
+    return nested(path.strip(), tree)
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """The mapping that holds `value` at a dotted path."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def _path(model: type[BaseModel], location: Sequence[int | str]) -> tuple[str, ...]:
+    """The path of a problem's location, without the alternative that pydantic tried, where there are some."""
+    kept: list[str] = []
+    for part in location:
+        if isinstance(part, str) and not _has_keys(_type_at(model, kept)):
+            break
+        kept.append(str(part))
+    return tuple(kept)
+
+
+def _explain(model: type[BaseModel], path: Sequence[str], prefix: str, problems: Sequence[Any]) -> str:
+    """One line for pydantic's problems with one field: path, value, remedy. Several are of alternatives."""
+    problem, named = problems[0], f"{prefix}{'.'.join(path)}".rstrip(".")
+    if problem["type"] == "extra_forbidden":
+        *parent, key = path
+        known = _fields_at(model, parent)
+        near = did_you_mean(key, known) or f"; known here: {', '.join(known)}"
+        return f"{named}: unknown key{near}"
+    if problem["type"] == "missing":
+        return f"{named}: required but not given"
+    if problem["type"] == "value_error":
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{named}: {message}" if named else message
+    if problem["type"] in ("model_type", "dict_type") and (known := _fields_at(model, path)):
+        return f"{named}: {problem['input']!r} is not accepted: it takes a mapping with some of {', '.join(known)}"
+    return f"{named}: {problem['input']!r} is not accepted: {'; or: '.join(p['msg'] for p in problems)}"
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    fields = getattr(_type_at(model, location), "model_fields", {})
+    return [field.alias or name for name, field in fields.items()]
+
+
+def _type_at(model: type[BaseModel], location: Sequence[str]) -> Any:
+    """The type of what is at a path; None where a path cannot lead."""
+    found: Any = model
+    for part in location:
+        if get_origin(found) is dict:
+            found = get_args(found)[1]
+        elif _has_keys(found) and part in found.model_fields:
+            found = found.model_fields[part].annotation
+        else:
+            return None
+    return found
+
+
+def _has_keys(found: Any) -> bool:
+    return get_origin(found) is dict or (isinstance(found, type) and issubclass(found, BaseModel))

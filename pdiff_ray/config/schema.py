@@ -1,0 +1,377 @@
+"""The typed schema of an experiment.
+
+A section is hashed into the key of the stage it determines (`keyed`), so fields that only say where or how fast things
+run are listed in `unkeyed`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, mapping by mapping."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        # A subset is one rule, arguments are of one network, swept parameters of one question: the later replace the
+        # earlier.
+        both = isinstance(old, dict) and isinstance(value, dict) and key not in ("subset", "args", "parameters")
+        merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    unkeyed: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        """Lays mappings over the defaults that their fields have here: a new learning rate changes no schedule."""
+        if not isinstance(value, dict):
+            return value
+        defaults = {name: field.default for name, field in cls.model_fields.items() if name in value}
+        sections = {name: d.model_dump(exclude_unset=True) for name, d in defaults.items() if isinstance(d, Section)}
+        return merge(sections, value)
+
+    def keyed(self) -> dict[str, Any]:
+        """The fields that determine a result, as JSON values with defaults filled in."""
+        return self.model_dump(mode="json", exclude=set(self.unkeyed))
+
+
+class Data(Section):
+    """Images, their splits, and what happens to a training batch."""
+
+    unkeyed = frozenset({"root", "download", "max_cache_gib", "loader_workers"})
+
+    name: str = Field("digits", description="a data set of the table in pdiff_ray/data/sources.py, or 'custom'")
+    source: Literal["auto", "torchvision", "parquet", "folder"] = Field(
+        "auto", description="where images are read from; auto: torchvision's own format, scikit-learn for digits"
+    )
+    root: str = Field("data", description="folder that holds (or receives) the data set")
+    download: bool = Field(False, description="let torchvision download what is missing under root")
+    channels: Literal[1, 3] | None = Field(None, description="convert images to this number of channels")
+    image_size: int | None = Field(None, ge=4, description="resize images to this edge, in pixels")
+    validation_fraction: float = Field(0.1, gt=0, lt=0.9, description="share of the training data kept for validation")
+    selection_images: int = Field(10_000, ge=1, description="training images on which the best network is selected")
+    pixel_noise: float = Field(0.0, ge=0, description="fixed noise on every image, in standard deviations")
+    augment: Literal["none", "flip", "crop_flip"] = Field("none", description="augmentation of training batches")
+    train_noise: float = Field(0.0, ge=0, description="fresh noise on training batches, in standard deviations")
+    seed: int = Field(0, description="seed of the validation and selection splits and of pixel_noise")
+    max_cache_gib: float = Field(32.0, ge=0, description="decoded images beyond this size stream through a DataLoader")
+    loader_workers: int = Field(2, ge=0, description="DataLoader processes per worker when streaming")
+
+
+class Network(Section):
+    name: str = Field("convnet", description="a timm or torchvision name, a paper network, or module:function")
+    source: Literal["auto", "paper", "timm", "torchvision", "custom"] = Field("auto", description="who builds it")
+    pretrained: bool = Field(False, description="start from timm's or torchvision's published weights")
+    cifar_stem: bool = Field(False, description="ResNets: 3 x 3 first convolution without stride or pooling")
+    args: dict[str, Any] = Field(default_factory=dict, description="further arguments of the network's constructor")
+
+
+class Optimizer(Section):
+    name: Literal["adamw", "adam", "sgd"] = Field("adamw", description="torch.optim's AdamW, Adam or SGD")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled for adamw, else L2")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
+    schedule: Literal["constant", "cosine", "onecycle"] = Field(
+        "constant", description="of the learning rate over all steps"
+    )
+
+
+class Training(Section):
+    """Training of the base network (stage `base`)."""
+
+    epochs: int = Field(10, ge=0, description="0 keeps the initial (for example pretrained) weights")
+    batch_size: int = Field(128, ge=2, description="images per step over all workers")
+    optimizer: Optimizer = Optimizer(lr=3e-3, weight_decay=5e-4, schedule="onecycle")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast of forward and backward")
+    seed: int | None = Field(None, description="default: the experiment's seed")
+
+
+class SubsetRule(Section):
+    """Which parameters are generated: exactly one of the fields."""
+
+    all: Literal[True] | None = Field(None, description="every parameter")
+    last_norm_layers: int | None = Field(None, ge=1, description="the last n normalization layers")
+    norm_layers: tuple[int, int] | None = Field(
+        None, description="normalization layers start to stop - 1 of the main path, counted from 1"
+    )
+    names: tuple[str, ...] | None = Field(None, min_length=1, description="globs on parameter names")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"all": True} if value == "all" else value
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> SubsetRule:
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            raise ValueError(
+                f"a subset takes exactly one of all, last_norm_layers, norm_layers, names; this one has "
+                f"{', '.join(given) or 'none'}"
+            )
+        if self.norm_layers and not 1 <= self.norm_layers[0] < self.norm_layers[1]:
+            raise ValueError(f"norm_layers is [start, stop) counted from 1; [{self.norm_layers[0]}, "
+                             f"{self.norm_layers[1]}] holds no layer")  # fmt: skip
+        return self
+
+    def __str__(self) -> str:
+        (rule, value), *_ = self.model_dump(exclude_none=True).items()
+        if rule == "all":
+            return "all parameters"
+        if rule == "norm_layers":
+            return f"norm layers {value[0]} to {value[1] - 1}"
+        return f"last {value} norm layers" if rule == "last_norm_layers" else ", ".join(value)
+
+
+class Zoo(Section):
+    """The zoo of networks that the generator learns from (stage `zoo`)."""
+
+    unkeyed = frozenset({"vmap"})
+
+    members: int = Field(200, ge=1, description="K, the number of networks kept")
+    regime: Literal["trajectory", "branches", "independent"] = Field(
+        "trajectory", description="one run from the base; several runs from it; or a fresh network per member"
+    )
+    branches: int = Field(4, ge=2, description="regime branches: the number of runs")
+    subset: SubsetRule = Field(SubsetRule(last_norm_layers=2), description="which parameters are generated")
+    batchnorm: Literal["frozen", "included", "recalibrated"] = Field(
+        "frozen", description="running statistics: the base's, part of the vector, or measured anew before evaluation"
+    )
+    warmup_steps: int = Field(100, ge=0, description="steps before those of the first member")
+    steps_per_member: int | Literal["epoch"] = Field(10, description="steps between members")
+    batch_size: int = Field(128, ge=2, description="images per step of a run")
+    vmap: int | None = Field(
+        None, ge=1, description="branches that a worker trains as one program; default: by memory on a GPU, else 1"
+    )
+    optimizer: Optimizer = Optimizer(lr=0.03, weight_decay=5e-4)
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast of forward and backward")
+    imported: str | None = Field(None, description="label of a zoo that `pdiff import` brought in; nothing is trained")
+    seed: int | None = Field(None, description="default: the experiment's seed")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Zoo:
+        if isinstance(self.steps_per_member, int) and self.steps_per_member < 1:
+            raise ValueError(f"steps_per_member is {self.steps_per_member}; it must be 1 or more, or 'epoch'")
+        if self.regime == "independent":
+            if not self.subset.all:
+                raise ValueError(
+                    "regime independent makes networks that share no parameter, so subset must be 'all' "
+                    f"(it is {self.subset})"
+                )
+            if self.batchnorm == "frozen":
+                raise ValueError(
+                    "regime independent has no base whose statistics could stay frozen; set batchnorm to "
+                    "'included' or 'recalibrated'"
+                )
+        if self.regime == "branches" and self.branches > self.members:
+            raise ValueError(f"branches is {self.branches}, more than members ({self.members}); lower it")
+        return self
+
+
+class Autoencoder(Section):
+    """The 1D convolutional autoencoder of the flattened parameters."""
+
+    channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (8, 16, 32, 32), min_length=1, description="of the encoder's layers"
+    )
+    kernel_size: int = Field(5, ge=3, description="odd")
+    stride: int = Field(2, ge=1, description="of every layer")
+    latent_dim: int = Field(32, ge=1, description="numbers that a vector is encoded into")
+    parameter_noise: float = Field(0.001, ge=0, description="sigma of the noise on the normalized input")
+    latent_noise: float = Field(0.1, ge=0, description="sigma of the noise on the latent")
+    steps: int = Field(500, ge=1, description="training steps")
+    batch_size: int = Field(50, ge=1, description="vectors per step; all of them if there are fewer")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW, with a cosine schedule")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+
+    @model_validator(mode="after")
+    def _odd(self) -> Autoencoder:
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {self.kernel_size}; it must be odd")
+        return self
+
+
+class Diffusion(Section):
+    """The denoising diffusion model of the latents (DDPM, Ho et al. 2020)."""
+
+    denoiser: Literal["mlp", "cnn"] = Field("mlp", description="residual MLP or 1D CNN")
+    width: int = Field(256, ge=8, description="hidden width (mlp) or channels (cnn)")
+    depth: int = Field(3, ge=1, description="residual blocks")
+    prediction: Literal["v", "epsilon"] = Field("v", description="what the denoiser is trained to predict")
+    num_timesteps: int = Field(1000, ge=2, description="of the forward process")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="first of the linear betas")
+    beta_end: float = Field(2e-2, gt=0, lt=1, description="last of the linear betas")
+    standardize_latents: bool = Field(True, description="zero mean and unit variance per latent dimension")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="0 switches the average of the weights off")
+    steps: int = Field(600, ge=1, description="training steps")
+    batch_size: int = Field(50, ge=1, description="latents per step; all of them if there are fewer")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW, with a cosine schedule")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+
+
+# The first version of the paper (arXiv 2402.13144v1): 30,000 epochs over K vectors in one batch for both models.
+PAPER_RECIPE: dict[str, Any] = {
+    "normalize": "dimension",
+    "autoencoder": {"steps": 30_000, "batch_size": 200, "lr": 1e-3, "latent_noise": 0.1},
+    "diffusion": {
+        "denoiser": "cnn",
+        "width": 64,
+        "prediction": "epsilon",
+        "standardize_latents": False,
+        "steps": 30_000,
+        "batch_size": 200,
+        "lr": 1e-3,
+    },
+}
+
+
+class Generator(Section):
+    """What learns the distribution of the zoo's vectors (stage `generator`)."""
+
+    name: Literal["latent_diffusion", "gaussian"] = Field(
+        "latent_diffusion", description="the paper's generator, or a Gaussian with full covariance"
+    )
+    recipe: Literal["default", "paper"] = Field(
+        "default", description="defaults of the fields below: what measures best here, or the paper's setting"
+    )
+    members: int | None = Field(None, ge=1, description="K, how many of the zoo's members are learned; default: all")
+    normalize: Literal["dimension", "tensor", "centered_tensor"] = Field(
+        "dimension", description="statistics per number; per tensor; or mean per number and scale per tensor"
+    )
+    autoencoder: Autoencoder = Autoencoder()
+    diffusion: Diffusion = Diffusion()
+    gate_points: float = Field(2.0, ge=0, description="warn if decoded members lose more validation accuracy (points)")
+    seed: int | None = Field(None, description="default: the experiment's seed")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("recipe") == "paper":
+            return merge(PAPER_RECIPE, value)
+        return value
+
+
+class Sampling(Section):
+    """Drawing new vectors from the generator (stage `samples`)."""
+
+    samples: int = Field(100, ge=1, description="number of new networks")
+    sampler: Literal["ddpm", "ddim", "dpmsolver++"] = Field("ddpm", description="diffusers' scheduler")
+    steps: int | None = Field(None, ge=1, description="denoising steps; default: all timesteps")
+    seed: int | None = Field(None, description="default: the experiment's seed")
+
+
+class Evaluation(Section):
+    """Judging the generated networks beside baselines (stage `evaluation`)."""
+
+    unkeyed = frozenset({"batch_size", "stack", "vmap"})
+
+    batch_size: int | None = Field(None, ge=1, description="images per forward pass; default: by memory")
+    stack: int = Field(20, ge=1, description="networks sent to an actor, or written, at a time; fewer toward the end")
+    vmap: int | None = Field(
+        None, ge=1, description="networks of a stack that run as one program; default: by memory on a GPU, else 1"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="autocast of what is judged here; the predictions it changes are counted"
+    )
+    noise_sigmas: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        (0.15, 0.5), description="noise-added baseline: sigmas, in standard deviations of each tensor's values"
+    )
+    noise_networks: int = Field(20, ge=0, description="networks per sigma")
+    fine_tuned_networks: int = Field(10, ge=0, description="members trained further")
+    fine_tuned_steps: int = Field(50, ge=1, description="training steps of each of them")
+
+
+class Resources(Section):
+    """Where and how wide things run.
+
+    Results depend on it by rounding alone, but for the number of workers that train the base: each augments its share
+    of a batch with its own random numbers, and its BatchNorm layers see that share.
+    """
+
+    address: str | None = Field(None, description="Ray cluster; default: RAY_ADDRESS, else a local Ray")
+    workers: int = Field(1, ge=1, description="Ray Train workers for base and zoo")
+    cpus_per_worker: int = Field(1, ge=1, description="cores and threads of each")
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="auto: one, or a share such that all find a place, where the cluster has GPUs"
+    )
+    actors: int = Field(2, ge=1, description="evaluation actors")
+    cpus_per_actor: int = Field(1, ge=1, description="cores and threads of each")
+    gpus_per_actor: Annotated[float, Field(ge=0)] | Literal["auto"] = Field("auto", description="likewise")
+    cpus_per_trial: int = Field(1, ge=1, description="cores and threads of each trial of a sweep")
+    gpus_per_trial: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="of a sweep; auto: one, or a share such that sweep.max_concurrent find a place"
+    )
+    max_failures: int = Field(3, ge=0, description="restarts of lost workers")
+
+
+class Tracking(Section):
+    uri: str | None = Field(None, description="MLflow; default: MLFLOW_TRACKING_URI, else SQLite in the storage folder")
+    experiment: str | None = Field(None, description="MLflow experiment; default: the experiment's name")
+
+
+class Experiment(Section):
+    """One experiment: from data to judged generated networks."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$", description="names the MLflow experiment and the report")
+    seed: int = Field(0, ge=0, strict=True, description="seed of every stage that states none")
+    data: Data = Data()
+    network: Network = Network()
+    training: Training = Training()
+    zoo: Zoo = Zoo()
+    generator: Generator = Generator()
+    sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
+    resources: Resources = Resources()
+    tracking: Tracking = Tracking()
+    storage: str | None = Field(None, description="folder or URI; default: PDIFF_STORAGE, else ./pdiff-storage")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seeds(cls, value: Any) -> Any:
+        """Hands the experiment's seed to the sections that state none, so that their keys are complete."""
+        if not isinstance(value, dict) or not isinstance(value.get("seed", 0), int):
+            return value
+        for section in ("training", "zoo", "generator", "sampling"):
+            content = value.get(section) or {}
+            if isinstance(content, dict) and content.get("seed") is None:
+                value = {**value, section: {**content, "seed": value.get("seed", 0)}}
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Experiment:
+        if self.num_members > self.zoo.members:
+            raise ValueError(
+                f"generator.members is {self.generator.members}, but the zoo has {self.zoo.members} (zoo.members); "
+                "lower the first or raise the second"
+            )
+        workers, batch_size = self.resources.workers, self.training.batch_size
+        if workers > 1 and (batch_size % workers or batch_size < 2 * workers):
+            raise ValueError(
+                f"training.batch_size is {batch_size}, which {workers} workers (resources.workers) cannot share "
+                "equally, two images each at least; change one of them"
+            )
+        steps, timesteps = self.sampling.steps, self.generator.diffusion.num_timesteps
+        if steps and steps > timesteps:
+            raise ValueError(
+                f"sampling.steps is {steps}, but generator.diffusion.num_timesteps is {timesteps}; lower the first or "
+                "raise the second"
+            )
+        return self
+
+    @property
+    def num_members(self) -> int:
+        """K: how many members the generator learns from."""
+        return self.generator.members or self.zoo.members
+
+    @property
+    def storage_uri(self) -> str:
+        return self.storage or os.environ.get("PDIFF_STORAGE") or "pdiff-storage"

@@ -1,0 +1,317 @@
+"""What a sweep varies: the section `sweep` of an experiment file, and the experiments of its trials.
+
+An assignment gives each parameter that applies one of its values, by label: a number, a truth value, or text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.config import loading
+from pdiff_ray.config.schema import Experiment, Section, merge
+
+Label = int | float | bool | str | None
+Assignment = dict[str, Label]
+
+# What a search may optimize, by the field of the generated group's summary. Test labels choose nothing.
+OBJECTIVES = {
+    "generated/mean_train_accuracy": "train_mean",
+    "generated/mean_train_loss": "train_loss_mean",
+    "generated/mean_validation_accuracy": "validation_mean",
+    "generated/mean_validation_loss": "validation_loss_mean",
+}
+FIXED = ("name", "resources", "tracking", "storage", "sweep")  # sections that are the same in all trials
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Parameter(Section):
+    """The values of one parameter: exactly one of choice, variants, uniform, loguniform and int."""
+
+    choice: tuple[Any, ...] | None = Field(None, min_length=1, description="these values; a plain list means the same")
+    variants: dict[str, dict[str, Any]] | None = Field(
+        None, min_length=1, description="names, each for fields (dotted paths) and their values"
+    )
+    uniform: tuple[float, float] | None = Field(None, description="from low to high")
+    loguniform: tuple[float, float] | None = Field(None, description="from low to high, evenly in the logarithm")
+    integers: tuple[int, int] | None = Field(
+        None, alias="int", description="whole numbers from low to high, both included"
+    )
+    when: dict[str, Any] = Field(
+        default_factory=dict, description="applies only where earlier parameters have this value, or one of a list"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return {"choice": value} if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Parameter:
+        given = self.model_dump(by_alias=True, exclude={"when"}, exclude_none=True)
+        if len(given) != 1:
+            known = "choice, variants, uniform, loguniform, int"
+            raise ValueError(f"takes exactly one of {known}; this one has {', '.join(given) or 'none'}")
+        if self.range:
+            low, high = self.range
+            if not low < high or (self.loguniform and low <= 0):
+                above = " above 0" if self.loguniform else ""
+                raise ValueError(f"{next(iter(given))} is [low, high] with low < high{above}, not [{low}, {high}]")
+        return self
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        return self.uniform or self.loguniform or self.integers
+
+    @property
+    def labels(self) -> list[Label]:
+        """The values of a choice or of variants as they are shown."""
+        return list(self.variants) if self.variants else [label(value) for value in self.choice or ()]
+
+    def fields(self, name: str, chosen: Label) -> dict[str, Any]:
+        """The fields that a value changes, by dotted path."""
+        if self.variants:
+            return self.variants[str(chosen)]
+        if self.choice:
+            return {name: next(value for value in self.choice if label(value) == chosen)}
+        return {name: chosen}
+
+
+def label(value: Any) -> Label:
+    """A value as it is shown and tracked: scalars as they are, others in YAML's short form."""
+    if isinstance(value, int | float | bool | str) or value is None:
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip()
+
+
+class Sweep(Section):
+    """A question: which fields vary, over what, and how trials are chosen."""
+
+    unkeyed = frozenset({"num_trials", "max_concurrent", "time_budget", "max_retries", "confirm"})
+
+    search: Literal["grid", "random", "optuna"] = Field(
+        "grid", description="every combination, independent draws, or Optuna's TPE"
+    )
+    parameters: dict[str, Parameter] = Field(
+        min_length=1, description="by the dotted path of the field; variants by any name"
+    )
+    repeats: Annotated[int, Field(ge=1)] = Field(1, description="seeds per combination; a search optimizes their mean")
+    seeds: tuple[str, ...] = Field(
+        ("seed",), min_length=1, description="fields that a repeat raises by one; seed is that of all stages"
+    )
+    num_trials: int | None = Field(None, ge=1, description="of a random or Optuna search")
+    metric: str = Field(
+        "generated/mean_validation_accuracy", description=f"what is optimized, one of {', '.join(OBJECTIVES)}"
+    )
+    scheduler: Literal["none", "asha"] = Field("none", description="asha: Ray Tune's ASHA stops hopeless trials early")
+    reduction_factor: float = Field(2, gt=1, description="ASHA keeps one of so many trials at each rung")
+    max_concurrent: int | None = Field(None, ge=1, description="trials at a time; default: as many as find a place")
+    time_budget: float | None = Field(
+        None, gt=0, description="seconds (or 30m, 2h) after which no trial goes on; the same command continues"
+    )
+    max_retries: int = Field(1, ge=0, description="of a trial that crashed or lost its node, from where it was")
+    confirm: int = Field(
+        3,
+        ge=0,
+        description="of a search: new seeds with which the best setting and the file's own are compared at the end",
+    )
+    seed: int = Field(0, ge=0, description="of the search")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seconds(cls, value: Any) -> Any:
+        match = (
+            re.fullmatch(r"\s*([\d.]+)\s*([smhd])\s*", str(value.get("time_budget")))
+            if isinstance(value, dict)
+            else None
+        )
+        return {**value, "time_budget": float(match[1]) * SECONDS[match[2]]} if match else value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Sweep:
+        if self.metric not in OBJECTIVES:
+            test = "test labels must not choose anything; " if "test" in self.metric else ""
+            raise ValueError(f"metric is {self.metric!r}; {test}take one of {', '.join(OBJECTIVES)}")
+        if self.search == "grid":
+            if self.num_trials is not None:
+                raise ValueError("num_trials is of random and Optuna searches; a grid has all its combinations")
+            for name, parameter in self.parameters.items():
+                if parameter.range:
+                    raise ValueError(f"parameters.{name} is a range, which a grid cannot enumerate; list its values")
+        elif self.num_trials is None:
+            raise ValueError(f"num_trials is needed by search {self.search!r}")
+        elif self.scheduler == "asha" and self.repeats > 1:
+            raise ValueError(
+                f"repeats is {self.repeats}; scheduler asha judges one unfinished generator, take repeats 1"
+            )
+        for position, (name, parameter) in enumerate(self.parameters.items()):
+            for other, values in parameter.when.items():
+                earlier = list(self.parameters)[:position]
+                if other not in earlier:
+                    raise ValueError(f"parameters.{name}.when.{other}: not one of the parameters before it")
+                known = self.parameters[other].labels
+                for value in _listed(values):
+                    if known and label(value) not in known:
+                        raise ValueError(f"parameters.{name}.when.{other}: {value!r} is not among its values")
+        return self
+
+    @property
+    def maximize(self) -> bool:
+        return self.metric.endswith("accuracy")
+
+    def applies(self, parameter: Parameter, assignment: Mapping[str, Label]) -> bool:
+        """Whether a parameter's condition holds among those assigned so far."""
+        return all(
+            name in assignment and assignment[name] in [label(v) for v in _listed(values)]
+            for name, values in parameter.when.items()
+        )
+
+    def grid(self) -> Iterator[Assignment]:
+        """Every combination, the last parameter varying fastest."""
+        yield from self._grid({}, list(self.parameters.items()))
+
+    def _grid(self, assigned: Assignment, rest: Sequence[tuple[str, Parameter]]) -> Iterator[Assignment]:
+        if not rest:
+            yield assigned
+            return
+        (name, parameter), *rest = rest
+        if not self.applies(parameter, assigned):
+            yield from self._grid(assigned, rest)
+            return
+        for value in parameter.labels:
+            yield from self._grid({**assigned, name: value}, rest)
+
+
+def _listed(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else [values]
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """An experiment and what of it a sweep varies.
+
+    Attributes:
+        experiment: as the file has it, nothing varied.
+        raw: its mapping.
+        path: of the file, for messages.
+    """
+
+    experiment: Experiment
+    sweep: Sweep
+    raw: dict[str, Any]
+    path: str
+
+    @property
+    def question(self) -> str:
+        """The first paragraph of the comment that opens the file; empty if there is none, or no file any more."""
+        try:
+            lines = Path(self.path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            return ""
+        paragraph = itertools.takewhile(lambda line: line.startswith("#") and line.strip("# "), lines)
+        return " ".join(line.strip("# ") for line in paragraph)
+
+    def fields(self, assignment: Assignment) -> dict[str, Any]:
+        """What an assignment changes, by dotted path; later parameters win."""
+        parts = (self.sweep.parameters[name].fields(name, value) for name, value in assignment.items())
+        return dict(itertools.chain.from_iterable(part.items() for part in parts))
+
+    def vary(self, assignment: Assignment, repeat: int = 0) -> Experiment:
+        """The experiment of an assignment; `repeat` is added to its seeds.
+
+        Raises:
+            ConfigError: the values do not exist or do not fit together.
+        """
+        raw = self.raw
+        for path, value in self.fields(assignment).items():
+            raw = merge(raw, loading.nested(path, value))
+        where = f"{self.path}: sweep: " + describe(assignment)
+        return loading.parse_experiment(self.with_seeds(raw, repeat, where), where)
+
+    def with_seeds(self, raw: dict[str, Any], repeat: int, where: str | None = None) -> dict[str, Any]:
+        """A mapping of the experiment with its seeds raised."""
+        if repeat:
+            plain = loading.parse_experiment(raw, where or self.path).model_dump()
+            for path in self.sweep.seeds:
+                raw = merge(raw, loading.nested(path, _at(plain, path) + repeat))
+        return raw
+
+
+def describe(assignment: Mapping[str, Label]) -> str:
+    """An assignment in a few words."""
+    return ", ".join(f"{name.rpartition('.')[2]} {format_label(value)}" for name, value in assignment.items())
+
+
+def format_label(value: Label) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), preset: str | None = None) -> SweepFile | Experiment:
+    """An experiment file as a sweep, or as an experiment if it varies nothing.
+
+    Raises:
+        ConfigError: naming the file, the dotted path of the field, its value and the remedy.
+    """
+    raw, where = loading.read(path, overrides, preset), str(path)
+    section = raw.pop("sweep", None)
+    experiment = loading.parse_experiment(raw, where)
+    if section is None:
+        return experiment
+    sweep = loading.parse(Sweep, section, where, at="sweep")
+    file = SweepFile(experiment, sweep, raw, where)
+    _check(file)
+    return file
+
+
+def _check(file: SweepFile) -> None:
+    """Raises ConfigError if a parameter, or a value that it can have, does not exist."""
+    sweep, plain = file.sweep, file.experiment.model_dump()
+    for path in sweep.seeds:
+        if path.rpartition(".")[2] != "seed" or not isinstance(_at(plain, path), int):
+            raise ConfigError(f"{file.path}: sweep.seeds: {path!r} is not the path of a seed, such as seed or zoo.seed")
+    for name, parameter in sweep.parameters.items():
+        variants = parameter.variants.values() if parameter.variants else [[name]]
+        for path in (path for fields in variants for path in fields):
+            if path.split(".")[0] in FIXED:
+                raise ConfigError(
+                    f"{file.path}: sweep.parameters.{name}: {path!r} is the same in all of a sweep's trials"
+                )
+    for assignment in sweep.grid() if sweep.search == "grid" else _corners(sweep):
+        file.vary(assignment)
+
+
+def _corners(sweep: Sweep) -> Iterator[Assignment]:
+    """Assignments in which each end and each choice occurs, with conditions as they demand."""
+    values: dict[str, list[Label]] = {
+        name: list(parameter.range) if parameter.range else parameter.labels
+        for name, parameter in sweep.parameters.items()
+    }
+    longest = max(len(v) for v in values.values())
+    conditions = [
+        [(other, label(value)) for value in _listed(wanted)]
+        for parameter in sweep.parameters.values()
+        for other, wanted in parameter.when.items()
+    ]
+    for forced in [(), *itertools.chain.from_iterable([[(c,) for c in alternatives] for alternatives in conditions])]:
+        for turn in range(longest):
+            assignment: Assignment = {}
+            for name, parameter in sweep.parameters.items():
+                if sweep.applies(parameter, assignment):
+                    assignment[name] = dict(forced).get(name, values[name][turn % len(values[name])])
+            yield assignment
+
+
+def _at(tree: Mapping[str, Any], path: str) -> Any:
+    value: Any = tree
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

@@ -1,0 +1,191 @@
+"""Decoded images: a tensor cache that all workers of a node share, or a stream where a set is too large."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pdiff_ray.common.devices import free_bytes
+from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.common.seeds import derive_seed
+from pdiff_ray.config.schema import Data
+from pdiff_ray.data.sources import (
+    DataInfo,
+    ParquetImages,
+    Progress,
+    Samples,
+    decoded,
+    keyed,
+    open_samples,
+    parquet_files,
+)
+
+# Sets up to this size, and this share of what is free, are kept in an accelerator's memory whole.
+ON_DEVICE_BYTES, ON_DEVICE_SHARE = 4 * 2**30, 0.25
+
+
+class Cached:
+    """All images of a split in one memory-mapped array."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, key: str) -> None:
+        self.images, self.labels, self.key = torch.from_numpy(images), torch.from_numpy(labels), key
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> None:
+        if device.type == "cuda" and self.images.nbytes <= min(ON_DEVICE_BYTES, ON_DEVICE_SHARE * free_bytes(device)):
+            self.images, self.labels = self.images.to(device), self.labels.to(device)
+
+    def batches(self, index_batches: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        for indices in index_batches:
+            chosen = torch.from_numpy(indices).to(self.images.device)
+            yield self.images[chosen], self.labels[chosen]
+
+
+class Streamed(torch.utils.data.Dataset):
+    """Images decoded by DataLoader processes each time they are wanted."""
+
+    def __init__(self, samples: Samples, info: DataInfo, num_workers: int, key: str) -> None:
+        self.samples, self.info, self.num_workers, self.key = samples, info, num_workers, key
+        self.pinned = False
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = decoded(self.samples, index, self.info)
+        return torch.from_numpy(image), label
+
+    def to(self, device: torch.device) -> None:
+        self.pinned = device.type == "cuda"  # which takes a GPU's memory, where there is one, used or not
+
+    def batches(self, index_batches: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        # A forked child of a Ray worker inherits its threads' locks, one of a server that has imported torch does not.
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(["torch", "pdiff_ray.data.dataset"])
+        loader = torch.utils.data.DataLoader(
+            self,
+            batch_sampler=(batch.tolist() for batch in index_batches),  # type: ignore[arg-type]
+            num_workers=self.num_workers,
+            multiprocessing_context=processes if self.num_workers else None,
+            pin_memory=self.pinned,
+        )
+        yield from loader
+
+
+def random_images(info: DataInfo, config: Data, count: int) -> Cached:
+    """A source of `count` images and labels that mean nothing, always the same: to measure on."""
+    random, shape = np.random.default_rng(0), (count, info.channels, info.image_size, info.image_size)
+    images: np.ndarray = random.integers(256, size=shape, dtype=np.uint8)
+    if config.pixel_noise:
+        images = random.standard_normal(shape, dtype=np.float32)
+    return Cached(images, random.integers(info.num_classes, size=count), f"random-{digest([shape, images.dtype.name])}")
+
+
+def default_cache() -> Path:
+    """The folder of decoded images: PDIFF_CACHE, else the user's cache folder."""
+    chosen = os.environ.get("PDIFF_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pdiff_ray"
+
+
+def open_source(config: Data, info: DataInfo, split: str, cache: Path, progress: Progress | None) -> Cached | Streamed:
+    files = parquet_files(config, split) if config.source == "parquet" else []
+    states = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    determining = ("name", "source", "fingerprint", "pixel_noise", "seed")
+    what = {
+        "data": {name: value for name, value in keyed(config).items() if name in determining},
+        "info": [info.channels, info.image_size, info.mean, info.std],
+        "root": states or str(Path(config.root).resolve()),
+        "split": split,
+    }
+    key = digest(what)
+    folder = cache / f"{config.name}-{split}-{key}"
+    if not folder.exists():
+        samples = open_samples(config, split)
+        width = 4 if config.pixel_noise else 1
+        gib = len(samples) * info.channels * info.image_size**2 * width / 2**30
+        if gib > config.max_cache_gib:
+            if config.pixel_noise:
+                raise ConfigError(
+                    f"data.pixel_noise needs decoded images in the cache, {gib:.1f} GiB; data.max_cache_gib is "
+                    f"{config.max_cache_gib:g}"
+                )
+            if isinstance(samples, ParquetImages):
+                encoded, write = cache / f"{config.name}-{split}-encoded-{digest(states)}", samples.write_arrow
+                build_once(encoded, lambda temporary: write(temporary / "images.arrow", progress))
+                samples.arrow = encoded / "images.arrow"
+            return Streamed(samples, info, config.loader_workers, key)
+        build_once(folder, lambda temporary: _decode_all(config, info, split, samples, temporary, progress))
+    # Copy-on-write mapping: torch refuses read-only arrays, and nobody writes.
+    images = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
+    return Cached(images, np.load(folder / "labels.npy", allow_pickle=False), key)
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> None:
+    """Lets `build` fill a folder of the cache, unless another worker of this node has done so or does it now."""
+    from filelock import FileLock
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.exists():
+                return
+            for left in folder.parent.glob(f"{folder.name}.*.tmp"):  # by a worker that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
+            temporary.mkdir()
+            try:
+                build(temporary)
+                temporary.rename(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise PdiffError(
+            f"cache {folder.parent}: {error.strerror or error}; free space or set PDIFF_CACHE to another folder"
+        ) from None
+
+
+def _decode_all(
+    config: Data, info: DataInfo, split: str, samples: Samples, folder: Path, progress: Progress | None
+) -> None:
+    count, shape = len(samples), (info.channels, info.image_size, info.image_size)
+    dtype = np.dtype(np.float32 if config.pixel_noise else np.uint8)
+    images = np.lib.format.open_memmap(folder / "images.npy", "w+", dtype, (count, *shape))
+    labels = np.empty(count, dtype=np.int64)
+    noise = np.random.default_rng(derive_seed(config.seed, "pixel_noise", split))
+    mean, std = (np.array(v, dtype=np.float32).reshape(-1, 1, 1) for v in (info.mean, info.std))
+    encoded = folder / "encoded.arrow"
+    if isinstance(samples, ParquetImages):
+        samples.write_arrow(encoded)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes without holding the interpreter
+        for start in range(0, count, 256):  # so that few decoded images wait at a time
+            chunk = range(start, min(start + 256, count))
+            images_and_labels = pool.map(lambda index: decoded(samples, index, info), chunk)
+            for index, (image, label) in zip(chunk, images_and_labels, strict=True):
+                labels[index] = label
+                if config.pixel_noise:
+                    image = (image.astype(np.float32) / 255 - mean) / std
+                    image = image + config.pixel_noise * noise.standard_normal(shape, dtype=np.float32)
+                images[index] = image
+            if progress:
+                progress(chunk.stop, count)
+    encoded.unlink(missing_ok=True)
+    images.flush()
+    np.save(folder / "labels.npy", labels, allow_pickle=False)
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,166 @@
+"""Image data: a tensor cache that all workers of a node share, fixed seeded splits, and training batches.
+
+Shapes: N images, B images of a batch, C channels, S the edge in pixels. Images are uint8 (N, C, S, S), or already
+standardized float32 where fixed noise was added.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.common.seeds import derive_seed, generator
+from pdiff_ray.config.schema import Data
+from pdiff_ray.data.cache import Cached, Streamed, digest, open_source
+from pdiff_ray.data.sources import SPLITS, DataInfo, Progress, describe
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some images of a source, in a fixed order."""
+
+    source: Cached | Streamed
+    indices: np.ndarray  # (N,) int64, positions in the source
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def key(self) -> str:
+        """Names the images and their order."""
+        return digest([self.source.key, hashlib.sha256(self.indices.tobytes()).hexdigest()])
+
+    def batches(self, index_batches: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Raw images (B, C, S, S) and labels (B,) for each array of positions (B,) in this split."""
+        return self.source.batches(self.indices[batch] for batch in index_batches)
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images, in order, `batch_size` at a time."""
+        starts = range(0, len(self), batch_size)
+        return self.batches(np.arange(start, min(start + batch_size, len(self))) for start in starts)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The splits of one data set.
+
+    Attributes:
+        train: training data without the validation images.
+        selection: the part of `train` on which the best network is selected.
+        validation: held out of the training data.
+        test: reported, and never used to choose anything.
+    """
+
+    info: DataInfo
+    config: Data
+    train: Split
+    selection: Split
+    validation: Split
+    test: Split
+
+    def prepare(self, images: Tensor, device: torch.device) -> Tensor:
+        """Raw images to standardized float32 ones on `device`, channels last in memory (B, C, S, S)."""
+        images = images.to(device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            mean, std = (_per_channel(values, device) for values in (self.info.mean, self.info.std))
+            images = (images.float() / 255 - mean) / std
+        # Convolutions on CPUs are up to 14 times slower on NCHW; GPUs prefer channels last with bf16 too.
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def training_batches(
+        self,
+        batch_size: int,
+        start: int,
+        stop: int,
+        device: torch.device,
+        *seed: int | str,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Augmented training batches of the steps `start` to `stop` - 1.
+
+        The batch of a step depends on the seed and the step alone, so that interrupted training goes on with the batch
+        it would have had. Each epoch is a new permutation; its last incomplete batch is left out.
+
+        Args:
+            batch_size: images per step over all `world` ranks; this rank gets every world-th of them.
+        """
+        positions = (batch[rank::world] for batch in self.training_positions(batch_size, start, stop, *seed))
+        for step, (images, labels) in enumerate(self.train.batches(positions), start):
+            random = generator(device, *seed, "augment", step, rank)
+            yield self._augment(self.prepare(images, device), random), labels.to(device)
+
+    def training_positions(self, batch_size: int, start: int, stop: int, *seed: int | str) -> Iterator[np.ndarray]:
+        """Of the images of each training batch in `train` (B,)."""
+        per_epoch = steps_per_epoch(len(self.train), batch_size)
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(start, stop):
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                order = np.random.default_rng(derive_seed(*seed, "epoch", epoch)).permutation(len(self.train))
+            first = step % per_epoch * batch_size
+            yield order[first : first + batch_size]
+
+    def _augment(self, images: Tensor, random: torch.Generator) -> Tensor:
+        count, device = len(images), images.device
+        if self.config.augment != "none":
+            flipped = torch.rand(count, generator=random, device=device) < 0.5
+            images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
+        if self.config.augment == "crop_flip":
+            size, margin = images.shape[-1], max(1, images.shape[-1] // 8)
+            padded = torch.nn.functional.pad(images, [margin] * 4, mode="reflect")
+            top, left = torch.randint(0, 2 * margin + 1, (2, count, 1, 1), generator=random, device=device)
+            pixels = torch.arange(size, device=device)
+            rows, columns = top + pixels.view(1, -1, 1), left + pixels.view(1, 1, -1)
+            # Two advanced indices around the channels: (B, S, S, C), which is channels last already.
+            images = padded[torch.arange(count, device=device).view(-1, 1, 1), :, rows, columns].permute(0, 3, 1, 2)
+        if self.config.train_noise:
+            noise = torch.randn(images.shape, generator=random, device=device)
+            images = images + self.config.train_noise * noise
+        return images
+
+
+@functools.cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One number per channel (C, 1, 1); kept, as a copy to a GPU for each batch would wait for it."""
+    with torch.inference_mode(False):  # training reads it as well
+        return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    if batch_size > num_images:
+        raise ConfigError(f"batch_size is {batch_size}, but there are only {num_images} training images; lower it")
+    return num_images // batch_size
+
+
+def load(config: Data, cache: Path, progress: Progress | None = None) -> Dataset:
+    """Opens the data set, decoding it into `cache` first if that was not done yet.
+
+    Args:
+        cache: a folder of this node; its workers map the same pages.
+    """
+    info = describe(config)
+    train, test = (open_source(config, info, split, cache, progress) for split in SPLITS)
+    order = np.random.default_rng(derive_seed(config.seed, "validation")).permutation(len(train))
+    held_out = max(1, round(len(train) * config.validation_fraction))
+    training = np.sort(order[held_out:])
+    chosen = np.random.default_rng(derive_seed(config.seed, "selection")).permutation(len(training))
+    return Dataset(
+        info=info,
+        config=config,
+        train=Split(train, training),
+        selection=Split(train, np.sort(training[chosen[: config.selection_images]])),
+        validation=Split(train, np.sort(order[:held_out])),
+        test=Split(test, np.arange(len(test))),
+    )
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------

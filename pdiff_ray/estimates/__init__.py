@@ -1,0 +1,1 @@
+"""What work will take: measured on earlier runs, or counted. Imports the stages it foretells."""

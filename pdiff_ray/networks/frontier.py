@@ -1,0 +1,206 @@
+"""What all networks share of the passes over a split's images, kept for those who read it again and again.
+
+Zoo training reads it every epoch, and judging does for every stack of networks. On an accelerator it is kept in memory
+where that has room, else in a file of the node's cache, which its workers map: memory that the system can take back.
+
+Shapes: N images of a split, B images of a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pdiff_ray.common.devices import free_bytes
+from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.data.cache import build_once
+from pdiff_ray.data.dataset import Dataset, Split
+from pdiff_ray.networks.split import SplitNetwork
+
+SMALL_BYTES = 256 * 2**20  # kept whatever it costs to compute
+FLOPS_PER_BYTE = 1000  # of a prefix: with fewer, computing is as fast as a disk
+DEVICE_SHARE = 0.25  # of the free memory of an accelerator, at most, for a split
+LABELS_FILE, SECONDS_FILE = "labels.npy", "seconds.npy"
+FORMAT = 2  # of the files; raise it when their meaning changes
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the rows of a frontier tensor (B, ...) lie in memory: networks compute other layouts more slowly."""
+
+    shape: tuple[int, ...]  # of a row, in the order in memory
+    dtype: torch.dtype
+    order: tuple[int, ...]  # the dimensions, from outer to inner
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Layout:
+        order = (0, *sorted(range(1, tensor.ndim), key=tensor.stride().__getitem__, reverse=True))
+        return cls(tuple(tensor.shape[dim] for dim in order[1:]), tensor.dtype, order)
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def to_memory(self, tensor: Tensor) -> Tensor:
+        return tensor.permute(self.order).contiguous()
+
+    def from_memory(self, rows: Tensor) -> Tensor:
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return rows.permute(inverse)
+
+
+class Frontier:
+    """The frontier of all images of a split.
+
+    Attributes:
+        network: whose frontier it is.
+        seconds: that computing it took, perhaps in another process, without those of writing.
+    """
+
+    def __init__(
+        self,
+        network: SplitNetwork,
+        layouts: Sequence[_Layout],
+        rows: Sequence[Tensor],
+        labels: Tensor,
+        seconds: float,
+        device: torch.device,
+    ) -> None:
+        self.network, self.seconds, self.device = network, seconds, device
+        self._layouts, self._rows, self._labels = layouts, rows, labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def batch(self, chosen: slice | Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The frontier (B, ...) and labels (B,) of the images at the positions `chosen`, on the device."""
+        frontier = tuple(
+            layout.from_memory(rows[chosen].to(self.device))
+            for layout, rows in zip(self._layouts, self._rows, strict=True)
+        )
+        return frontier, self._labels[chosen].to(self.device)
+
+    def batches(self, positions: Iterable[np.ndarray]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        for chosen in positions:
+            yield self.batch(torch.from_numpy(chosen).to(self._labels.device))
+
+
+def keep(
+    network: SplitNetwork,
+    dataset: Dataset,
+    split: Split,
+    device: torch.device,
+    cache: Path,
+    batch_size: int,
+    reads: float = math.inf,
+) -> Frontier | str:
+    """The frontier of a split's images, computed unless it is there already; or the reason why none is kept.
+
+    Args:
+        split: of `dataset`.
+        cache: a folder of this node.
+        batch_size: images per pass.
+        reads: images that will be read, in all; not worth it if they are fewer than the split's.
+    """
+    if network.reason or not network.shared:
+        return network.reason or "no layer is shared"
+    images, _ = next(split.in_order(2))
+    layouts = [_Layout.of(tensor) for tensor in network.prefix(dataset.prepare(images, device))]
+    row_bytes = sum(layout.row_bytes for layout in layouts)
+    size = len(split) * row_bytes
+    if not worth_keeping(row_bytes, network.prefix_flops, len(split)):
+        return f"computing it takes no longer than reading {_gib(size)}"
+    computed = _rows(network, dataset, split, device, layouts, batch_size)
+    started = time.monotonic()
+    if device.type == "cuda" and reads >= len(split) and size <= DEVICE_SHARE * free_bytes(device):
+        try:
+            *rows, labels = (torch.cat(parts) for parts in zip(*computed, strict=True))
+            return Frontier(network, layouts, rows, labels, time.monotonic() - started, device)
+        except torch.OutOfMemoryError:  # a process beside this one has taken it
+            computed = _rows(network, dataset, split, device, layouts, batch_size)
+    found = hashlib.sha256(f"{FORMAT} {network.fingerprint()} {split.key} {device.type} {torch.__version__}".encode())
+    folder = cache / f"frontier-{found.hexdigest()[:16]}"
+
+    def write(temporary: Path) -> None:
+        seconds, started, labels = 0.0, time.monotonic(), []
+        with ExitStack() as files:  # written, not mapped: a full disk is an error then, and no signal
+            opened = [files.enter_context(open(temporary / str(index), "wb")) for index in range(len(layouts))]
+            for *tensors, own in computed:
+                seconds += time.monotonic() - started
+                for file, tensor in zip(opened, tensors, strict=True):
+                    file.write(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+                labels.append(own.cpu())
+                started = time.monotonic()
+        np.save(temporary / LABELS_FILE, torch.cat(labels).numpy())
+        np.save(temporary / SECONDS_FILE, seconds)
+
+    try:
+        if not folder.exists():
+            if reads < len(split):
+                return f"{reads:,.0f} images are read, fewer than the {len(split):,} to compute it for"
+            if not _make_room(cache, size, dataset.config.max_cache_gib):
+                return f"{_gib(size)} exceed data.max_cache_gib or the free space in {cache}"
+            build_once(folder, write)
+        folder.touch()  # the ones used last stay longest
+        rows = [_mapped(folder / str(index), layout) for index, layout in enumerate(layouts)]
+        labels = torch.from_numpy(np.load(folder / LABELS_FILE))
+        return Frontier(network, layouts, rows, labels, float(np.load(folder / SECONDS_FILE)), device)
+    except (PdiffError, OSError) as error:  # a full disk, or another process made room
+        return str(error)
+
+
+def worth_keeping(row_bytes: float, flops: float, images: int) -> bool:
+    """Whether to keep the frontier of so many images.
+
+    Args:
+        row_bytes, flops: of an image's frontier, and to compute it.
+    """
+    return row_bytes * images <= SMALL_BYTES or flops >= FLOPS_PER_BYTE * row_bytes
+
+
+def _rows(
+    network: SplitNetwork,
+    dataset: Dataset,
+    split: Split,
+    device: torch.device,
+    layouts: Sequence[_Layout],
+    batch_size: int,
+) -> Iterator[list[Tensor]]:
+    """The frontier as it lies in memory, and labels, batch by batch."""
+    for images, labels in split.in_order(batch_size):
+        frontier = network.prefix(dataset.prepare(images, device))
+        rows = [*(layout.to_memory(t) for layout, t in zip(layouts, frontier, strict=True)), labels.to(device)]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # so that its seconds are those of computing
+        yield rows
+
+
+def _mapped(file: Path, layout: _Layout) -> Tensor:
+    content = torch.from_numpy(np.memmap(file, np.uint8, "c"))  # copy-on-write, as torch refuses read-only arrays
+    return content.view(layout.dtype).view(-1, *layout.shape)
+
+
+def _make_room(cache: Path, size: int, limit_gib: float) -> bool:
+    """Whether `size` bytes may be kept in the cache, after removing what was not used for longest."""
+    kept = sorted((f for f in cache.glob("frontier-*") if f.is_dir()), key=lambda folder: folder.stat().st_mtime)
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in kept]
+    cache.mkdir(parents=True, exist_ok=True)
+    limit = min(limit_gib * 2**30, sum(sizes) + shutil.disk_usage(cache).free / 2)
+    while size <= limit < sum(sizes) + size:
+        shutil.rmtree(kept.pop(0), ignore_errors=True)
+        sizes.pop(0)
+    return size <= limit
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,207 @@
+"""Plans an experiment's stages and runs the missing ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.common.progress import Display, Progress, console, display
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.stages.context import Context
+from pdiff_ray.stages.table import STAGES, artifacts_of, build_missing
+from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.files import Storage
+
+if TYPE_CHECKING:
+    from pdiff_ray.estimates.estimate import Cost, Estimator
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment needs, and what of it is there."""
+
+    experiment: Experiment
+    storage: Storage
+    artifacts: dict[str, Artifact]
+    missing: tuple[str, ...]  # stages to build, in order
+
+    @property
+    def needs_ray(self) -> bool:
+        return any(STAGES[stage].place != "driver" for stage in self.missing)
+
+    def missing_on(self, *places: str) -> list[str]:
+        """Missing stages that are built at these places."""
+        return [stage for stage in self.missing if STAGES[stage].place in places]
+
+
+def make_plan(experiment: Experiment, target: str = "report") -> Plan:
+    """The plan to have the artifact of stage `target`.
+
+    Raises:
+        ConfigError: something the configuration names does not exist or does not fit together.
+    """
+    storage = Storage(experiment.storage_uri)
+    artifacts = artifacts_of(experiment, storage)
+    missing: list[str] = []
+    # The result table is read from samples and evaluation as well.
+    wanted = {target, "evaluation", "samples"} if target == "report" else {target}
+    names = list(STAGES)
+    for index in range(names.index(target), -1, -1):
+        if names[index] in wanted and not artifacts[names[index]].exists():
+            missing.insert(0, names[index])
+            # Evaluation and report look back at everything before them.
+            wanted.update(names[:index])
+    return Plan(experiment, storage, artifacts, tuple(missing))
+
+
+def check(plan: Plan) -> None:
+    """Everything that can be found wrong before work starts: network, subset, data, storage.
+
+    Raises:
+        PdiffError
+    """
+    from pdiff_ray.data import sources
+    from pdiff_ray.generators.autoencoder import Autoencoder
+    from pdiff_ray.networks.build import check_network
+    from pdiff_ray.stages.zoo import subset_of
+
+    network = check_network(plan.experiment.network, sources.describe(plan.experiment.data))
+    subset = subset_of(plan.experiment, network)
+    if plan.experiment.generator.name == "latent_diffusion":
+        import torch
+
+        with torch.device("meta"):
+            Autoencoder(plan.experiment.generator.autoencoder, subset.size)
+    if "zoo" in plan.missing and plan.experiment.zoo.imported:
+        raise ConfigError(
+            f"zoo.imported: no zoo {plan.experiment.zoo.imported!r} in {plan.storage.location('zoo')}; bring it in "
+            "with `pdiff import FOLDER FILE`"
+        )
+    if plan.needs_ray:
+        sources.check(plan.experiment.data)
+    plan.storage.check_writable()
+
+
+def run(plan: Plan, *, in_process: bool = False) -> None:
+    """Builds what is missing, on Ray or, for debugging, in this process. Interrupted, it goes on where it was."""
+    if not plan.missing:
+        return
+    check(plan)
+    with display() as progress:
+        if plan.needs_ray:
+            started = time.monotonic()
+            (_run_here if in_process else _run_on_ray)(plan, progress)
+            console.print(f"  built in {time.monotonic() - started:.0f} s")
+        for stage in plan.missing_on("driver"):
+            build_missing(stage, plan.experiment, plan.artifacts, here(progress))
+
+
+def _run_here(plan: Plan, progress: Display) -> None:
+    import torch
+
+    torch.set_num_threads(plan.experiment.resources.cpus_per_worker)
+    context = here(progress)
+    for stage in plan.missing_on("workers", "actor", "actors"):
+        build_missing(stage, plan.experiment, plan.artifacts, context)
+        _announce(plan, stage)
+
+
+def here(progress: Progress) -> Context:
+    """This process as the place where stages run."""
+    import torch
+
+    from pdiff_ray.common.devices import exact_float32
+    from pdiff_ray.data.cache import default_cache
+
+    exact_float32()
+    return Context(torch.device("cuda" if torch.cuda.is_available() else "cpu"), default_cache(), progress=progress)
+
+
+def _run_on_ray(plan: Plan, progress: Display) -> None:
+    progress("Ray", 0, 1, "starting")
+    from pdiff_ray import distributed
+
+    distributed.prepare(plan.experiment.resources)
+    from pdiff_ray.distributed import session
+
+    with session.connect(plan.experiment.resources, progress) as events:
+        progress("Ray", 1, 1, "running")
+        if trained := plan.missing_on("workers"):
+            from pdiff_ray.distributed.train import Job, train
+
+            if problems := train([Job(plan.experiment, plan.artifacts, trained)], events):
+                raise PdiffError(next(iter(problems.values())))
+            _announce(plan, *trained)
+        if plan.missing_on("actor", "actors"):
+            _run_on_pool(plan, progress, events)
+
+
+def _run_on_pool(plan: Plan, progress: Display, events: str) -> None:
+    import torch
+
+    from pdiff_ray.data.cache import default_cache
+    from pdiff_ray.distributed.pool import Pool
+    from pdiff_ray.stages import evaluation
+
+    pool = Pool(plan.experiment, plan.artifacts, events)
+    try:
+        for stage in plan.missing_on("actor", "actors"):
+            if stage == "evaluation":
+                context = Context(torch.device("cpu"), default_cache(), progress=progress)
+                evaluation.judge_missing(plan.experiment, plan.artifacts, context, pool.map_stacks)
+            pool.build(stage)  # vectors do not pass through this process
+            _announce(plan, stage)
+    finally:
+        pool.close()
+
+
+def _announce(plan: Plan, *stages: str) -> None:
+    for stage in stages:
+        manifest = plan.artifacts[stage].manifest()
+        console.print(f"  {stage}: done in {manifest['seconds']:.1f} s, {plan.artifacts[stage].location}")
+        gate = manifest["info"].get("gate") if stage == "generator" else None
+        if gate and not gate["passed"]:
+            console.print(
+                f"  [bold red]WARNING[/]: the autoencoder loses accuracy: members {gate['validation_accuracy']:.1%}, "
+                f"decoded {gate['decoded_validation_accuracy']:.1%} on validation images. The samples cannot be "
+                "better; raise generator.autoencoder.steps or latent_dim."
+            )
+
+
+def describe(plan: Plan, estimator: Estimator) -> list[tuple[str, ...]]:
+    """The plan as rows: stage, key, state, what it is, time and memory of a process."""
+    from pdiff_ray.estimates.estimate import duration, gib
+
+    e = plan.experiment
+    what = {name: stage.about(e) for name, stage in STAGES.items()}
+    what["zoo"] += f": {estimator.anatomy(e).subset.size:,} values"
+    rows: list[tuple[str, ...]] = []
+    for stage, cost in costs(plan, estimator).items():
+        state, key = ("to build", "there")[cost.source == "there"], plan.artifacts[stage].key
+        numbers = ("", "") if cost.source == "there" else (duration(cost.seconds), gib(cost.memory))
+        rows.append((stage, key, state, what[stage], *numbers))
+    return rows
+
+
+def costs(plan: Plan, estimator: Estimator) -> dict[str, Cost]:
+    """What every stage of the plan will take."""
+    from pdiff_ray.estimates.estimate import Place
+
+    return estimator.costs(plan.experiment, plan.artifacts, plan.missing, Place.of_plan(plan.experiment.resources))
+
+
+def notes(plan: Plan) -> Sequence[str]:
+    """What would stop the plan from running as things are; for a dry run, which may be for another machine."""
+    from pdiff_ray.data import sources
+
+    found = []
+    # scikit-learn carries the digits; to import it takes longer than all the rest.
+    if plan.needs_ray and plan.experiment.data.name != "digits":
+        try:
+            sources.check(plan.experiment.data)
+        except PdiffError as error:
+            found.append(str(error))
+    return found

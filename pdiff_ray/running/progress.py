@@ -1,0 +1,118 @@
+"""What the user sees of a sweep while it goes on: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from rich import box
+from rich.console import RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pdiff_ray.common.progress import Display, console
+from pdiff_ray.sweeps.trial import Trial
+
+
+class SweepDisplay:
+    """The trials of a sweep: a live table on a terminal; elsewhere a line as a trial begins and as it ends.
+
+    It is a `Progress` function, too: tasks named `trial <number>|<stage>` are of a trial.
+    """
+
+    def __init__(self, total: int, metric: str, maximize: bool, done: Sequence[Trial], live: bool) -> None:
+        self.total, self.metric, self.maximize, self.live = total, metric, maximize, live
+        self.trials = {trial.number: trial for trial in done if trial.state != "failed"}
+        self.began: dict[int, float] = {}
+        self.tasks: dict[str, tuple[int, int, str]] = {}  # of the whole sweep
+        self.stages: dict[int, tuple[str, int, int]] = {}  # of the running trials
+        self.lines = Display(None)
+        self.widest = 1  # trials that have run at a time
+
+    def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
+        trial, bar, stage = task.partition("|")
+        if bar:
+            self.stages[int(trial.removeprefix("trial "))] = (stage, done, total)
+        elif self.live:
+            self.tasks[task] = (done, total, note)
+        else:
+            self.lines(task, done, total, note)
+
+    def of(self, number: int) -> Callable[[str, int, int, str], None]:
+        """The progress function of a trial."""
+        return lambda task, *rest: self(f"trial {number}|{task}", *rest)
+
+    def clear(self) -> None:
+        """Forgets the tasks of the whole sweep, which are done."""
+        self.tasks.clear()
+
+    def change(self, trial: Trial) -> None:
+        """Shows a trial that begins or has ended."""
+        self.trials[trial.number] = trial
+        if trial.state == "running":
+            self.began[trial.number] = time.monotonic()
+            self.widest = max(self.widest, len(self._running()))
+        else:
+            self.stages.pop(trial.number, None)
+        if not self.live:
+            outcome = f" {trial.objective:.4f}" if trial.objective is not None else ""
+            state = "started" if trial.state == "running" else trial.state
+            reason = f" ({trial.reason})" if trial.reason else ""
+            after = f"; {self.headline()}" if trial.state != "running" else ""
+            print(f"  trial {trial.number} [{trial.text}] {state}{outcome}{reason}{after}", flush=True)
+
+    def headline(self) -> str:
+        """How far the sweep is: trials done, the best so far, time left."""
+        ended = [trial for trial in self.trials.values() if trial.state != "running"]
+        parts = [f"{len(ended)} of {self.total} trials"]
+        values = [t.objective for t in ended if t.state == "finished" and t.objective is not None]
+        if values:
+            best = max(values) if self.maximize else min(values)
+            number = next(t.number for t in ended if t.objective == best)
+            parts.append(f"best {self.metric} {best:.4f} (trial {number})")
+        seconds = [t.seconds for t in ended if t.seconds and t.number in self.began]
+        if seconds and len(ended) < self.total:
+            left = statistics.fmean(seconds) * (self.total - len(ended)) / self.widest
+            parts.append(f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left")
+        return ", ".join(parts)
+
+    def _running(self) -> list[Trial]:
+        return [trial for trial in self.trials.values() if trial.state == "running"]
+
+    def __rich__(self) -> RenderableType:
+        table = Table(title=self.headline(), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("trial", "values", "state", "stage", "objective", "seconds"):
+            table.add_column(column, justify="right" if column in ("trial", "objective", "seconds") else "left")
+        for task, (done, total, note) in self.tasks.items():
+            table.add_row("", "", task, Text(f"{done}/{total} {note}"), "", "")
+        running = sorted(self._running(), key=lambda t: t.number)
+        rows = max(3, console.height - 8 - len(self.tasks) - len(running))  # what a terminal can show of the ended ones
+        ended = [t for t in self.trials.values() if t.state != "running"][-rows:]
+        for trial in [*sorted(ended, key=lambda t: t.number), *running]:
+            stage, done, total = self.stages.get(trial.number, ("", 0, 0))
+            seconds = trial.seconds or time.monotonic() - self.began.get(trial.number, time.monotonic())
+            table.add_row(
+                str(trial.number),
+                Text(trial.text),
+                trial.state,
+                f"{stage} {done}/{total}" if stage else "",
+                "" if trial.objective is None else f"{trial.objective:.4f}",
+                f"{seconds:.0f}",
+            )
+        return table
+
+
+@contextlib.contextmanager
+def sweep_display(total: int, metric: str, maximize: bool, done: Sequence[Trial]) -> Iterator[SweepDisplay]:
+    """A display for the time of a sweep."""
+    live = sys.stdout.isatty()
+    shown = SweepDisplay(total, metric, maximize, done, live)
+    if not live:
+        yield shown
+        return
+    with Live(shown, console=console, refresh_per_second=2):
+        yield shown

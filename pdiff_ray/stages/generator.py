@@ -1,0 +1,79 @@
+"""Stages `generator` and `samples`: learn the distribution of the zoo's vectors, and draw new ones from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdiff_ray.common.devices import enough_memory
+from pdiff_ray.common.seeds import derive_seed
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.generators.interface import Fitting, Generator, make_generator
+from pdiff_ray.stages.base import HISTORY_FILE
+from pdiff_ray.stages.context import Context
+from pdiff_ray.stages.judging import base_judge
+from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.parameters import ParameterStore
+from pdiff_ray.storage.trees import load_tree, save_tree
+
+GENERATOR_FILE = "generator.safetensors"
+
+
+def build(
+    experiment: Experiment,
+    artifacts: Mapping[str, Artifact],
+    context: Context,
+    preview: Callable[[int, Tensor], None] | None = None,
+) -> None:
+    """Fits the generator to the first K members of the zoo.
+
+    Args:
+        preview: see `generators.Fitting`.
+    """
+    artifact, settings = artifacts["generator"], experiment.generator
+    started = time.monotonic()
+    zoo = ParameterStore(artifacts["zoo"])
+    subset = zoo.subset()
+    judge = base_judge(experiment, artifacts, subset, context)
+
+    def validation_accuracy(vectors: Tensor) -> Tensor:
+        judgements = judge.judge(vectors, ["validation"])
+        return torch.tensor([j.validation_accuracy for j in judgements])
+
+    def load(name: str) -> dict[str, Any] | None:
+        content = artifact.load_work(f"{name}.safetensors")
+        return None if content is None else load_tree(content, f"{name} checkpoint")
+
+    fitting = Fitting(
+        device=context.device,
+        seed=derive_seed(settings.seed or 0, "fit"),
+        judge=validation_accuracy,
+        load=load,
+        save=lambda name, state: artifact.save_work(f"{name}.safetensors", save_tree(state)),
+        progress=context.progress,
+        preview=preview,
+        checkpoint_s=context.checkpoint_s,
+    )
+    generator = make_generator(settings, subset)
+    with enough_memory(
+        "training of the generator", "generator.autoencoder.batch_size or generator.autoencoder.channels"
+    ):
+        generator.fit(torch.from_numpy(zoo.vectors(range(experiment.num_members))).to(context.device), fitting)
+    files = {
+        GENERATOR_FILE: save_tree(generator.state()),
+        HISTORY_FILE: save_tree({name: torch.tensor(losses) for name, losses in fitting.history.items()}),
+        "subset.json": subset.to_json().encode(),
+    }
+    info = {**fitting.notes, "final_loss": {name: losses[-1] for name, losses in fitting.history.items()}}
+    artifact.commit(files, info, time.monotonic() - started)
+
+
+def load_generator(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Generator:
+    """The fitted generator, on the CPU."""
+    generator = make_generator(experiment.generator, ParameterStore(artifacts["zoo"]).subset())
+    generator.load_state(load_tree(artifacts["generator"].read(GENERATOR_FILE), artifacts["generator"].location))
+    return generator

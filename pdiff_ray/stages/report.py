@@ -1,0 +1,108 @@
+"""Stage `report`: tables and figures from artifacts alone, as one HTML page and PNG files."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.reports.pages import render
+from pdiff_ray.reports.tables import LEGEND, comma_separated, markdown, paper_row, sharing_text, table_rows
+from pdiff_ray.stages.base import HISTORY_FILE
+from pdiff_ray.stages.context import Context
+from pdiff_ray.stages.evaluation import SUMMARY_FILE
+from pdiff_ray.stages.samples import LATENTS_FILE
+from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.parameters import ParameterStore
+from pdiff_ray.storage.trees import load_tree
+
+REPORT_FILE = "report.html"
+FIGURES = {
+    "accuracy": "Test accuracy of every network; lines are means.",
+    "similarity": "Similarity: overlap (IoU) of wrong test predictions.",
+    "accuracy_similarity": "Accuracy against the largest similarity with an original; copies sit at the far right.",
+    "latents": "t-SNE of the latents of members and samples.",
+    "losses": "Training losses.",
+}
+
+
+def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
+    """Builds the report from the evaluation and what led to it."""
+    from pdiff_ray.reports import figures
+
+    started = time.monotonic()
+    summary = load_summary(artifacts)
+    records = ParameterStore(artifacts["evaluation"]).records()
+    num_test = artifacts["evaluation"].manifest()["info"]["test_images"]
+    samples, generator = artifacts["samples"], artifacts["generator"]
+    latents = {k: v.numpy() for k, v in load_tree(samples.read(LATENTS_FILE), samples.location).items()}
+    base = artifacts["base"]
+    history = load_tree(base.read(HISTORY_FILE), base.location) if HISTORY_FILE in base.manifest()["files"] else {}
+    losses = {"base": history["loss"].tolist()} if len(history.get("loss", ())) else {}
+    losses |= {k: v.tolist() for k, v in load_tree(generator.read(HISTORY_FILE), generator.location).items()}
+    pngs = {
+        "accuracy": figures.accuracy_by_group(records),
+        "similarity": figures.similarity_bars(summary),
+        "accuracy_similarity": figures.accuracy_against_similarity(records, num_test),
+        "latents": figures.latent_map(latents, experiment.seed),
+    }
+    if losses:  # simple generators have none
+        pngs["losses"] = figures.loss_curves(losses)
+    rows = table_rows(summary)
+    files = {f"{name}.png": png for name, png in pngs.items()}
+    files["table.md"] = markdown(rows).encode()
+    files["table.csv"] = comma_separated(summary).encode()
+    files[REPORT_FILE] = _page(experiment, artifacts, summary, rows, pngs).encode()
+    artifacts["report"].commit(files, {}, time.monotonic() - started)
+
+
+def load_summary(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+    """The evaluation's summary, as `summary.summarize` made it."""
+    return json.loads(artifacts["evaluation"].read(SUMMARY_FILE))
+
+
+def report_location(artifacts: Mapping[str, Artifact]) -> str:
+    """Where the HTML page is."""
+    report = artifacts["report"]
+    return f"{report.location}/{report.manifest()['files'][REPORT_FILE]['path']}"
+
+
+def stage_seconds(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
+    return {stage: artifact.manifest()["seconds"] for stage, artifact in artifacts.items() if artifact.exists()}
+
+
+def achieved_sharing(artifacts: Mapping[str, Artifact]) -> str:
+    """`sharing_text` of an experiment."""
+    return sharing_text(*(artifacts[stage].manifest()["info"] for stage in ("zoo", "evaluation")))
+
+
+def _page(
+    experiment: Experiment,
+    artifacts: Mapping[str, Artifact],
+    summary: Mapping[str, Any],
+    rows: Sequence[Sequence[str]],
+    pngs: Mapping[str, bytes],
+) -> str:
+    import yaml
+
+    manifests = {stage: artifact.manifest() for stage, artifact in artifacts.items() if stage != "report"}
+    return render(
+        "report.html.jinja",
+        name=experiment.name,
+        rows=rows,
+        legend=LEGEND,
+        verdict=summary["verdict"]["text"],
+        paper=paper_row(summary),
+        gate=manifests["generator"]["info"].get("gate"),
+        spread=manifests["samples"]["info"]["relative_latent_std"],
+        sharing=achieved_sharing(artifacts),
+        figures=[(FIGURES[name], base64.b64encode(png).decode()) for name, png in pngs.items()],
+        stages=[(stage, m["key"], f"{m['seconds']:.1f}", m["seed"], m["created_at"]) for stage, m in manifests.items()],
+        versions=manifests["evaluation"]["versions"],
+        configuration=yaml.safe_dump(
+            experiment.model_dump(mode="json", exclude={"storage", "tracking"}), sort_keys=False
+        ),
+    )

@@ -1,0 +1,167 @@
+"""The stages of an experiment, each in one place: what determines its artifact, how it is built, and where."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.data import sources
+from pdiff_ray.networks.build import fingerprint
+from pdiff_ray.stages import base, evaluation, generator, report, samples, zoo
+from pdiff_ray.stages.context import Context
+from pdiff_ray.storage.artifacts import KINDS, Artifact
+from pdiff_ray.storage.files import Storage
+
+# Of a zoo that was imported: the other fields are of its training, and serve the fine-tuned baseline alone.
+IMPORTED_FIELDS = ("members", "subset", "batchnorm", "imported")
+
+Build = Callable[[Experiment, Mapping[str, Artifact], Context], None]
+Claim = Callable[[Artifact], AbstractContextManager[bool]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step on the way from the configuration to the report.
+
+    Attributes:
+        name: of the stage, and of the folder of its artifacts.
+        inputs: stages whose artifacts it is made from.
+        config: gives what of an experiment determines the artifact, beside its inputs, as JSON values.
+        build: makes the artifact, given those of all stages.
+        place: where Ray runs it: the group of workers that trains, an actor, all actors together, or the driver.
+        about: tells in a few words what an experiment asks of it.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    config: Callable[[Experiment], dict[str, Any]]
+    build: Build
+    place: Literal["workers", "actor", "actors", "driver"]
+    about: Callable[[Experiment], str]
+
+
+def _base_config(experiment: Experiment) -> dict[str, Any]:
+    data, network = sources.keyed(experiment.data), experiment.network.keyed()
+    if experiment.zoo.imported:  # base and zoo came together, from files
+        return {"data": data, "network": network, "imported": experiment.zoo.imported}
+    training = experiment.training
+    config: dict[str, Any] = {"data": data, "network": network, "training": training.keyed(), "seed": training.seed}
+    if ":" in experiment.network.name:
+        config["code"] = fingerprint(experiment.network)
+    if experiment.resources.workers > 1:  # their BatchNorm layers see shares of the batches
+        config["workers"] = experiment.resources.workers
+    return config
+
+
+def _zoo_config(experiment: Experiment) -> dict[str, Any]:
+    zoo = experiment.zoo.keyed()
+    return {name: zoo[name] for name in IMPORTED_FIELDS} if experiment.zoo.imported else zoo
+
+
+def _generator_config(experiment: Experiment) -> dict[str, Any]:
+    config = {**experiment.generator.keyed(), "members": experiment.num_members}
+    del config["recipe"]  # its values are filled in
+    return config
+
+
+def _evaluation_config(experiment: Experiment) -> dict[str, Any]:
+    config = experiment.evaluation.keyed()
+    if experiment.zoo.imported:
+        zoo = experiment.zoo.keyed()
+        config["fine_tuning"] = {name: zoo[name] for name in zoo if name not in IMPORTED_FIELDS}
+    return config
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "base",
+            (),
+            _base_config,
+            base.build,
+            "workers",
+            lambda e: f"{e.network.name} on {e.data.name}, {e.training.epochs} epochs",
+        ),
+        Stage(
+            "zoo",
+            ("base",),
+            _zoo_config,
+            zoo.build,
+            "workers",
+            lambda e: f"{e.zoo.members} members, {e.zoo.regime}, {e.zoo.subset}",
+        ),
+        Stage(
+            "generator",
+            ("zoo",),
+            _generator_config,
+            generator.build,
+            "actor",
+            lambda e: f"{e.generator.name} of {e.num_members} members",
+        ),
+        Stage(
+            "samples",
+            ("generator",),
+            lambda e: e.sampling.keyed(),
+            samples.build,
+            "actor",
+            lambda e: f"{e.sampling.samples} vectors, {e.sampling.sampler}",
+        ),
+        Stage(
+            "evaluation",
+            ("samples",),
+            _evaluation_config,
+            evaluation.build,
+            "actors",
+            lambda e: f"{e.num_members + len(evaluation.made_networks(e))} networks on {e.resources.actors} actors",
+        ),
+        Stage(
+            "report",
+            ("evaluation",),
+            lambda e: {"name": e.name},
+            report.build,
+            "driver",
+            lambda e: "tables and figures",
+        ),
+    )
+}
+
+assert tuple(STAGES) == KINDS
+
+
+def artifacts_of(experiment: Experiment, storage: Storage) -> dict[str, Artifact]:
+    """The artifact of every stage: what the experiment's results are stored under, whether they are there or not."""
+    found: dict[str, Artifact] = {}
+    for stage in STAGES.values():
+        inputs = {name: found[name].key for name in stage.inputs}
+        found[stage.name] = Artifact(storage, stage.name, stage.config(experiment), inputs)
+    return found
+
+
+@contextlib.contextmanager
+def unclaimed(artifact: Artifact) -> Iterator[bool]:
+    """Gives whether an artifact is missing, where nothing else could be building it."""
+    yield not artifact.exists()
+
+
+def build_missing(
+    stage: str,
+    experiment: Experiment,
+    artifacts: Mapping[str, Artifact],
+    context: Context,
+    claim: Claim = unclaimed,
+    build: Build | None = None,
+) -> None:
+    """Builds the artifact of a stage unless it is there.
+
+    Args:
+        claim: holds others off meanwhile; gives whether the artifact is to be built.
+        build: in place of the stage's own function.
+    """
+    with claim(artifacts[stage]) as missing:
+        if missing:
+            (build or STAGES[stage].build)(experiment, artifacts, context)

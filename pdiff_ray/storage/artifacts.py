@@ -1,0 +1,194 @@
+"""Storage and the content-addressed artifacts in it.
+
+An artifact lives under `<stage>/<key>/`; the key is a hash of everything that determines it. Every file carries a
+digest of its content in its name and is written whole or not at all; `manifest.json`, written last and once, says which
+files belong. So whoever builds the same artifact at the same time can only ever produce one of two whole ones, and what
+a crash leaves behind is never mistaken for a result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+import pdiff_ray
+from pdiff_ray.common.errors import StorageError
+
+if TYPE_CHECKING:
+    from pdiff_ray.storage.files import Storage
+
+FORMAT = 2  # part of every key: raise it when a stage's meaning changes
+KINDS = ("base", "zoo", "generator", "samples", "evaluation", "report")  # a folder each, as they are made
+WORK = "work"  # folder of an artifact that is being made
+
+
+def artifact_key(stage: str, config: dict[str, Any], inputs: dict[str, str]) -> str:
+    """The hash that names an artifact: of its configuration, its inputs' keys and the format version."""
+    text = json.dumps([FORMAT, stage, config, inputs], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One stage's result in storage, there or still to be built."""
+
+    storage: Storage
+    stage: str
+    config: dict[str, Any] = field(hash=False)
+    inputs: dict[str, str] = field(hash=False)
+
+    @property
+    def key(self) -> str:
+        return artifact_key(self.stage, self.config, self.inputs)
+
+    @property
+    def folder(self) -> str:
+        return f"{self.stage}/{self.key}"
+
+    @property
+    def location(self) -> str:
+        return self.storage.location(self.folder)
+
+    def exists(self) -> bool:
+        return self.storage.exists(f"{self.folder}/manifest.json")
+
+    def manifest(self) -> dict[str, Any]:
+        return read_manifest(self.storage, self.folder)
+
+    def read(self, name: str) -> bytes:
+        """The content of the file that the manifest lists under `name`, checked against its digest."""
+        entry = self.manifest()["files"].get(name)
+        if entry is None:
+            raise StorageError(f"{self.location}: its manifest lists no file {name!r}")
+        content = self.storage.read(f"{self.folder}/{entry['path']}")
+        if digest(content) != entry["sha256"]:
+            raise StorageError(_damaged(self.storage, f"{self.folder}/{entry['path']}"))
+        return content
+
+    def commit(
+        self,
+        files: dict[str, bytes],
+        info: dict[str, Any],
+        seconds: float,
+        parts: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        """Makes the artifact exist.
+
+        Args:
+            files: content by name.
+            info: what a reader wants to know at a glance; JSON values.
+            seconds: time that building it took.
+            parts: entries of part files that are there already (`ParameterStore.manifest_entries`).
+        """
+        entries = dict(parts or {})
+        for name, content in files.items():
+            sha = digest(content)
+            stem, dot, ending = name.rpartition(".")
+            path = f"{stem}-{sha[:12]}{dot}{ending}"
+            self.storage.write(f"{self.folder}/{path}", content)
+            entries[name] = {"path": path, "sha256": sha}
+        manifest = {
+            "format": FORMAT,
+            "stage": self.stage,
+            "key": self.key,
+            "config": self.config,
+            "inputs": self.inputs,
+            "files": entries,
+            "info": info,
+            "seed": self.config.get("seed"),
+            "seconds": round(seconds, 3),
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+        }
+        text = json.dumps(manifest, indent=1).encode()
+        self.storage.write(f"{self.folder}/manifest.json", text, exclusive=True)
+        for name in self.storage.list(f"{self.folder}/{WORK}", recursive=True):
+            self.storage.delete(name)
+
+    # State of work in progress: replaced again and again, gone once the artifact exists.
+
+    def save_work(self, name: str, content: bytes) -> None:
+        self.storage.write(self._work(name), content)
+
+    def load_work(self, name: str) -> bytes | None:
+        path = self._work(name)
+        try:
+            return self.storage.read(path)
+        except StorageError:
+            if self.storage.exists(path):
+                raise
+            return None  # it never was, or another builder has finished meanwhile
+
+    def _work(self, name: str) -> str:
+        return f"{self.folder}/{WORK}/{name}"
+
+
+def read_manifest(storage: Storage, folder: str) -> dict[str, Any]:
+    name = f"{folder}/manifest.json"
+    content = storage.read(name)
+    try:
+        return json.loads(content)
+    except ValueError as error:  # not JSON, or not even text
+        where = storage.location(name)
+        raise StorageError(f"{where}: damaged ({error}); delete its folder to build it again") from None
+
+
+def find(storage: Storage, prefix: str) -> tuple[str, dict[str, Any]]:
+    """The folder and manifest of the one finished artifact whose key (or stage/key) starts with `prefix`."""
+    stage, slash, key = prefix.rpartition("/")
+    split = [folder.split("/") for folder in finished(storage)]
+    found = ["/".join(f) for f in split if f[1].startswith(key) and (not slash or f[0] == stage)]
+    if len(found) != 1:
+        what = "no finished artifact" if not found else f"{len(found)} artifacts ({', '.join(found)})"
+        raise StorageError(f"{prefix}: {what} in {storage.place}; `pdiff artifacts list` shows the keys")
+    return found[0], read_manifest(storage, found[0])
+
+
+def finished(storage: Storage) -> list[str]:
+    """Folders (`stage/key`) of all finished artifacts."""
+    folders = [folder for kind in KINDS for folder in storage.list(kind)]
+    return [folder for folder in folders if storage.exists(f"{folder}/manifest.json")]
+
+
+def verify(storage: Storage, folder: str) -> list[str]:
+    """Messages about files of an artifact that are missing or differ from their digest; empty if it is whole."""
+    problems = []
+    for entry in read_manifest(storage, folder)["files"].values():
+        name = f"{folder}/{entry['path']}"
+        try:
+            whole = digest(storage.read(name)) == entry["sha256"]
+        except StorageError as error:
+            problems.append(str(error))
+            continue
+        if not whole:
+            problems.append(_damaged(storage, name))
+    return problems
+
+
+def _damaged(storage: Storage, name: str) -> str:
+    folder = "/".join(name.split("/")[:2])  # the artifact's, whatever the file's
+    return (
+        f"{storage.location(name)}: damaged, its content differs from the digest in the manifest; delete "
+        f"{storage.location(folder)} and run again to build it anew"
+    )
+
+
+def digest(content: bytes | pa.Buffer) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what numbers depend on."""
+    found = {"pdiff_ray": pdiff_ray.__version__, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "timm", "numpy", "diffusers", "ray", "pyarrow"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

@@ -1,0 +1,161 @@
+"""Storage: small atomic operations on whole files, in a folder or an object store."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from pdiff_ray.common.errors import StorageError
+
+TEMPORARY = "tmp"  # folder of files that are being written
+STALE_TEMPORARY_S = 24 * 3600
+
+
+class Storage:
+    """A folder or object store: small atomic operations on whole files, through `pyarrow.fs`.
+
+    Args:
+        uri: a local path, or any URI that `pyarrow.fs.FileSystem.from_uri` takes (`s3://bucket/prefix`, `gs://`, ...).
+    """
+
+    def __init__(self, uri: str) -> None:
+        if re.match(r"[a-z0-9]{2,}:/[^/]", uri):  # one letter is a drive
+            raise StorageError(
+                f"storage: {_without_secrets(uri)!r} is neither a folder nor a URI, which has two slashes"
+            )
+        try:
+            if "://" in uri:
+                self.fs, self.root = pafs.FileSystem.from_uri(uri)
+                self.uri = uri.rstrip("/")
+            else:
+                self.fs, self.root = pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+                self.uri = self.root
+        except (pa.ArrowInvalid, OSError) as error:
+            reason = _without_secrets(f"{uri!r} is not a folder or a URI that pyarrow.fs knows: {error}")
+            raise StorageError(f"storage: {reason}") from None
+
+    @property
+    def local(self) -> Path | None:
+        """The folder, if storage is one of this machine."""
+        return Path(self.root) if isinstance(self.fs, pafs.LocalFileSystem) else None
+
+    @property
+    def place(self) -> str:
+        """The URI as it may be shown."""
+        return _without_secrets(self.uri.split("?")[0]) if self.local is None else self.root
+
+    def path(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}"
+
+    def location(self, name: str) -> str:
+        """Where a user finds `name`."""
+        return f"{self.place}/{name}"
+
+    def check_writable(self) -> None:
+        """Raises StorageError unless a file can be written, read and deleted here."""
+        probe = f"{TEMPORARY}/probe-{uuid.uuid4().hex}"
+        self.write(probe, b"probe")
+        self.delete(probe)
+        self._remove_stale_temporaries()
+
+    def exists(self, name: str) -> bool:
+        with self._translated(name):
+            return self.fs.get_file_info(self.path(name)).type == pafs.FileType.File
+
+    def read(self, name: str) -> bytes:
+        with self._translated(name), self.open(name) as file:
+            return file.read()
+
+    def open(self, name: str) -> pa.NativeFile:
+        with self._translated(name):
+            return self.fs.open_input_file(self.path(name))
+
+    def write(self, name: str, content: bytes | pa.Buffer, *, exclusive: bool = False) -> bool:
+        """Writes a whole file; readers see the old one, or none, until all of it is there.
+
+        Args:
+            exclusive: leave a file that is already there as it is.
+
+        Returns:
+            False if `exclusive` and the file was there before.
+        """
+        with self._translated(name):
+            if self.local is None:  # an object appears when its upload is complete
+                if exclusive and self.exists(name):
+                    return False
+                with self.fs.open_output_stream(self.path(name)) as stream:
+                    stream.write(content)
+                return True
+            target, temporary = Path(self.path(name)), Path(self.path(f"{TEMPORARY}/{uuid.uuid4().hex}"))
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with temporary.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if exclusive:
+                    return _place_new(temporary, target)
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+            return True
+
+    def delete(self, name: str) -> None:
+        with self._translated(name), contextlib.suppress(FileNotFoundError):
+            self.fs.delete_file(self.path(name))
+
+    def list(self, folder: str, *, recursive: bool = False) -> list[str]:
+        """Names of the files (`recursive`: at any depth; else: and folders) in `folder`, sorted."""
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
+        with self._translated(folder):
+            infos = self.fs.get_file_info(selector)
+        prefix = len(self.path(""))
+        return sorted(i.path[prefix:] for i in infos if not recursive or i.type == pafs.FileType.File)
+
+    @contextlib.contextmanager
+    def _translated(self, name: str) -> Iterator[None]:
+        """Turns the file system's errors into one message with a remedy."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise StorageError(f"{self.location(name)}: no such file in storage") from None
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StorageError(
+                f"storage {self.location(name)}: {getattr(error, 'strerror', None) or error}; free space or choose "
+                "another folder with storage: (or --storage)"
+            ) from None
+
+    def _remove_stale_temporaries(self) -> None:
+        if self.local is not None:
+            for file in (self.local / TEMPORARY).glob("*"):
+                with contextlib.suppress(OSError):
+                    if time.time() - file.stat().st_mtime > STALE_TEMPORARY_S:
+                        shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def _place_new(temporary: Path, target: Path) -> bool:
+    """Gives a file its name unless that is taken."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links; the moment between the two lines is the price
+        if target.exists():
+            return False
+        temporary.replace(target)
+    return True
+
+
+def _without_secrets(text: str) -> str:
+    """The text without the user and password of the URI in it."""
+    return re.sub("://[^/]*@", "://", text)

@@ -1,0 +1,59 @@
+"""Nested dicts of tensors and JSON values as safetensors: data without code."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from pdiff_ray.common.errors import StorageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def save_tree(tree: dict[str, Any]) -> bytes:
+    """A nested dict of tensors and JSON values as safetensors: data without code.
+
+    Keys must not contain `|`. Lists, scalars and empty dicts travel as JSON in the file's metadata. The order of keys
+    is not kept.
+    """
+    import torch
+    from safetensors.torch import save
+
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+
+    def visit(node: dict[Any, Any], prefix: str) -> None:
+        for key, value in node.items():
+            path = f"{prefix}{key}"
+            if isinstance(value, torch.Tensor):
+                # Copies: safetensors refuses tensors that share memory.
+                tensors[path] = value.detach().cpu().contiguous().clone()
+            elif isinstance(value, dict) and value:
+                visit(value, f"{path}|")
+            else:
+                scalars[path] = value
+
+    visit(tree, "")
+    return save(tensors, metadata={"scalars": json.dumps(scalars)})
+
+
+def load_tree(content: bytes, where: str = "state") -> dict[str, Any]:
+    """The inverse of `save_tree`; keys are text."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        scalars = json.loads(header.get("__metadata__", {}).get("scalars", "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise StorageError(f"{where}: not a whole safetensors file: {error}") from None
+    tree: dict[str, Any] = {}
+    for path, value in {**scalars, **tensors}.items():
+        *parents, leaf = path.split("|")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree

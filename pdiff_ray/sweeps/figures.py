@@ -1,0 +1,306 @@
+"""The figures of a sweep, as PNG bytes: accuracy and similarity over what varies, and how a search went."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pdiff_ray.reports.figures import COLOURS, bare, png
+
+MAX_COLUMNS = 3  # of panels
+MAX_TICKS = 10  # that stand at values; more are left to matplotlib
+LOG_RATIO = 20  # of the largest to the smallest value, from which on a scale is logarithmic
+MEASURES = {"best": ("#D55E00", "^"), "average": ("#0072B2", "o"), "median": ("#009E73", "s")}  # colour, marker
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Combinations of a sweep that share everything but one parameter.
+
+    Attributes:
+        title: what they share.
+        parameter: the one in which they differ.
+        values: its values, in order.
+        curves: by quantity: mean, standard deviation, lowest and highest over seeds at each value, not-a-number where
+            there is none.
+    """
+
+    title: str
+    parameter: str
+    values: Sequence[Any]
+    curves: Mapping[str, np.ndarray]  # (values, 4)
+
+    @property
+    def numeric(self) -> bool:
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in self.values)
+        return numbers and len(self.values) > 1
+
+    @property
+    def places(self) -> np.ndarray:
+        """Where its values stand on the x axis."""
+        return np.array(self.values, float) if self.numeric else np.arange(len(self.values))
+
+
+def accuracy_over(panels: Sequence[Panel]) -> bytes:
+    """Best, average and median test accuracy of the generated networks, beside the originals' average.
+
+    Args:
+        panels: with curves `best`, `average`, `median` and `originals`, fractions.
+    """
+    figure, grid = _figure(panels)
+    for axes, panel in zip(grid, panels, strict=True):
+        _reference(axes, panel, 100 * panel.curves["originals"][:, 0], "originals, average")
+        for index, (name, (colour, marker)) in enumerate(MEASURES.items()):
+            # Names leave room beside each other, so that no error bar hides another.
+            places = panel.places if panel.numeric else panel.places + 0.2 * (index - 1)
+            _points(axes, panel, places, 100 * panel.curves[name], colour, marker, f"generated, {name}")
+    _finish(figure, grid, "test accuracy (%)")
+    return png(figure)
+
+
+def similarity_over(panels: Sequence[Panel]) -> bytes:
+    """The range over generated networks of the largest similarity with an original.
+
+    Args:
+        panels: with curves `smallest`, `average`, `largest` and `originals`.
+    """
+    figure, grid = _figure(panels)
+    for axes, panel in zip(grid, panels, strict=True):
+        _reference(axes, panel, panel.curves["originals"][:, 0], "originals with another one, average")
+        low, high = panel.curves["smallest"][:, 2], panel.curves["largest"][:, 3]
+        shade: dict[str, Any] = {"color": COLOURS["generated"], "alpha": 0.25, "linewidth": 0}
+        if panel.numeric:
+            axes.fill_between(panel.places, low, high, label="generated, range", **shade)
+        else:
+            axes.bar(panel.places, high - low, 0.35, low, label="generated, range", **shade)
+        _points(axes, panel, panel.places, panel.curves["average"], COLOURS["generated"], "o", "generated, average")
+    _finish(figure, grid, "largest IoU with an original")
+    return png(figure)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is known of a search's trials, by their numbers.
+
+    Attributes:
+        objective: its name, as the axis is labelled.
+        finished: objectives.
+        stopped: what they had reached when a scheduler stopped them.
+        reference: the objective of the experiment as the file has it, if it is known.
+    """
+
+    objective: str
+    maximize: bool
+    finished: Mapping[int, float]
+    stopped: Mapping[int, float]
+    failed: Sequence[int]
+    reference: float | None
+
+    @property
+    def best(self) -> int:
+        return (max if self.maximize else min)(self.finished, key=lambda number: self.finished[number])
+
+
+def history(search: Search) -> bytes:
+    """The objective of every trial, and the best so far."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = bare(figure.add_subplot())
+    numbers, values = list(search.finished), list(search.finished.values())
+    best = (np.maximum if search.maximize else np.minimum).accumulate(values)
+    axes.step(
+        [*numbers, _last(search)], [*best, best[-1]], where="post", color=MEASURES["best"][0], label="best so far"
+    )
+    axes.scatter(numbers, values, s=22, color=MEASURES["average"][0], label="finished", zorder=3)
+    _stopped(axes, list(search.stopped), list(search.stopped.values()))
+    if search.failed:
+        # Failed trials have no objective: they stand at the lower edge.
+        edge = axes.get_xaxis_transform()
+        axes.scatter(
+            search.failed, [0.02] * len(search.failed), s=22, marker="|", color="black", transform=edge, label="failed"
+        )
+    if search.reference is not None:
+        axes.axhline(search.reference, color="black", linestyle="--", linewidth=1, label="as in the file")
+    axes.set_xlabel("trial")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _finish(figure, [axes], search.objective)
+    return png(figure)
+
+
+def importances(shares: Mapping[str, float]) -> bytes:
+    """How much of the objective's variance each parameter explains."""
+    names = sorted(shares, key=lambda name: shares[name])
+    figure = Figure(figsize=(6, 0.8 + 0.32 * len(names)), layout="constrained")
+    axes = bare(figure.add_subplot(), "x")
+    bars = axes.barh(names, [shares[name] for name in names], 0.6, color=MEASURES["average"][0])
+    axes.bar_label(bars, [f"{shares[name]:.2f}" for name in names], padding=3, fontsize=8)
+    axes.set_xlim(0, max(shares.values()) * 1.12)
+    axes.set_xlabel("importance (fANOVA; all sum to 1)")
+    axes.tick_params(axis="y", labelsize=8, length=0)
+    return png(figure)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The values of one parameter: by trial, where it applies.
+
+    Attributes:
+        choices: all that there are, if they are counted.
+        log: whether its range is searched in the logarithm.
+    """
+
+    parameter: str
+    values: Mapping[int, Any]
+    choices: Sequence[Any] | None
+    log: bool
+
+    def places(self, numbers: Iterable[int]) -> list[float]:
+        return [self.choices.index(self.values[n]) if self.choices else self.values[n] for n in numbers]
+
+
+def slices(search: Search, parameters: Sequence[Slice]) -> bytes:
+    """The objective against each parameter; later trials are darker."""
+    figure, grid = _grid(len(parameters), 2.6)
+    for axes, parameter in zip(grid, parameters, strict=True):
+        finished = [n for n in search.finished if n in parameter.values]
+        stopped = [n for n in search.stopped if n in parameter.values]
+        objectives = [search.finished[n] for n in finished]
+        _stopped(axes, parameter.places(stopped), [search.stopped[n] for n in stopped])
+        axes.scatter(
+            parameter.places(finished),
+            objectives,
+            c=finished,
+            cmap="Blues",
+            # The first trials would be white on white.
+            vmin=-0.4 * _last(search) - 1,
+            vmax=_last(search),
+            s=22,
+            edgecolors="#08306b",
+            linewidths=0.4,
+            label="finished (later ones darker)",
+            zorder=3,
+        )
+        if search.best in parameter.values:
+            place = parameter.places([search.best])
+            colour = MEASURES["best"][0]
+            axes.scatter(place, [search.finished[search.best]], s=90, marker="*", color=colour, label="best", zorder=4)
+        if search.reference is not None:
+            axes.axhline(search.reference, color="black", linestyle="--", linewidth=1, label="as in the file")
+        axes.set_xlabel(parameter.parameter, fontsize=9)
+        if parameter.choices:
+            axes.set_xlim(-0.5, len(parameter.choices) - 0.5)
+            _name_ticks(axes, parameter.choices)
+        elif parameter.log:
+            axes.set_xscale("log")
+        elif all(isinstance(value, int) for value in parameter.values.values()):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+    _finish(figure, grid, search.objective)
+    return png(figure)
+
+
+def _last(search: Search) -> int:
+    return max([*search.finished, *search.stopped, *search.failed])
+
+
+def _stopped(axes: Any, places: Sequence[float], values: Sequence[float]) -> None:
+    if places:
+        axes.scatter(places, values, s=18, marker="x", color="#999999", linewidths=1, label="stopped early")
+
+
+def _figure(panels: Sequence[Panel]) -> tuple[Figure, list[Any]]:
+    """A figure whose axes have the panels' titles and values."""
+    figure, grid = _grid(len(panels), 3.6 if len(panels) == 1 else 3)
+    for axes, panel in zip(grid, panels, strict=True):
+        axes.set_title(panel.title, fontsize=9)
+        axes.set_xlabel(panel.parameter, fontsize=9)
+        if not panel.numeric:
+            axes.set_xlim(-0.5, len(panel.values) - 0.5)
+            _name_ticks(axes, panel.values)
+            continue
+        positive = panel.places[panel.places > 0]
+        if len(positive) and panel.places.min() >= 0 and positive.max() >= LOG_RATIO * positive.min():
+            if (panel.places > 0).all():
+                axes.set_xscale("log")
+            else:  # zero has a place of its own, left of the smallest
+                axes.set_xscale("symlog", linthresh=positive.min(), linscale=0.5)
+        if len(panel.values) <= MAX_TICKS:
+            axes.set_xticks(panel.places, [f"{value:g}" for value in panel.values], fontsize=8)
+            axes.minorticks_off()
+    return figure, grid
+
+
+def _grid(panels: int, height: float) -> tuple[Figure, list[Any]]:
+    """A figure with axes for so many panels, which share their y axes."""
+    columns = min(panels, MAX_COLUMNS)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(6 if columns == 1 else 3.2 * columns, height * rows + 0.4), layout="constrained")
+    grid: list[Any] = []
+    for index in range(panels):
+        axes = bare(figure.add_subplot(rows, columns, index + 1, sharey=grid[0] if grid else None))
+        axes.tick_params(labelsize=8, labelleft=index % columns == 0)
+        grid.append(axes)
+    return figure, grid
+
+
+def _finish(figure: Figure, grid: Sequence[Any], quantity: str) -> None:
+    """Names the y axes, and explains all marks in one line above the panels."""
+    figure.supylabel(quantity, fontsize=9) if len(grid) > MAX_COLUMNS else grid[0].set_ylabel(quantity, fontsize=9)
+    marks: dict[str, Any] = {}
+    for axes in grid:
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+            marks.setdefault(text, handle)
+    columns = 4 if figure.get_figwidth() > 6 else 2
+    figure.legend(
+        marks.values(),
+        marks.keys(),
+        loc="outside upper center",
+        ncols=min(columns, len(marks)),
+        fontsize=8,
+        frameon=False,
+    )
+
+
+def _points(
+    axes: Any, panel: Panel, places: np.ndarray, curve: np.ndarray, colour: str, marker: str, text: str
+) -> None:
+    """Means with error bars, joined where the values are numbers."""
+    mean, std = curve.T[:2]
+    known = ~np.isnan(mean)
+    axes.errorbar(
+        places[known],
+        mean[known],
+        std[known],
+        color=colour,
+        marker=marker,
+        markersize=4.5,
+        linewidth=1.3 if panel.numeric else 0,
+        elinewidth=1,
+        capsize=2.5,
+        label=text,
+    )
+
+
+def _reference(axes: Any, panel: Panel, values: np.ndarray, text: str) -> None:
+    """What the generated networks are compared with, at each value."""
+    known = ~np.isnan(values)
+    places, values = panel.places[known], values[known]
+    style: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1, "label": text}
+    if panel.numeric:
+        axes.plot(places, values, **style)
+    else:
+        axes.hlines(values, places - 0.4, places + 0.4, **style)
+
+
+def _name_ticks(axes: Any, names: Sequence[Any]) -> None:
+    """Ticks with names that do not run into each other: broken into lines, or, if words are too long, slanting."""
+    inches = axes.figure.get_figwidth() / axes.get_gridspec().ncols - 0.6
+    room = max(4, int(14 * inches / len(names)))  # characters at this size
+    texts = [f"{name:g}" if isinstance(name, float) else str(name) for name in names]
+    if max(len(word) for text in texts for word in text.split() or [""]) <= room:
+        axes.set_xticks(range(len(names)), [textwrap.fill(text, room) for text in texts], fontsize=8)
+    else:
+        axes.set_xticks(range(len(names)), texts, fontsize=8, rotation=35, ha="right", rotation_mode="anchor")

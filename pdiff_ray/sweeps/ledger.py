@@ -1,0 +1,198 @@
+"""The trials of a sweep: which are to be run, what is known of them, and how one is run.
+
+A sweep keeps a small file per trial in `sweeps/<key>/trials/` of its storage: what was chosen and what came out. The
+results themselves are ordinary artifacts. These files are all that a search and a scheduler remember, so that a sweep
+that was killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+from pdiff_ray.common.errors import ConfigError, StorageError
+from pdiff_ray.config import loading
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.config.sweep import Assignment, Parameter, Sweep, SweepFile
+from pdiff_ray.stages.table import STAGES, artifacts_of
+from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.files import Storage
+from pdiff_ray.sweeps import search
+from pdiff_ray.sweeps.trial import Trial, has_results
+
+SETTING, AS_IN_THE_FILE = "setting", "as in the file"  # what a search's confirmation varies
+
+
+class Ledger:
+    """All trials of a sweep, in storage."""
+
+    def __init__(self, file: SweepFile) -> None:
+        self.file, self.sweep = file, file.sweep
+        self.storage = Storage(file.experiment.storage_uri)
+        plain = artifacts_of(file.experiment, self.storage)["report"].key
+        text = json.dumps([plain, file.sweep.keyed()], sort_keys=True)
+        self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.trials: dict[int, Trial] = {}
+        for name in self.storage.list(f"{self.folder}/trials"):
+            trial = _read(self.storage, name)
+            self.trials[trial.number] = trial
+        self._combinations = list(_combinations(file)) if file.sweep.search == "grid" else []
+        self._again = self.open_trials()
+
+    @property
+    def folder(self) -> str:
+        return f"sweeps/{self.key}"
+
+    @property
+    def total(self) -> int:
+        """Trials in all, done and to come."""
+        return len(self._combinations) or self.sweep.num_trials or 0
+
+    def open_trials(self) -> list[Trial]:
+        """Trials to run again: interrupted, failed or without their results; a search has learned from its failures."""
+        return [t for _, t in sorted(self.trials.items()) if t.number < self.total and self._is_open(t)]
+
+    def _is_open(self, trial: Trial) -> bool:
+        if trial.state == "failed":
+            return trial.crashed or self.sweep.search == "grid"
+        if trial.state == "finished":
+            return not all(has_results(self.artifacts(experiment)) for experiment in self.possible(trial))
+        return trial.state == "running"
+
+    def planned(self) -> list[Trial]:
+        """The trials that are known to be run; of a search, those that were begun."""
+        new = [Trial(n, *c) for n, c in enumerate(self._combinations) if n not in self.trials]
+        return sorted([*self.open_trials(), *new], key=lambda trial: trial.number)
+
+    def done(self) -> list[Trial]:
+        """Trials with a result, in order."""
+        return [t for _, t in sorted(self.trials.items()) if t.state != "running" and t.number < self.total]
+
+    def ask(self) -> Trial | None:
+        """The next trial to run, None if there is none."""
+        if self._again:
+            trial = replace(self._again.pop(0), state="running", reason=None, crashed=False)
+        else:
+            number = next(n for n in itertools.count() if n not in self.trials)
+            if number >= self.total:
+                return None
+            if self._combinations:
+                trial = Trial(number, *self._combinations[number])
+            else:
+                assignment = search.suggest(self.sweep, number, self.done())
+                trial = Trial(number, assignment, tuple(range(self.sweep.repeats)))
+        self.record(trial)
+        return trial
+
+    def record(self, trial: Trial) -> None:
+        """Remembers what is known of a trial."""
+        self.trials[trial.number] = trial
+        content = json.dumps(asdict(trial), indent=1).encode()
+        self.storage.write(f"{self.folder}/trials/{trial.number:05d}.json", content)
+
+    def experiments(self, trial: Trial) -> list[Experiment]:
+        """The experiments of a trial, one per repeat.
+
+        Raises:
+            ConfigError: a search has combined values that do not fit together.
+        """
+        found = [self.file.vary(trial.assignment, repeat) for repeat in trial.repeats]
+        if self.varies_zoos and self.sweep.search != "grid":
+            # A trial trains its zoo alone, and a base's key says how many workers trained it.
+            alone = {"resources": self.file.experiment.resources.model_copy(update={"workers": 1})}
+            found = [experiment.model_copy(update=alone) for experiment in found]
+        return found
+
+    def possible(self, trial: Trial) -> list[Experiment]:
+        """The experiments of a trial; none, if a search has combined values that do not fit together."""
+        try:
+            return self.experiments(trial)
+        except ConfigError:
+            return []
+
+    @property
+    def varies_zoos(self) -> bool:
+        """Whether trials may need different zoos, repeats apart."""
+        paths = [p for name, q in self.sweep.parameters.items() for p in _paths(name, q)]
+        return any(path.split(".")[0] in ("seed", "data", "network", "training", "zoo") for path in paths)
+
+    def artifacts(self, experiment: Experiment) -> dict[str, Artifact]:
+        return artifacts_of(experiment, self.storage)
+
+    def confirmation(self) -> Ledger | None:
+        """The sweep that compares the best setting of a search with the file's own, with seeds that it has not seen.
+
+        None while the search goes on, and for a grid.
+        """
+        best, sweep = self.best(), self.sweep
+        if sweep.search == "grid" or not sweep.confirm or best is None or len(self.done()) < self.total:
+            return None
+        raw = self.file.with_seeds(self.file.raw, sweep.repeats)
+        settings = {AS_IN_THE_FILE: {}, f"trial {best.number}": self.file.fields(best.assignment)}
+        shared = {
+            name: getattr(sweep, name) for name in ("seeds", "metric", "max_concurrent", "max_retries", "time_budget")
+        }
+        compared = Sweep(parameters={SETTING: Parameter(variants=settings)}, repeats=sweep.confirm, **shared)
+        experiment = loading.parse_experiment(raw, self.file.path)
+        return Ledger(SweepFile(experiment, compared, raw, self.file.path))
+
+    def best(self) -> Trial | None:
+        """The finished trial with the best objective."""
+        finished = [t for t in self.done() if t.state == "finished" and t.objective is not None]
+        sign = 1 if self.sweep.maximize else -1
+        return max(finished, key=lambda t: sign * (t.objective or 0.0), default=None)
+
+
+def _read(storage: Storage, name: str) -> Trial:
+    try:
+        content = json.loads(storage.read(name))
+        return Trial(**{**content, "repeats": tuple(content["repeats"]), "curve": tuple(map(tuple, content["curve"]))})
+    except (ValueError, TypeError, KeyError) as error:
+        raise StorageError(f"{storage.location(name)}: damaged ({error}); delete it to run its trial again") from None
+
+
+def _combinations(file: SweepFile) -> Iterator[tuple[Assignment, tuple[int, ...]]]:
+    """A grid's trials: all combinations with the first seeds, then all with the next."""
+    for repeat in range(file.sweep.repeats):
+        for assignment in file.sweep.grid():
+            yield assignment, (repeat,)
+
+
+def _paths(name: str, parameter: Parameter) -> list[str]:
+    """The fields that a parameter changes."""
+    return [path for fields in parameter.variants.values() for path in fields] if parameter.variants else [name]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The distinct artifacts that trials need, as far as they are known beforehand.
+
+    Attributes:
+        jobs: an experiment for each distinct zoo that is missing, with its missing stages of base and zoo. A search
+            over zoos has none: its trials build what they need.
+        counts: by stage: how many distinct ones, and how many of them are there.
+    """
+
+    jobs: list[tuple[Experiment, list[str]]]
+    counts: dict[str, tuple[int, int]]
+
+
+def needs(ledger: Ledger) -> Needs:
+    """What the trials to be run need."""
+    trials = ledger.planned()
+    if ledger.sweep.search != "grid" and not ledger.varies_zoos and len(ledger.done()) < ledger.total:
+        trials.append(Trial(-1, {}, tuple(range(ledger.sweep.repeats))))  # all have the zoos of this one
+    jobs: dict[str, tuple[Experiment, list[str]]] = {}
+    seen: dict[str, dict[str, bool]] = {stage: {} for stage in STAGES}
+    for experiment in itertools.chain.from_iterable(ledger.possible(trial) for trial in trials):
+        artifacts = ledger.artifacts(experiment)
+        for stage, artifact in artifacts.items():
+            if artifact.key not in seen[stage]:
+                seen[stage][artifact.key] = artifact.exists()
+        stages = [stage for stage in ("base", "zoo") if not seen[stage][artifacts[stage].key]]
+        if stages and not has_results(artifacts) and (ledger.sweep.search == "grid" or not ledger.varies_zoos):
+            jobs.setdefault(artifacts["zoo"].key, (experiment, stages))
+    return Needs(list(jobs.values()), {stage: (len(keys), sum(keys.values())) for stage, keys in seen.items()})

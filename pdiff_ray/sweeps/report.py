@@ -1,0 +1,309 @@
+"""What came of a sweep: its verdict, tables, figures and a page, from its ledger and artifacts alone."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pdiff_ray.config.sweep import Assignment, Label, label
+from pdiff_ray.stages import report
+from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.sweeps import figures as sweep_figures
+from pdiff_ray.sweeps import search
+from pdiff_ray.sweeps.figures import Panel, Search, Slice
+from pdiff_ray.sweeps.ledger import AS_IN_THE_FILE, Ledger
+from pdiff_ray.sweeps.table import (
+    HIGHEST,
+    LOWEST,
+    Result,
+    Row,
+    Statistic,
+    assignment_text,
+    broken,
+    cells,
+    is_percent,
+    legend,
+    number,
+    short_names,
+    table,
+)
+from pdiff_ray.sweeps.trial import Trial
+
+REPORT_FILE, SUMMARY_FILE, TRIALS_FILE, TABLE_FILE = "report.html", "summary.csv", "trials.csv", "summary.md"
+CAPTIONS = {
+    "accuracy": "Test accuracy of the generated networks: best (chosen on training images), average and median. Error "
+    "bars: standard deviation over seeds.",
+    "similarity": "Largest similarity (IoU of wrong test predictions) of a generated network with an original: range "
+    "over all seeds and networks, average, and its standard deviation over seeds.",
+    "history": "Objective of every trial, and the best so far.",
+    "importances": "Importance of the parameters by fANOVA, of the finished trials; those that apply only under a "
+    "condition are left out.",
+    "slices": "Objective against each parameter.",
+}
+
+
+def headline(ledger: Ledger) -> str:
+    """How much of a sweep there is."""
+    counts = Counter(trial.state for trial in ledger.done())
+    parts = [f"{counts['finished']} of {ledger.total} trials finished"]
+    parts += [f"{counts[state]} {state}" for state in ("stopped", "failed") if counts[state]]
+    to_come = ledger.total - counts.total()
+    return ", ".join(parts) + (f", {to_come} still to come" if to_come else "")
+
+
+def warning(rows: Sequence[Row]) -> str:
+    """Which results suffer from their autoencoder; empty if none does."""
+    gated = [result for row in rows for result in row.results if result.gate]
+    failed = [result for result in gated if not result.gate["passed"]]
+    if not failed:
+        return ""
+    names = dict.fromkeys(str(r.trial.number) if r.trial.number >= 0 else AS_IN_THE_FILE for r in failed)
+    return (
+        f"The autoencoder loses accuracy in {len(failed)} of {len(gated)} results (trials {', '.join(names)}): no "
+        "sample can be better than the decoded members, see the trials' reports. Raise generator.autoencoder.steps or "
+        "latent_dim."
+    )
+
+
+def verdict(ledger: Ledger) -> str | None:
+    """Whether a search has found a better setting than the file's own, in words; None of a grid."""
+    best, confirmation = ledger.best(), ledger.confirmation()
+    if ledger.sweep.search == "grid" or best is None:
+        return None
+    return _verdict(ledger, best, table(confirmation) if confirmation else [])
+
+
+def _verdict(ledger: Ledger, best: Trial, compared: Sequence[Row]) -> str:
+    """Args: compared: the file's own setting and the best trial's, with seeds that the search has not seen."""
+    metric = ledger.sweep.metric
+    named = f"trial {best.number} ({assignment_text(ledger, best.assignment)})"
+    results = [{r.repeat: r.metrics for r in row.results if r.metrics} for row in compared]
+    own, winner = results or ({}, {})
+    seeds = sorted(own.keys() & winner.keys())
+    if not seeds:
+        found = Statistic.of([best.objective] if best.objective is not None else [])
+        return (
+            f"The best so far is {named}, with {metric} {number(metric, found)}. Whether that beats the file's own "
+            "setting with other seeds has not been measured."
+        )
+    sign = 1 if ledger.sweep.maximize else -1
+    gains = [sign * (winner[seed][metric] - own[seed][metric]) for seed in seeds]
+
+    def both(name: str) -> str:
+        mine, other = (number(name, Statistic.of([of[seed][name] for seed in seeds])) for of in (winner, own))
+        return f"{mine} against {other}"
+
+    better = f"better in {sum(gain > 0 for gain in gains)} of {len(gains)} seeds that the search has not seen"
+    numbers = f"{metric} {both(metric)}, {better}"
+    test = f"mean test accuracy {both('generated/mean_test_accuracy')} %, which chose nothing"
+    if min(gains) > 0:
+        word = "beats the file's own setting"
+    elif np.mean(gains) > 0:
+        word = "beats the file's own setting on average only"
+    else:
+        return f"The search has not beaten the file's own setting: its best, {named}, has {numbers}; {test}."
+    return f"The best of {_finished(ledger)} finished trials, {named}, {word}: {numbers}; {test}."
+
+
+def _finished(ledger: Ledger) -> int:
+    return sum(trial.state == "finished" for trial in ledger.done())
+
+
+def write(ledger: Ledger) -> list[Row]:
+    """Writes tables, figures and page into the sweep's folder, in place of earlier ones; gives the table's rows."""
+    rows = table(ledger)
+    pngs = figures(ledger, rows)
+    files = {f"{name}.png": png for name, png in pngs.items()}
+    files[SUMMARY_FILE] = _csv([_summary_line(ledger, row) for row in rows])
+    files[TRIALS_FILE] = _csv([_trial_line(ledger, row, result) for row in rows for result in row.results])
+    parts = (headline(ledger), report.markdown(cells(ledger, rows)), verdict(ledger), warning(rows), legend(ledger))
+    files[TABLE_FILE] = "\n\n".join(part for part in parts if part).encode()
+    files[REPORT_FILE] = _page(ledger, rows, pngs).encode()
+    for name, content in files.items():
+        ledger.storage.write(f"{ledger.folder}/{name}", content)
+    return rows
+
+
+def figures(ledger: Ledger, rows: Sequence[Row]) -> dict[str, bytes]:
+    """The figures that there is something to show in, as PNG, by name."""
+    if ledger.sweep.search != "grid":
+        return _search_figures(ledger, rows)
+    if not any(row.evaluated for row in rows):
+        return {}
+    accuracy = {
+        "best": "generated/best_test_accuracy",
+        "average": "generated/mean_test_accuracy",
+        "median": "generated/median_test_accuracy",
+        "originals": "original/mean_test_accuracy",
+    }
+    similarity = {
+        "smallest": LOWEST,
+        "average": "generated/max_similarity",
+        "largest": HIGHEST,
+        "originals": "original/max_similarity",
+    }
+    return {
+        "accuracy": sweep_figures.accuracy_over(_panels(ledger, rows, accuracy)),
+        "similarity": sweep_figures.similarity_over(_panels(ledger, rows, similarity)),
+    }
+
+
+def _panels(ledger: Ledger, rows: Sequence[Row], curves: Mapping[str, str]) -> list[Panel]:
+    """Rows that differ in one parameter share a panel, with it as x axis: in one of numbers if there is one, else in
+    the one with the most values.
+
+    Args:
+        curves: the metric of each curve.
+    """
+    parameters = ledger.sweep.parameters
+    short = short_names(list(parameters))
+    first = sorted(parameters, key=lambda n: (not _numeric(parameters[n].labels), -len(parameters[n].labels)))
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        x = next(name for name in first if name in row.assignment)
+        title = assignment_text(ledger, {name: value for name, value in row.assignment.items() if name != x})
+        groups.setdefault((x, title), []).append(row)
+    panels = []
+    for (x, title), members in groups.items():
+        if _numeric(parameters[x].labels):
+            members.sort(key=lambda row: float(row.assignment[x] or 0))
+        statistics = {curve: [row.statistic(metric) for row in members] for curve, metric in curves.items()}
+        points = {curve: np.array([_point(statistic) for statistic in found]) for curve, found in statistics.items()}
+        panels.append(Panel(title, short[x], [row.assignment[x] for row in members], points))
+    return panels
+
+
+def _numeric(labels: Sequence[Label]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in labels)
+
+
+def _point(statistic: Statistic | None) -> tuple[float, ...]:
+    if statistic is None:
+        return (math.nan,) * 4
+    std = math.nan if statistic.std is None else statistic.std
+    return statistic.mean, std, statistic.lowest, statistic.highest
+
+
+def _search_figures(ledger: Ledger, rows: Sequence[Row]) -> dict[str, bytes]:
+    sweep, done = ledger.sweep, ledger.done()
+    scale = 100 if is_percent(sweep.metric) else 1
+    known = {t.number: scale * t.objective for t in done if t.objective is not None}
+    by_state = {state: [t.number for t in done if t.state == state] for state in ("finished", "stopped", "failed")}
+    finished = {number: known[number] for number in by_state["finished"] if number in known}
+    if not finished:
+        return {}
+    own = rows[0].statistic(sweep.metric) if rows[0].name == AS_IN_THE_FILE else None
+    group, _, quantity = sweep.metric.partition("/")
+    seen = Search(
+        objective=f"{group}: {quantity.replace('_', ' ')}{' (%)' if scale == 100 else ''}",
+        maximize=sweep.maximize,
+        finished=finished,
+        stopped={number: known[number] for number in by_state["stopped"] if number in known},
+        failed=by_state["failed"],
+        reference=None if own is None else scale * own.mean,
+    )
+    pngs = {"history": sweep_figures.history(seen)}
+    short = short_names(list(sweep.parameters))
+    if shares := _importances(ledger):
+        pngs["importances"] = sweep_figures.importances({short[name]: share for name, share in shares.items()})
+    slices = []
+    for name, parameter in sweep.parameters.items():
+        values = {t.number: t.assignment[name] for t in done if name in t.assignment}
+        choices = None if parameter.range else parameter.labels
+        slices.append(Slice(short[name], values, choices, log=parameter.loguniform is not None))
+    pngs["slices"] = sweep_figures.slices(seen, slices)
+    return pngs
+
+
+def _importances(ledger: Ledger) -> dict[str, float]:
+    """The share of each parameter that all trials have in the variance of the objective: Hutter et al. 2014."""
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+    if len({trial.objective for trial in ledger.done() if trial.state == "finished"}) < 2:
+        return {}
+    study = search.study_of(ledger.sweep, ledger.done())
+    return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+
+
+def _summary_line(ledger: Ledger, row: Row) -> dict[str, Any]:
+    line: dict[str, Any] = {"trial": row.name} if row.name else {}
+    line |= _settings(ledger, row.assignment) | {"seeds": row.seeds, "evaluated": row.evaluated, "state": row.state}
+    statistics = {"objective": row.objective(ledger.sweep.metric)}
+    statistics |= {name: row.statistic(name) for name in dict.fromkeys(n for r in row.results for n in r.metrics)}
+    for name, found in statistics.items():
+        if found is not None:
+            line |= {name: found.mean, f"{name}_std": found.std, f"{name}_n": found.n}
+    return line
+
+
+def _trial_line(ledger: Ledger, row: Row, result: Result) -> dict[str, Any]:
+    trial = result.trial
+    return {
+        "trial": trial.number if row.trials else row.name,
+        "repeat": result.repeat,
+        **_settings(ledger, row.assignment),
+        "state": trial.state,
+        "reason": trial.reason,
+        "seconds": trial.seconds,
+        "objective": result.metrics.get(ledger.sweep.metric, trial.objective),
+        **{stage: artifact.key for stage, artifact in result.artifacts.items()},
+        **result.metrics,
+    }
+
+
+def _settings(ledger: Ledger, assignment: Assignment) -> dict[str, Label]:
+    """The values by full dotted path, those of variants included; None where one is not set."""
+    parameters = ledger.sweep.parameters
+    varied = (path for p in parameters.values() for fields in (p.variants or {}).values() for path in fields)
+    settings: dict[str, Label] = dict.fromkeys([*parameters, *varied])
+    for name, value in assignment.items():
+        fields = (parameters[name].variants or {}).get(str(value), {})
+        settings |= {path: label(content) for path, content in fields.items()}
+    return settings | assignment
+
+
+def _csv(lines: Sequence[Mapping[str, Any]]) -> bytes:
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, fieldnames=list(dict.fromkeys(name for line in lines for name in line)))
+    writer.writeheader()
+    writer.writerows(lines)
+    return sink.getvalue().encode()
+
+
+def _page(ledger: Ledger, rows: Sequence[Row], pngs: Mapping[str, bytes]) -> str:
+    import yaml
+
+    experiment, sweep = ledger.file.experiment, ledger.sweep
+    results = [result for row in rows for result in row.results]
+    head, *body = cells(ledger, rows)
+    configuration = experiment.model_dump(mode="json", exclude={"storage", "tracking"})
+    configuration["sweep"] = sweep.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return report.render(
+        "sweep.html.jinja",
+        name=experiment.name,
+        question=ledger.file.question,
+        headline=headline(ledger),
+        verdict=verdict(ledger),
+        warning=warning(rows),
+        rows=[[broken(text) for text in head], *body],
+        legend=legend(ledger),
+        figures=[(CAPTIONS[name], base64.b64encode(png).decode()) for name, png in pngs.items()],
+        failed=[t for t in ledger.done() if t.state == "failed"],
+        reports=[(result, _link(result.artifacts["report"])) for result in results if result.metrics],
+        files=[SUMMARY_FILE, TRIALS_FILE, TABLE_FILE, *(f"{name}.png" for name in pngs)],
+        configuration=yaml.safe_dump(configuration, sort_keys=False),
+    )
+
+
+def _link(artifact: Artifact) -> str | None:
+    """A report's address, seen from the sweep's folder."""
+    if not artifact.exists():
+        return None
+    return f"../../{artifact.folder}/{artifact.manifest()['files'][report.REPORT_FILE]['path']}"

@@ -1,0 +1,254 @@
+"""The table of a sweep: a row for each combination of values, with means over repeats, or each trial of a search."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from rich.text import Text
+
+from pdiff_ray.common.errors import ConfigError, StorageError
+from pdiff_ray.common.progress import console
+from pdiff_ray.config.sweep import Assignment, format_label
+from pdiff_ray.evaluation.similarity import iou, unpack_wrong
+from pdiff_ray.evaluation.summary import named_metrics
+from pdiff_ray.stages import report
+from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.parameters import ParameterStore
+from pdiff_ray.sweeps.ledger import AS_IN_THE_FILE, Ledger
+from pdiff_ray.sweeps.trial import Trial
+
+COLUMNS = {
+    "original/mean_test_accuracy": "original",
+    "ensemble/mean_test_accuracy": "ensemble",
+    "generated/best_test_accuracy": "best*",
+    "generated/mean_test_accuracy": "mean",
+    "generated/median_test_accuracy": "median",
+    "generated/failed": "failed",
+    "generated/similarity": "IoU",
+    "generated/similarity_to_originals": "IoU orig.",
+    "generated/max_similarity": "IoU max",
+    "generated/nearest_distance": "distance",
+}
+SECONDARY = ("ensemble", "IoU", "IoU orig.", "distance")  # columns that a narrow table leaves out
+PRIMARY = ("best*", "mean", "objective")  # those that a very narrow one keeps
+LEGEND = (
+    "Mean ± standard deviation over n seeds. original: mean of the originals; best*, mean, median: of the generated "
+    "networks; failed: their share nearer to chance than to the originals. "
+) + report.LEGEND
+LOWEST, HIGHEST = "generated/lowest_max_similarity", "generated/highest_max_similarity"
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Of a metric over seeds; the sample's standard deviation, none of one seed."""
+
+    mean: float
+    std: float | None
+    n: int
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Statistic | None:
+        if not values:
+            return None
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return cls(float(np.mean(values)), std, len(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One experiment of a trial.
+
+    Attributes:
+        metrics: of its evaluation, by name; empty without one.
+        gate: what became of members that were coded and decoded; empty if that is not known.
+    """
+
+    trial: Trial
+    repeat: int
+    artifacts: Mapping[str, Artifact]
+    metrics: Mapping[str, float]
+    gate: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A combination of values, or a trial of a search, over its seeds.
+
+    Attributes:
+        name: of a search's row; a combination has none.
+        seeds: how many it has in all.
+        trials: those that were begun.
+        results: of their experiments, evaluated or not.
+    """
+
+    name: str
+    assignment: Assignment
+    seeds: int
+    trials: Sequence[Trial]
+    results: Sequence[Result]
+
+    @property
+    def evaluated(self) -> int:
+        return sum(bool(result.metrics) for result in self.results)
+
+    def statistic(self, metric: str) -> Statistic | None:
+        """Over the seeds that have the metric."""
+        return Statistic.of([result.metrics[metric] for result in self.results if metric in result.metrics])
+
+    def objective(self, metric: str) -> Statistic | None:
+        """The metric or, where there is no evaluation, what the trials had reached."""
+        known = [trial.objective for trial in self.trials if trial.objective is not None]
+        return self.statistic(metric) or Statistic.of(known)
+
+    @property
+    def state(self) -> str:
+        """What keeps it from being whole."""
+        texts = [_state(trial) for trial in self.trials if trial.state != "finished"]
+        alone = self.name or self.seeds == 1
+        return ", ".join(text if alone else f"{count} {text}" for text, count in Counter(texts).items())
+
+
+def _state(trial: Trial) -> str:
+    if trial.state == "running":
+        return "not finished"
+    return f"stopped at rung {trial.curve[-1][0]}" if trial.state == "stopped" and trial.curve else trial.state
+
+
+def table(ledger: Ledger) -> list[Row]:
+    """All combinations of a grid; the trials of a search, the best first, below the file's own setting if that is
+    evaluated."""
+    trials = [trial for _, trial in sorted(ledger.trials.items()) if trial.number < ledger.total]
+    repeats = ledger.sweep.repeats
+    if ledger.sweep.search == "grid":
+        return [
+            Row("", assignment, repeats, same, [result for trial in same for result in _results(ledger, trial)])
+            for assignment in ledger.sweep.grid()
+            for same in [[trial for trial in trials if trial.assignment == assignment]]
+        ]
+    order = ("finished", "stopped", "failed", "running")
+    sign = -1 if ledger.sweep.maximize else 1
+    trials.sort(key=lambda trial: (order.index(trial.state), sign * (trial.objective or 0.0)))
+    plain = _results(ledger, Trial(-1, {}, tuple(range(repeats)), "finished"))
+    rows = [Row(AS_IN_THE_FILE, {}, repeats, (), plain)] if any(result.metrics for result in plain) else []
+    return rows + [Row(str(t.number), t.assignment, repeats, (t,), _results(ledger, t)) for t in trials]
+
+
+def _results(ledger: Ledger, trial: Trial) -> list[Result]:
+    try:
+        experiments = ledger.experiments(trial)
+    except ConfigError:  # a search has combined values that do not fit together; the trial says so
+        return [Result(trial, repeat, {}, {}) for repeat in trial.repeats]
+    results = []
+    for repeat, experiment in zip(trial.repeats, experiments, strict=True):
+        artifacts = ledger.artifacts(experiment)
+        metrics: Mapping[str, float] = {}
+        gate: Mapping[str, Any] = {}
+        if trial.state == "finished" and artifacts["evaluation"].exists():
+            try:
+                metrics = _metrics(artifacts)
+                gate = artifacts["generator"].manifest()["info"].get("gate", {})
+            except StorageError as error:  # one damaged result does not cost the others' table
+                console.print("[bold yellow]warning[/]:", Text(str(error)))
+        results.append(Result(trial, repeat, artifacts, metrics, gate))
+    return results
+
+
+def _metrics(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
+    """Those of the summary, and the range behind `generated/max_similarity`."""
+    evaluation = artifacts["evaluation"]
+    num_test = evaluation.manifest()["info"]["test_images"]
+    wrong: dict[str, list[bytes]] = {"original": [], "generated": []}
+    for record in ParameterStore(evaluation).records():
+        if record.group in wrong:
+            wrong[record.group].append(record.wrong or b"")
+    generated, original = (unpack_wrong(wrong[group], num_test) for group in ("generated", "original"))
+    largest = iou(generated, original).max(1)
+    known = named_metrics(report.load_summary(artifacts))
+    return known | {LOWEST: float(largest.min()), HIGHEST: float(largest.max())}
+
+
+def cells(ledger: Ledger, rows: Sequence[Row], width: float = math.inf) -> list[list[str]]:
+    """The table as text, headings first, with as much detail as fits into so many characters."""
+    columns = {**COLUMNS, ledger.sweep.metric: "objective"}
+    fewer = {metric: head for metric, head in columns.items() if head not in SECONDARY}
+    fewest = {metric: head for metric, head in columns.items() if head in PRIMARY}
+    accuracies = {metric for metric in columns if is_percent(metric)}
+    none: set[str] = set()
+    levels = ((columns, set(columns)), (columns, accuracies), (fewer, accuracies), (fewer, none), (fewest, none))
+    for shown, spread in levels:
+        found = _cells(ledger, rows, shown, spread)
+        if _width(found) <= width:
+            break
+    return found
+
+
+def _width(found: Sequence[Sequence[str]]) -> int:
+    head, *body = found
+    parts = [broken(text).split("\n") for text in head]
+    return sum(max(map(len, [*part, *column])) + 1 for part, *column in zip(parts, *body, strict=True))
+
+
+def broken(head: str) -> str:
+    """A heading as narrow as may be."""
+    return re.sub(r"(?<=[._ ])(?=\w)", "\n", head)
+
+
+def _cells(ledger: Ledger, rows: Sequence[Row], columns: Mapping[str, str], spread: set[str]) -> list[list[str]]:
+    """Args: spread: metrics that are shown with their standard deviations."""
+    searched, unfinished = ledger.sweep.search != "grid", any(row.state for row in rows)
+    short = short_names(list(ledger.sweep.parameters))
+    found = [[*(["trial"] * searched), *short.values(), "n", *(["state"] * unfinished), *columns.values()]]
+    for row in rows:
+        values = [format_label(row.assignment[name]) if name in row.assignment else "" for name in short]
+        n = str(row.evaluated) if row.evaluated == row.seeds else f"{row.evaluated}/{row.seeds}"
+        numbers = []
+        for metric, head in columns.items():
+            statistic = row.objective(metric) if head == "objective" else row.statistic(metric)
+            numbers.append(number(metric, statistic, metric in spread))
+        found.append([*([row.name] * searched), *values, n, *([row.state] * unfinished), *numbers])
+    return found
+
+
+def is_percent(metric: str) -> bool:
+    return metric.endswith("accuracy")
+
+
+def number(metric: str, statistic: Statistic | None, spread: bool = True) -> str:
+    if statistic is None:
+        return "-"
+    if metric == "generated/failed":
+        return f"{100 * statistic.mean:.0f}%"
+    scale, digits = (100, 2) if is_percent(metric) else (1, 3)
+    deviation = f"±{scale * statistic.std:.{digits}f}" if spread and statistic.std is not None else ""
+    return f"{scale * statistic.mean:.{digits}f}{deviation}"
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Each dotted path by as many of its last parts as tell it from the others."""
+
+    def tails(name: str) -> Iterator[str]:
+        parts = name.split(".")
+        return (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+
+    def alone(tail: str) -> bool:
+        return sum(f".{name}".endswith(f".{tail}") for name in names) == 1
+
+    return {name: next((tail for tail in tails(name) if alone(tail)), name) for name in names}
+
+
+def assignment_text(ledger: Ledger, assignment: Assignment) -> str:
+    short = short_names(list(ledger.sweep.parameters))
+    return ", ".join(f"{short[name]} {format_label(value)}" for name, value in assignment.items())
+
+
+def legend(ledger: Ledger) -> str:
+    unit = " in percent" if is_percent(ledger.sweep.metric) else ""
+    return f"{LEGEND} objective: {ledger.sweep.metric}{unit}."
