@@ -179,7 +179,7 @@ def trial_overhead(trials: int = 10, trial_s: float = 60.0, overrides: tuple[str
 
     What Ray adds to a trial of a few seconds, from one trial's end to the next, is added to one of `trial_s`.
     """
-    from pdiff_ray.running import sweep as sweeping
+    from pdiff_ray.running.sweep import run_trials
 
     with tempfile.TemporaryDirectory() as folder, _evaluation(overrides=overrides) as (evaluation, _):
         ends: dict[str, list[float]] = {}
@@ -193,7 +193,7 @@ def trial_overhead(trials: int = 10, trial_s: float = 60.0, overrides: tuple[str
             ledger = Ledger(space.load(file, [f"storage={storage}", *overrides]))
             times = ends[place] = [time.perf_counter()]
             with contextlib.redirect_stdout(io.StringIO()):
-                sweeping.run(
+                run_trials(
                     ledger,
                     in_process=place == "here",
                     on_result=lambda _, times=times: times.append(time.perf_counter()),

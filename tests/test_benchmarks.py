@@ -10,7 +10,7 @@ from benchmarks import __main__ as command
 from benchmarks import cluster, core, judging
 from pdiff_ray.config import loading
 from pdiff_ray.estimates.estimate import Estimator
-from pdiff_ray.running import experiment as pipeline
+from pdiff_ray.running.experiment import describe, make_plan
 
 SMALL = judging.Case("a small ConvNet", CONVNET, LAST_NORMS, 8, 60, 2, (2, 20), 20.0)
 RUNS = {
@@ -59,8 +59,8 @@ def test_a_second_run_prints_the_same_table():
 
 
 def test_the_resnets_can_be_built(tmp_path):
-    plan = pipeline.make_plan(loading.load(cluster.RESNET, [f"storage={tmp_path}"]))
-    what = {stage: text for stage, _, _, text, *_ in pipeline.describe(plan, Estimator(plan.storage))}
+    plan = make_plan(loading.load(cluster.RESNET, [f"storage={tmp_path}"]))
+    what = {stage: text for stage, _, _, text, *_ in describe(plan, Estimator(plan.storage))}
     assert what["zoo"].endswith("last 2 norm layers: 2,048 values")
     assert what["evaluation"].startswith("83 networks")
 

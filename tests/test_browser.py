@@ -18,7 +18,7 @@ import yaml
 from helpers import TINY
 from playwright.sync_api import expect, sync_playwright
 
-from pdiff_ray.cli import main as cli
+from pdiff_ray.cli import experiments as commands
 from pdiff_ray.config import sweep as space
 from pdiff_ray.sweeps.ledger import Ledger
 
@@ -39,7 +39,7 @@ def ledger(tmp_path_factory):
     content = yaml.safe_dump({"base": str(TINY), "name": "members", "sweep": SWEEP}, sort_keys=False)
     file.write_text(f"# How many members, and which sampler?\n{content}")
     arguments = [str(file), "--storage", str(storage), "--in-process"]
-    cli.sweep.main(arguments, standalone_mode=False)
+    commands.sweep.main(arguments, standalone_mode=False)
     return Ledger(space.load(file, [f"storage={storage}"]))
 
 

@@ -14,7 +14,9 @@ from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Display
 from pdiff_ray.config.schema import Resources
 from pdiff_ray.reports.tables import table_rows
-from pdiff_ray.running import experiment as pipeline
+from pdiff_ray.running import experiment as experiment_running
+from pdiff_ray.running.experiment import make_plan
+from pdiff_ray.running.experiment import run as run_plan
 from pdiff_ray.stages.evaluation import make_stacks, networks_to_judge
 from pdiff_ray.stages.report import load_summary
 from pdiff_ray.storage.parameters import ParameterStore
@@ -47,7 +49,7 @@ def test_the_same_table_as_in_process(here, tmp_path):
     experiment, artifacts = tiny(tmp_path, *TWO)
     # The base is trained by one worker: two would split its batches, and round otherwise.
     build(experiment, artifacts, "base")
-    pipeline.run(pipeline.make_plan(experiment))
+    run_plan(make_plan(experiment))
     assert table_rows(load_summary(artifacts)) == table_rows(load_summary(here[1]))
     workers = {record.worker for record in ParameterStore(artifacts["zoo"]).records()}
     assert len(workers) == 2, "each worker should have made a branch"
@@ -55,7 +57,7 @@ def test_the_same_table_as_in_process(here, tmp_path):
 
 def test_base_training_is_data_parallel(here, tmp_path):
     experiment, artifacts = tiny(tmp_path, *TWO, "training.epochs=4")
-    pipeline.run(pipeline.make_plan(experiment, target="base"))
+    run_plan(make_plan(experiment, target="base"))
     one, its = tiny(tmp_path / "one", "training.epochs=4")
     build(one, its, "base")
     two_workers, one_worker = (a["base"].manifest()["info"]["validation_accuracy"] for a in (artifacts, its))
@@ -67,7 +69,7 @@ def test_base_training_is_data_parallel(here, tmp_path):
 def test_what_a_worker_finds_wrong_reaches_the_user(tmp_path):
     experiment, artifacts = tiny(tmp_path, "training.optimizer={name: sgd, lr: 1e30}", *TWO)
     with pytest.raises(PdiffError, match=r"training\.optimizer\.lr"):
-        pipeline.run(pipeline.make_plan(experiment, target="base"))
+        run_plan(make_plan(experiment, target="base"))
     assert not artifacts["base"].exists()
 
 
@@ -77,7 +79,7 @@ def test_a_lost_zoo_worker_costs_the_members_in_flight(here, tmp_path, ray):
     whole, its = tiny(here[0].storage, *overrides)
     build(whole, its, "base", "zoo")
     experiment, artifacts = tiny(tmp_path, *overrides)
-    plan = pipeline.make_plan(experiment, target="zoo")
+    plan = make_plan(experiment, target="zoo")
     assert plan.missing == ("base", "zoo")
     build(experiment, artifacts, "base")  # the workers are told to build it, and find it finished
     killed, tasks = [], set()
@@ -94,7 +96,7 @@ def test_a_lost_zoo_worker_costs_the_members_in_flight(here, tmp_path, ray):
                 )
                 os.kill(killed[0]["pid"], signal.SIGKILL)
 
-    pipeline._run_on_ray(plan, Killer(None))
+    experiment_running._run_on_ray(plan, Killer(None))
     assert killed
     assert "base" not in tasks, "a finished stage was run again"
     assert len(killed[0]["ids"]) < 120

@@ -14,7 +14,9 @@ from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.evaluation.judge import Judge
 from pdiff_ray.networks.split import split_network
 from pdiff_ray.reports.tables import sharing_text, table_rows
-from pdiff_ray.running import experiment as pipeline
+from pdiff_ray.running.experiment import make_plan
+from pdiff_ray.running.experiment import run as run_plan
+from pdiff_ray.running.results import open_result
 from pdiff_ray.stages import base, evaluation, report, zoo
 from pdiff_ray.stages.evaluation import Evaluator, make_stacks, networks_to_judge
 from pdiff_ray.stages.report import load_summary
@@ -193,7 +195,7 @@ def test_a_reason_is_printed_as_it_is(done, monkeypatch, capsys):
     experiment, artifacts = done
     report.build(experiment, artifacts, context())
     monkeypatch.setattr(report, "sharing_text", lambda *_: "runs whole: shape [b, 3] is no [/x]")
-    printing.print_result(pipeline.make_plan(experiment))
+    printing.print_result(open_result(experiment))
     assert "shared: runs whole: shape [b, 3] is no [/x]" in capsys.readouterr().out
 
 
@@ -342,12 +344,12 @@ def test_workers_that_look_at_different_times_make_all_members(tmp_path, shift):
 
 def test_a_deleted_evaluation_is_made_again(tmp_path):
     experiment, artifacts = tiny(tmp_path)
-    pipeline.run(pipeline.make_plan(experiment), in_process=True)
-    assert pipeline.make_plan(experiment).missing == ()
+    run_plan(make_plan(experiment), in_process=True)
+    assert make_plan(experiment).missing == ()
     shutil.rmtree(tmp_path / artifacts["evaluation"].folder)
-    plan = pipeline.make_plan(experiment)
+    plan = make_plan(experiment)
     assert plan.missing == ("evaluation",)
-    pipeline.run(plan, in_process=True)
+    run_plan(plan, in_process=True)
     assert load_summary(artifacts)["groups"]
 
 
@@ -355,7 +357,7 @@ def test_a_network_that_cannot_take_the_images_is_refused_before_work(tmp_path):
     overrides = ["network={name: googlenet, source: torchvision, args: {}}", "data.channels=3"]
     experiment, _artifacts = tiny(tmp_path, *overrides)
     with pytest.raises(ConfigError, match="cannot take images of 3 x 8 x 8"):
-        pipeline.run(pipeline.make_plan(experiment), in_process=True)
+        run_plan(make_plan(experiment), in_process=True)
 
 
 def test_code_of_ones_own_network_is_part_of_the_key(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from helpers import TINY, context
 
 from pdiff_ray.cli import printing
 from pdiff_ray.config import sweep as space
-from pdiff_ray.running import sweep as sweeping
+from pdiff_ray.running.sweep import open_sweep, run_trials
 from pdiff_ray.stages.report import load_summary
 from pdiff_ray.sweeps import figures as sweep_figures
 from pdiff_ray.sweeps import report as sweep_report
@@ -62,7 +62,7 @@ def ledger_of(storage, sweep, name="question"):
 @pytest.fixture(scope="module")
 def grid(storage):
     ledger = ledger_of(storage, GRID)
-    sweeping.run(ledger, in_process=True)
+    run_trials(ledger, in_process=True)
     return ledger
 
 
@@ -215,7 +215,7 @@ def test_single_seed_has_no_deviation(grid):
     ledger = ledger_of(grid.storage.local, {"parameters": GRID["parameters"], "seeds": GRID["seeds"]}, "single")
     sweep_report.write(ledger)  # before anything has run
     assert sweep_report.headline(ledger) == "0 of 4 trials finished, 4 still to come"
-    sweeping.run(ledger, in_process=True)
+    run_trials(ledger, in_process=True)
     rows = sweep_report.write(ledger)
     assert rows[0].statistic(MEAN).std is None
     assert not any("±" in cell for row in sweep_table.cells(ledger, rows) for cell in row)
@@ -230,7 +230,7 @@ def test_short_names_tell_paths_apart():
 @pytest.fixture(scope="module")
 def searched(storage):
     """Two trials that have run, one that was stopped, one that failed, one to come."""
-    sweeping.run(ledger_of(storage, SEARCH | {"num_trials": 2}, "search"), in_process=True)
+    run_trials(ledger_of(storage, SEARCH | {"num_trials": 2}, "search"), in_process=True)
     ledger = ledger_of(storage, SEARCH, "search")
     values = {"generator.autoencoder.lr": 0.001, "generator.diffusion.lr": 0.001, "sampling.sampler": "ddpm"}
     ledger.record(Trial(2, values, (0, 1), "stopped", 0.15, curve=((1, 0.1), (2, 0.15))))
@@ -270,7 +270,7 @@ def test_the_files_own_setting_is_a_row_if_it_is_evaluated(searched):
 def test_a_search_is_confirmed_with_new_seeds(storage):
     ledger = ledger_of(storage, SEARCH | {"num_trials": 2, "confirm": 2}, "confirmed")
     assert ledger.confirmation() is None
-    sweeping.run(ledger, in_process=True)
+    run_trials(ledger, in_process=True)
     assert "has not been measured" in sweep_report.verdict(ledger)
     confirmation = ledger.confirmation()
     best = ledger.best()
@@ -281,7 +281,7 @@ def test_a_search_is_confirmed_with_new_seeds(storage):
     plain = {experiment.generator.seed: experiment for (experiment,) in planned[::2]}
     assert plain[2] == ledger.file.vary({}, 2)
     assert planned[1] == [ledger.file.vary(best.assignment, 2)]
-    sweeping.run(confirmation, in_process=True)
+    run_trials(confirmation, in_process=True)
     losses = [g[0]["generated"]["validation_loss_mean"] for g in (groups(confirmation, t) for t in confirmation.done())]
     wins = sum(winner < own for own, winner in zip(losses[::2], losses[1::2], strict=True))
     assert f"better in {wins} of 2 seeds" in sweep_report.verdict(ledger)
@@ -333,7 +333,7 @@ def test_search_with_few_results(storage, states):
 
 
 def test_command_prints_the_table(grid, capsys):
-    printing.print_sweep(grid)
+    printing.print_sweep(open_sweep(grid))
     printed = capsys.readouterr().out
     assert "8 of 8 trials finished" in printed
     assert max(len(line) for line in printed.splitlines() if "±" in line and "seeds" not in line) <= 120

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdiff_ray.cli import main as cli
+from pdiff_ray.cli import experiments as commands
 from pdiff_ray.config import loading
 from pdiff_ray.config import schema as config
 from pdiff_ray.config import sweep as space
@@ -18,7 +18,7 @@ from pdiff_ray.data import sources
 from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.generators.diffusion import Diffusion
 from pdiff_ray.networks.build import check_network
-from pdiff_ray.running import experiment as pipeline
+from pdiff_ray.running.experiment import make_plan
 from pdiff_ray.stages.zoo import subset_of
 
 FOLDER = Path(__file__).parents[1] / "sweeps"
@@ -72,7 +72,7 @@ def network_of(data, network):
 @pytest.mark.parametrize(("path", "preset"), CASES, ids=IDS)
 def test_all_trials_can_be_planned(path, preset, load):
     for experiment in trials(load(path, preset)):
-        plan = pipeline.make_plan(experiment)
+        plan = make_plan(experiment)
         assert plan.missing[0] == "base"
         shape = experiment.data.model_dump_json(include={"name", "channels", "image_size"})
         subset = subset_of(experiment, network_of(shape, experiment.network.model_dump_json()))
@@ -109,7 +109,7 @@ SHARED = {
 @pytest.mark.parametrize("preset", [None, "small"])
 @pytest.mark.parametrize("name", SHARED)
 def test_trials_share_what_they_can(name, preset, load):
-    plans = [pipeline.make_plan(experiment) for experiment in trials(load(FOLDER / f"{name}.yaml", preset))]
+    plans = [make_plan(experiment) for experiment in trials(load(FOLDER / f"{name}.yaml", preset))]
     assert {s: len({plan.artifacts[s].key for plan in plans}) for s in SHARED[name]} == SHARED[name]
 
 
@@ -151,7 +151,7 @@ def test_table_has_every_network_on_every_data_set(load):
 )
 def test_dry_run_tells_what_it_would_take(path, preset, tmp_path, capsys):
     options = ["--preset", preset] if preset else []
-    cli.sweep.main([str(path), "--storage", str(tmp_path / "none"), "--dry-run", *options], standalone_mode=False)
+    commands.sweep.main([str(path), "--storage", str(tmp_path / "none"), "--dry-run", *options], standalone_mode=False)
     told = capsys.readouterr().out
     assert "to build" in told
     assert "of devices" in told

@@ -17,7 +17,7 @@ from helpers import TINY, build, tiny
 
 from pdiff_ray import tracking
 from pdiff_ray.config import sweep as space
-from pdiff_ray.running import sweep as sweeping
+from pdiff_ray.running.sweep import run_trials
 from pdiff_ray.stages import report
 from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.sweeps.trial import Trial
@@ -124,7 +124,7 @@ def swept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     ledger = load(folder, GRID, folder / "storage")
     with tracking.follow(ledger) as tell:
-        sweeping.run(ledger, in_process=True, on_result=tell)
+        run_trials(ledger, in_process=True, on_result=tell)
         ledger.storage.write(f"{ledger.folder}/summary.md", b"| members | accuracy |\n|---|---|\n| 4 | 12.3 |\n")
     return folder, ledger
 
@@ -210,7 +210,7 @@ def test_a_finished_sweep_is_not_written_again(swept, monkeypatch):
     assert {run.info.run_id for runs in by_kind(client).values() for run in runs} == before
     monkeypatch.setattr(sweeps, "connect", lambda *_: pytest.fail("MLflow was asked"))
     with tracking.follow(ledger) as tell:
-        sweeping.run(ledger, in_process=True, on_result=tell)
+        run_trials(ledger, in_process=True, on_result=tell)
 
 
 def test_failed_and_stopped_trials_and_repeats(again):

@@ -7,11 +7,11 @@ import pytest
 import yaml
 from helpers import TINY, tiny
 
-from pdiff_ray.cli import main as cli
+from pdiff_ray.cli import experiments as commands
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config import sweep as space
 from pdiff_ray.distributed.tune import _Claims
-from pdiff_ray.running import sweep as sweeping
+from pdiff_ray.running.sweep import run_trials
 from pdiff_ray.sweeps import table as sweep_table
 from pdiff_ray.sweeps import trial
 from pdiff_ray.sweeps.ledger import Ledger, needs
@@ -37,7 +37,7 @@ def ledger_of(storage, sweep, **more):
 def run(ledger):
     """The numbers of the trials that are run."""
     ran = []
-    sweeping.run(ledger, in_process=True, on_result=lambda trial: ran.append(trial.number))
+    run_trials(ledger, in_process=True, on_result=lambda trial: ran.append(trial.number))
     return ran
 
 
@@ -117,7 +117,7 @@ def test_one_process_is_one_worker(tmp_path):
     """The name of a base says how many workers trained it."""
     two, one = (tiny(tmp_path, f"resources.workers={count}")[1]["base"] for count in (2, 1))
     arguments = ["base", str(TINY), "--storage", str(tmp_path), "--set", "resources.workers=2", "--in-process"]
-    cli.run.main(arguments, standalone_mode=False)
+    commands.run.main(arguments, standalone_mode=False)
     assert not two.exists()
     assert one.exists()
 

@@ -13,7 +13,8 @@ from helpers import TINY
 
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config import sweep as space
-from pdiff_ray.running import sweep as sweeping
+from pdiff_ray.running import sweep as sweep_running
+from pdiff_ray.running.sweep import run_trials
 from pdiff_ray.stages.report import load_summary
 from pdiff_ray.sweeps.ledger import Ledger, needs
 
@@ -45,7 +46,7 @@ def made(ledger, stage):
 def here(tmp_path_factory):
     """The grid, run in this process."""
     ledger = ledger_of(tmp_path_factory.mktemp("here") / "storage", GRID)
-    sweeping.run(ledger, in_process=True)
+    run_trials(ledger, in_process=True)
     return ledger
 
 
@@ -58,7 +59,7 @@ def test_a_grid_gives_the_same_however_many_run_at_a_time(here, tmp_path, concur
         "base": (2, 0), "zoo": (2, 0), "generator": (4, 0), "samples": (8, 0), "evaluation": (8, 0), "report": (8, 0)
     }  # fmt: skip
     heard = queue.SimpleQueue()  # which cannot be pickled
-    sweeping.run(ledger, on_result=heard.put)
+    run_trials(ledger, on_result=heard.put)
     assert [t.state for t in ledger.done()] == ["finished"] * 8
     assert sorted(heard.get().number for _ in range(heard.qsize())) == list(range(8))
     assert groups(ledger) == groups(here)
@@ -68,7 +69,7 @@ def test_a_grid_gives_the_same_however_many_run_at_a_time(here, tmp_path, concur
     before = [made(ledger, stage) for stage in counts]
     again = ledger_of(tmp_path / "storage", {**GRID, "max_concurrent": 3})
     assert again.key == ledger.key
-    sweeping.run(again, on_result=lambda trial: pytest.fail("a finished trial was run again"))
+    run_trials(again, on_result=lambda trial: pytest.fail("a finished trial was run again"))
     assert [made(again, stage) for stage in counts] == before
     assert not list((tmp_path / "storage" / "tmp").iterdir())
 
@@ -81,11 +82,11 @@ def test_what_cannot_be_built_fails_its_trials_alone(tmp_path):
     }
     sweep = {"parameters": {"optimizer": {"variants": optimizers}, "generator.members": [6, 12]}}
     ledger = ledger_of(tmp_path / "storage", sweep)
-    sweeping.run(ledger)
+    run_trials(ledger)
     assert [t.state for t in ledger.done()] == ["finished", "finished", "failed", "failed"]
     assert all("zoo.optimizer.lr" in t.reason for t in ledger.done()[2:])
     again, ran = ledger_of(tmp_path / "storage", sweep), []
-    sweeping.run(again, on_result=ran.append)
+    run_trials(again, on_result=ran.append)
     assert sorted(t.number for t in ran) == [2, 3], "only what has failed is tried again"
 
 
@@ -99,7 +100,7 @@ def test_values_that_do_not_fit_together_fail_a_trial_of_a_search(tmp_path):
     with pytest.raises(PdiffError, match=r"sampling\.steps is 10"):
         ledger_of(tmp_path / "storage", {**sweep, "search": "grid", "num_trials": None})
     ledger = ledger_of(tmp_path / "storage", sweep)
-    sweeping.run(ledger)
+    run_trials(ledger)
     wrong = [t for t in ledger.done() if t.assignment == {"generator.diffusion.num_timesteps": 5, "sampling.steps": 10}]
     assert wrong
     assert all(t.state == "failed" and "sampling.steps is 10" in t.reason for t in wrong)
@@ -111,7 +112,7 @@ def test_a_killed_trial_is_taken_up_again(here, tmp_path):
     sweep = {**GRID, "max_concurrent": 1}
     ledger, killed = ledger_of(tmp_path / "storage", sweep), []
 
-    class Killer(sweeping.SweepDisplay):
+    class Killer(sweep_running.SweepDisplay):
         """Kills the actor in the middle of the second trial."""
 
         def __call__(self, task, done, total, note=""):
@@ -122,7 +123,7 @@ def test_a_killed_trial_is_taken_up_again(here, tmp_path):
                         os.kill(process.pid, signal.SIGKILL)
 
     shown = Killer(8, "", True, (), live=False)
-    sweeping._run_on_ray(ledger, needs(ledger), shown, lambda trial: None)
+    sweep_running._run_on_ray(ledger, needs(ledger), shown, lambda trial: None)
     assert killed
     assert [t.state for t in ledger.done()] == ["finished"] * 8
     assert groups(ledger) == groups(here)
@@ -132,7 +133,7 @@ def test_a_killed_trial_is_taken_up_again(here, tmp_path):
 def test_a_trial_that_always_dies_is_recorded_and_the_others_go_on(tmp_path):
     sweep = {"parameters": {"network.args": [{"deadly": True}, {"deadly": False}]}, "max_retries": 1}
     ledger = ledger_of(tmp_path / "storage", sweep, network={"name": "helpers:deadly_network", "args": {}})
-    sweeping.run(ledger)
+    run_trials(ledger)
     assert [t.state for t in ledger.done()] == ["failed", "finished"]
     assert "die" in ledger.done()[0].reason
 
@@ -149,16 +150,16 @@ def test_asha_stops_the_hopeless_and_remembers_after_a_restart(tmp_path):
     }
     more = {"zoo": {"optimizer": {"lr": 0.3}}}
     whole = ledger_of(tmp_path / "whole", sweep, **more)
-    sweeping.run(whole)
+    run_trials(whole)
     states = [t.state for t in whole.done()]
     assert set(states) == {"finished", "stopped"}
     for trial in whole.done():
         assert [rung for rung, _ in trial.curve] == list(range(1, len(trial.curve) + 1))
         assert (trial.state == "finished") == (len(trial.curve) == 7)
     halves = ledger_of(tmp_path / "halves", {**sweep, "num_trials": 4}, **more)
-    sweeping.run(halves)
+    run_trials(halves)
     halves = ledger_of(tmp_path / "halves", sweep, **more)
-    sweeping.run(halves)
+    run_trials(halves)
     assert [(t.state, t.curve) for t in halves.done()] == [(t.state, t.curve) for t in whole.done()]
 
 
@@ -167,12 +168,12 @@ def test_a_time_budget_ends_a_sweep_that_can_go_on(here, tmp_path):
     sweep = {**GRID, "max_concurrent": 1, "time_budget": 2}
     ledger = ledger_of(tmp_path / "storage", sweep)
     started = time.monotonic()
-    sweeping.run(ledger)
+    run_trials(ledger)
     assert time.monotonic() - started < 120
     assert len(ledger.done()) < 8
     assert all(t.state == "finished" for t in ledger.done())
     rest = ledger_of(tmp_path / "storage", {**sweep, "time_budget": None})
-    sweeping.run(rest)
+    run_trials(rest)
     assert groups(rest) == groups(here)
 
 
@@ -181,7 +182,7 @@ def test_a_search_over_zoos_builds_each_once_in_its_trials(tmp_path):
     sweep = {"search": "random", "num_trials": 6, "max_concurrent": 3, "parameters": {"zoo.batch_size": [16, 32]}}
     ledger = ledger_of(tmp_path / "storage", sweep)
     assert not needs(ledger).jobs
-    sweeping.run(ledger)
+    run_trials(ledger)
     assert [t.state for t in ledger.done()] == ["finished"] * 6
     assert (len(made(ledger, "base")), len(made(ledger, "zoo"))) == (1, 2)
     zoos = ledger.storage.local.glob("zoo/*/networks/*.parquet")

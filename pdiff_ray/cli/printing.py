@@ -1,7 +1,4 @@
-"""What commands print of an experiment or a sweep: its plan, its results, and where they are.
-
-What takes seconds to import waits until it is needed: the first line comes before.
-"""
+"""What commands print of an experiment or a sweep: its plan, its results, and where they are."""
 
 from __future__ import annotations
 
@@ -13,36 +10,47 @@ from rich.table import Table
 from rich.text import Text
 
 from pdiff_ray import distributed
+from pdiff_ray.cli.options import DEFAULT_STORAGE, print_json
 from pdiff_ray.common.progress import console
-from pdiff_ray.running import experiment as pipeline
+from pdiff_ray.reports import tables
+from pdiff_ray.running import experiment as experiments
+from pdiff_ray.running.experiment import Plan
+from pdiff_ray.running.results import Result
+from pdiff_ray.running.sweep import SweepResult
 from pdiff_ray.storage.files import Storage
+from pdiff_ray.sweeps import report as sweep_report
+from pdiff_ray.sweeps import table as sweep_table
 
 if TYPE_CHECKING:
-    from pdiff_ray.config.schema import Experiment
     from pdiff_ray.sweeps.ledger import Ledger
 
 MAX_TRIALS = 15  # of a search
 
 
-def print_start(plan: pipeline.Plan) -> None:
+def print_start(plan: Plan) -> None:
+    """Prints what is about to be built, and where."""
     e = plan.experiment
     todo = ", ".join(plan.missing) or "nothing, all of it is there"
     console.print(f"[bold]{e.name}[/]: {e.network.name} on {e.data.name}; to build: {todo}")
     console.print(f"  storage {plan.storage.place}")
 
 
-def print_plan(plan: pipeline.Plan) -> None:
+def print_plan(plan: Plan, as_json: bool = False) -> None:
+    """Prints what an experiment needs, what of it is there, and what the rest will take."""
+    if as_json:
+        print_json(plan.to_dict())
+        return
     from pdiff_ray.estimates.estimate import Estimator, Place, duration
 
     e, estimator = plan.experiment, Estimator(plan.storage)
     table = Table(title=f"plan of {e.name}", title_justify="left")
     for column in ("stage", "key", "state", "what", "time", "memory"):
         table.add_column(column, justify="right" if column in ("time", "memory") else "left")
-    for row in pipeline.describe(plan, estimator):
+    for row in experiments.describe(plan, estimator):
         table.add_row(*row)
     console.print(table)
     if plan.missing:
-        costs = pipeline.costs(plan, estimator).values()
+        costs = experiments.costs(plan, estimator).values()
         known = sum(cost.source == "earlier runs" for cost in costs)
         console.print(
             f"shared: {estimator.sharing(e, Place.of_plan(e.resources))}\n"
@@ -58,8 +66,15 @@ def print_plan(plan: pipeline.Plan) -> None:
         f"Ray {distributed.ray_address(r) or 'local'}: {r.workers} workers x {r.cpus_per_worker} cores and "
         f"{r.gpus_per_worker} GPUs, {r.actors} actors x {r.cpus_per_actor} cores and {r.gpus_per_actor} GPUs"
     )
-    for note in pipeline.notes(plan):
+    for note in experiments.notes(plan):
         console.print(f"[bold yellow]missing:[/] {note}")
+
+
+def print_sweep_plan(ledger: Ledger, as_json: bool = False) -> None:
+    """Prints the trials of a sweep, what they share, what of it is there, and what the rest will take."""
+    from pdiff_ray.sweeps import plan as sweep_plan
+
+    sweep_plan.show(ledger)
 
 
 def _sum(seconds: Iterable[float | None]) -> float | None:
@@ -68,40 +83,37 @@ def _sum(seconds: Iterable[float | None]) -> float | None:
     return None if None in known else sum(s for s in known if s is not None)
 
 
-def print_result(plan: pipeline.Plan) -> None:
-    from pdiff_ray.stages import report
-
-    artifacts = plan.artifacts
-    summary = report.load_summary(artifacts)
-    head, *rows = report.table_rows(summary)
-    console.print(
-        f"\n[bold]{plan.experiment.name}[/]: original / ensemble / p-diff [bold]{report.paper_row(summary)}[/]"
-    )
+def print_result(result: Result, as_json: bool = False) -> None:
+    """Prints the table and the verdict of a finished experiment, and where everything is."""
+    if as_json:
+        print_json(result.to_dict())
+        return
+    head, *rows = tables.table_rows(result.summary)
+    console.print(f"\n[bold]{result.name}[/]: original / ensemble / p-diff [bold]{tables.paper_row(result.summary)}[/]")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in head:
         table.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(report.LEGEND, style="dim")
-    console.print(f"verdict: {summary['verdict']['text']}")
-    if sharing := report.achieved_sharing(artifacts):
+    console.print(tables.LEGEND, style="dim")
+    console.print(f"verdict: {result.verdict}", markup=False)
+    if sharing := result.sharing:
         console.print(f"shared: {sharing}", markup=False)
-    seconds = report.stage_seconds(artifacts)
-    console.print("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
-    console.print(f"\nreport     {report.report_location(artifacts)}")
-    samples = artifacts["samples"]
+    console.print("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in result.seconds.items()))
+    console.print(f"\nreport     {result.report}")
+    samples = result.artifacts["samples"]
     console.print(f"networks   {samples.location}  (uv run pdiff export {samples.key} FOLDER)")
-    _print_ui(plan.experiment)
+    _print_ui(samples.storage)
 
 
-def print_sweep(ledger: Ledger) -> None:
-    """Writes a sweep's report, and prints its table and where it is."""
-    from pdiff_ray.sweeps import report as sweep_report
-    from pdiff_ray.sweeps import table as sweep_table
-
-    rows = sweep_report.write(ledger)
-    shown = rows if ledger.sweep.search == "grid" else rows[:MAX_TRIALS]
+def print_sweep(result: SweepResult, as_json: bool = False) -> None:
+    """Prints a sweep's table and verdict, which trials failed, and where everything is."""
+    if as_json:
+        print_json(result.to_dict())
+        return
+    ledger = result.ledger
+    shown = result.rows if ledger.sweep.search == "grid" else result.rows[:MAX_TRIALS]
     head, *body = sweep_table.cells(ledger, shown, console.width)
     console.print(f"\n[bold]{ledger.file.experiment.name}[/]: {sweep_report.headline(ledger)}\n")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
@@ -110,19 +122,21 @@ def print_sweep(ledger: Ledger) -> None:
     for row in body:
         table.add_row(*map(Text, row))
     console.print(table)
-    if len(shown) < len(rows):
-        console.print(f"{len(rows) - len(shown)} more trials in the report")
+    if len(shown) < len(result.rows):
+        console.print(f"{len(result.rows) - len(shown)} more trials in the report")
     console.print(f"\n{sweep_table.legend(ledger)}", style="dim")
-    if verdict := sweep_report.verdict(ledger):
-        console.print(f"verdict: {verdict}", markup=False)
-    if warning := sweep_report.warning(rows):
+    if result.verdict:
+        console.print(f"verdict: {result.verdict}", markup=False)
+    if warning := sweep_report.warning(result.rows):
         console.print("[bold red]WARNING[/]:", Text(warning))
     place = ledger.storage.location(ledger.folder)
-    console.print(f"\nreport     {place}/{sweep_report.REPORT_FILE}")
+    console.print(f"\nreport     {result.report}")
     console.print(f"tables     {place}/{sweep_report.SUMMARY_FILE}, {sweep_report.TRIALS_FILE}")
-    _print_ui(ledger.file.experiment)
+    _print_ui(ledger.storage)
+    for trial in result.failed:
+        console.print("[bold red]failed[/]:", Text(f"trial {trial.number} ({trial.text}): {trial.reason}"))
 
 
-def _print_ui(experiment: Experiment) -> None:
-    storage = f" --storage {Storage(experiment.storage_uri).place}" if experiment.storage else ""
-    console.print(f"MLflow     uv run pdiff ui{storage}")
+def _print_ui(storage: Storage) -> None:
+    option = "" if storage.place == Storage(DEFAULT_STORAGE).place else f" --storage {storage.place}"
+    console.print(f"MLflow     uv run pdiff ui{option}")

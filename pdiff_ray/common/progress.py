@@ -24,6 +24,11 @@ def silent(task: str, done: int, total: int, note: str = "") -> None:
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
+def is_live() -> bool:
+    """Tells whether what is shown can be replaced: on a terminal, and in a notebook."""
+    return console.is_terminal or console.is_jupyter
+
+
 class Display:
     """A `Progress` function: a bar per task, or a line at its start, its end and every few seconds."""
 
@@ -41,13 +46,13 @@ class Display:
         now = time.monotonic()
         if done >= total or now - self.printed.get(task, -LINE_EVERY_S) >= LINE_EVERY_S:
             self.printed[task] = now
-            print(f"  {task}: {done}/{total} {note}".rstrip(), flush=True)
+            console.print(f"  {task}: {done}/{total} {note}".rstrip(), markup=False)
 
 
 @contextlib.contextmanager
 def display() -> Iterator[Display]:
-    """A display for the time of some work."""
-    if not sys.stdout.isatty():
+    """Shows the progress of some work: bars on a terminal and in a notebook, lines elsewhere."""
+    if not is_live():
         yield Display(None)
         return
     columns = (

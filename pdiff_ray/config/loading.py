@@ -48,6 +48,12 @@ def read(path: str | Path, overrides: Sequence[str] = (), preset: str | None = N
     return raw
 
 
+def presets(path: str | Path) -> list[str]:
+    """Returns the names of a file's presets, inherited ones included."""
+    found = _read(Path(path), seen=()).get("presets")
+    return list(found) if isinstance(found, dict) else []
+
+
 def _preset(presets: Any, name: str, path: str | Path) -> dict[str, Any]:
     if not isinstance(presets, dict) or not isinstance(presets.get(name), dict):
         known = ", ".join(presets) if isinstance(presets, dict) and presets else "it has none"

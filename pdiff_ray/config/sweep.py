@@ -262,12 +262,22 @@ def load(path: str | Path, overrides: Sequence[str] = (), preset: str | None = N
         ConfigError: naming the file, the dotted path of the field, its value and the remedy.
     """
     raw, where = loading.read(path, overrides, preset), str(path)
-    section = raw.pop("sweep", None)
-    experiment = loading.parse_experiment(raw, where)
+    return parse_sweep(raw, where) if raw.get("sweep") is not None else loading.parse_experiment(raw, where)
+
+
+def parse_sweep(raw: dict[str, Any], where: str) -> SweepFile:
+    """Validates the mapping of an experiment with a section `sweep`.
+
+    Args:
+        where: names its origin in messages.
+
+    Raises:
+        ConfigError
+    """
+    section, raw = raw.get("sweep"), {name: value for name, value in raw.items() if name != "sweep"}
     if section is None:
-        return experiment
-    sweep = loading.parse(Sweep, section, where, at="sweep")
-    file = SweepFile(experiment, sweep, raw, where)
+        raise ConfigError(f"{where}: sweep: required but not given; it says what varies")
+    file = SweepFile(loading.parse_experiment(raw, where), loading.parse(Sweep, section, where, at="sweep"), raw, where)
     _check(file)
     return file
 

@@ -66,7 +66,10 @@ class Pool:
         """Evaluated stacks, in the order in which they are done."""
         return self._run("evaluate", stacks)
 
-    def close(self) -> None:
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for actor in self.actors:
             ray.kill(actor)
 

@@ -5,17 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from pdiff_ray.common.devices import exact_float32
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Display, Progress, console, display
 from pdiff_ray.config.schema import Experiment
+from pdiff_ray.data import sources
+from pdiff_ray.data.cache import default_cache
+from pdiff_ray.generators.autoencoder import Autoencoder
+from pdiff_ray.networks.build import check_network
+from pdiff_ray.stages import evaluation
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.table import STAGES, artifacts_of, build_missing
+from pdiff_ray.stages.zoo import subset_of
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.files import Storage
 
 if TYPE_CHECKING:
+    from pdiff_ray.distributed.pool import Pool
     from pdiff_ray.estimates.estimate import Cost, Estimator
 
 
@@ -31,6 +41,23 @@ class Plan:
     @property
     def needs_ray(self) -> bool:
         return any(STAGES[stage].place != "driver" for stage in self.missing)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as JSON values."""
+        stages = [
+            {
+                "stage": name,
+                "key": self.artifacts[name].key,
+                "state": "to build" if name in self.missing else "there",
+                "about": stage.about(self.experiment),
+            }
+            for name, stage in STAGES.items()
+        ]
+        return {"name": self.experiment.name, "storage": self.storage.place, "stages": stages}
+
+    def __str__(self) -> str:
+        rows = [f"  {s['stage']:10} {s['key']}  {s['state']:8}  {s['about']}" for s in self.to_dict()["stages"]]
+        return "\n".join([f"{self.experiment.name} in {self.storage.place}", *rows])
 
     def missing_on(self, *places: str) -> list[str]:
         """Missing stages that are built at these places."""
@@ -63,16 +90,9 @@ def check(plan: Plan) -> None:
     Raises:
         PdiffError
     """
-    from pdiff_ray.data import sources
-    from pdiff_ray.generators.autoencoder import Autoencoder
-    from pdiff_ray.networks.build import check_network
-    from pdiff_ray.stages.zoo import subset_of
-
     network = check_network(plan.experiment.network, sources.describe(plan.experiment.data))
     subset = subset_of(plan.experiment, network)
     if plan.experiment.generator.name == "latent_diffusion":
-        import torch
-
         with torch.device("meta"):
             Autoencoder(plan.experiment.generator.autoencoder, subset.size)
     if "zoo" in plan.missing and plan.experiment.zoo.imported:
@@ -85,11 +105,18 @@ def check(plan: Plan) -> None:
     plan.storage.check_writable()
 
 
-def run(plan: Plan, *, in_process: bool = False) -> None:
-    """Builds what is missing, on Ray or, for debugging, in this process. Interrupted, it goes on where it was."""
-    if not plan.missing:
-        return
-    check(plan)
+def run(plan: Plan, *, in_process: bool = False, track: bool = False) -> None:
+    """Builds what is missing. Interrupted, it goes on where it was.
+
+    Args:
+        in_process: builds in this process, for debugging, instead of on Ray.
+        track: records the finished experiment in MLflow; a server that cannot be reached costs a warning.
+
+    Raises:
+        PdiffError: something that the user can mend.
+    """
+    if plan.missing:
+        check(plan)
     with display() as progress:
         if plan.needs_ray:
             started = time.monotonic()
@@ -97,11 +124,22 @@ def run(plan: Plan, *, in_process: bool = False) -> None:
             console.print(f"  built in {time.monotonic() - started:.0f} s")
         for stage in plan.missing_on("driver"):
             build_missing(stage, plan.experiment, plan.artifacts, here(progress))
+    if track:
+        from pdiff_ray import tracking
+
+        try:
+            tracking.record(plan.experiment, plan.artifacts)
+        except tracking.TrackingError as error:
+            tracking.warn(error)
+
+
+def here(progress: Progress) -> Context:
+    """Returns this process as the place where stages run; float32 is exact in it from here on."""
+    exact_float32()
+    return Context(torch.device("cuda" if torch.cuda.is_available() else "cpu"), default_cache(), progress=progress)
 
 
 def _run_here(plan: Plan, progress: Display) -> None:
-    import torch
-
     torch.set_num_threads(plan.experiment.resources.cpus_per_worker)
     context = here(progress)
     for stage in plan.missing_on("workers", "actor", "actors"):
@@ -109,53 +147,31 @@ def _run_here(plan: Plan, progress: Display) -> None:
         _announce(plan, stage)
 
 
-def here(progress: Progress) -> Context:
-    """This process as the place where stages run."""
-    import torch
-
-    from pdiff_ray.common.devices import exact_float32
-    from pdiff_ray.data.cache import default_cache
-
-    exact_float32()
-    return Context(torch.device("cuda" if torch.cuda.is_available() else "cpu"), default_cache(), progress=progress)
-
-
 def _run_on_ray(plan: Plan, progress: Display) -> None:
-    progress("Ray", 0, 1, "starting")
     from pdiff_ray import distributed
 
+    progress("Ray", 0, 1, "starting")
     distributed.prepare(plan.experiment.resources)
-    from pdiff_ray.distributed import session
+    from pdiff_ray.distributed import pool, session, train
 
     with session.connect(plan.experiment.resources, progress) as events:
         progress("Ray", 1, 1, "running")
         if trained := plan.missing_on("workers"):
-            from pdiff_ray.distributed.train import Job, train
-
-            if problems := train([Job(plan.experiment, plan.artifacts, trained)], events):
+            if problems := train.train([train.Job(plan.experiment, plan.artifacts, trained)], events):
                 raise PdiffError(next(iter(problems.values())))
             _announce(plan, *trained)
         if plan.missing_on("actor", "actors"):
-            _run_on_pool(plan, progress, events)
+            with pool.Pool(plan.experiment, plan.artifacts, events) as actors:
+                _run_on_pool(plan, progress, actors)
 
 
-def _run_on_pool(plan: Plan, progress: Display, events: str) -> None:
-    import torch
-
-    from pdiff_ray.data.cache import default_cache
-    from pdiff_ray.distributed.pool import Pool
-    from pdiff_ray.stages import evaluation
-
-    pool = Pool(plan.experiment, plan.artifacts, events)
-    try:
-        for stage in plan.missing_on("actor", "actors"):
-            if stage == "evaluation":
-                context = Context(torch.device("cpu"), default_cache(), progress=progress)
-                evaluation.judge_missing(plan.experiment, plan.artifacts, context, pool.map_stacks)
-            pool.build(stage)  # vectors do not pass through this process
-            _announce(plan, stage)
-    finally:
-        pool.close()
+def _run_on_pool(plan: Plan, progress: Display, actors: Pool) -> None:
+    for stage in plan.missing_on("actor", "actors"):
+        if stage == "evaluation":
+            context = Context(torch.device("cpu"), default_cache(), progress=progress)
+            evaluation.judge_missing(plan.experiment, plan.artifacts, context, actors.map_stacks)
+        actors.build(stage)  # vectors do not pass through this process
+        _announce(plan, stage)
 
 
 def _announce(plan: Plan, *stages: str) -> None:
@@ -195,8 +211,6 @@ def costs(plan: Plan, estimator: Estimator) -> dict[str, Cost]:
 
 def notes(plan: Plan) -> Sequence[str]:
     """What would stop the plan from running as things are; for a dry run, which may be for another machine."""
-    from pdiff_ray.data import sources
-
     found = []
     # scikit-learn carries the digits; to import it takes longer than all the rest.
     if plan.needs_ray and plan.experiment.data.name != "digits":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pdiff_ray.common.progress import Display, console
+from pdiff_ray.common.progress import Display, console, is_live
 from pdiff_ray.sweeps.trial import Trial
 
 
@@ -63,7 +62,7 @@ class SweepDisplay:
             state = "started" if trial.state == "running" else trial.state
             reason = f" ({trial.reason})" if trial.reason else ""
             after = f"; {self.headline()}" if trial.state != "running" else ""
-            print(f"  trial {trial.number} [{trial.text}] {state}{outcome}{reason}{after}", flush=True)
+            console.print(f"  trial {trial.number} [{trial.text}] {state}{outcome}{reason}{after}", markup=False)
 
     def headline(self) -> str:
         """How far the sweep is: trials done, the best so far, time left."""
@@ -109,7 +108,7 @@ class SweepDisplay:
 @contextlib.contextmanager
 def sweep_display(total: int, metric: str, maximize: bool, done: Sequence[Trial]) -> Iterator[SweepDisplay]:
     """A display for the time of a sweep."""
-    live = sys.stdout.isatty()
+    live = is_live()
     shown = SweepDisplay(total, metric, maximize, done, live)
     if not live:
         yield shown

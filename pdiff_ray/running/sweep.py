@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.text import Text
+import pyarrow as pa
+import torch
 
 from pdiff_ray.common.errors import PdiffError
-from pdiff_ray.common.progress import console
-from pdiff_ray.running import experiment as pipeline
+from pdiff_ray.running.experiment import check as check_plan
+from pdiff_ray.running.experiment import here, make_plan
 from pdiff_ray.running.progress import SweepDisplay, sweep_display
+from pdiff_ray.sweeps import report
 from pdiff_ray.sweeps.ledger import Ledger, Needs, needs
+from pdiff_ray.sweeps.table import Row, table
 from pdiff_ray.sweeps.trial import Trial, run_trial
 
 OnChange = Callable[[Trial], None]
@@ -34,11 +38,89 @@ def check(ledger: Ledger) -> None:
             same = repr((experiment.data, experiment.network, zoo, experiment.generator.autoencoder))
             if same not in seen:
                 seen.add(same)
-                pipeline.check(pipeline.make_plan(experiment))
+                check_plan(make_plan(experiment))
 
 
-def run(ledger: Ledger, *, in_process: bool = False, on_result: OnChange = lambda trial: None) -> None:
-    """Runs what is left, on Ray or, for debugging, in this process.
+@dataclass(frozen=True)
+class SweepResult:
+    """What is known of a sweep after a launch.
+
+    Attributes:
+        ledger: its trials.
+        confirmation: the sweep that compares the best setting of a search with the file's own; None if there is none.
+        rows: of its table: combinations of a grid, or trials of a search.
+    """
+
+    ledger: Ledger
+    confirmation: Ledger | None
+    rows: list[Row]
+
+    @property
+    def failed(self) -> list[Trial]:
+        """Trials that failed, those of the confirmation last."""
+        ledgers = [self.ledger, *([self.confirmation] if self.confirmation else [])]
+        return [trial for ledger in ledgers for trial in ledger.done() if trial.state == "failed"]
+
+    @property
+    def verdict(self) -> str | None:
+        """Whether a search has found a better setting than the file's own, in words; None of a grid."""
+        return report.verdict(self.ledger)
+
+    @property
+    def report(self) -> str:
+        """Where the HTML page is."""
+        return self.ledger.storage.location(f"{self.ledger.folder}/{report.REPORT_FILE}")
+
+    def table(self) -> pa.Table:
+        """Returns the rows with all metrics: means over seeds, standard deviations (`_std`) and numbers (`_n`)."""
+        return pa.Table.from_pylist(report.summary_lines(self.ledger, self.rows))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as JSON values."""
+        return {
+            "name": self.ledger.file.experiment.name,
+            "rows": report.summary_lines(self.ledger, self.rows),
+            "verdict": self.verdict,
+            "failed": [{"trial": trial.number, "values": trial.text, "reason": trial.reason} for trial in self.failed],
+            "report": self.report,
+        }
+
+
+def run(ledger: Ledger, *, in_process: bool = False, track: bool = True) -> SweepResult:
+    """Runs the trials that are left, compares a search's best setting with the file's own, and writes the report.
+
+    Args:
+        in_process: runs trials in this process, for debugging, instead of on Ray.
+        track: tells MLflow of all of it as it goes on; a server that cannot be reached costs a warning.
+
+    Raises:
+        PdiffError: something that the user can mend. Trials that fail raise nothing; see `SweepResult.failed`.
+    """
+    from pdiff_ray import tracking
+
+    follow = tracking.follow if track else _untold
+    with follow(ledger) as tell:
+        run_trials(ledger, in_process=in_process, on_result=tell)
+        confirmation = ledger.confirmation()
+        if confirmation:
+            with follow(confirmation) as tell_too:
+                run_trials(confirmation, in_process=in_process, on_result=tell_too)
+                report.write(confirmation)
+        return SweepResult(ledger, confirmation, report.write(ledger))  # MLflow takes what that writes
+
+
+def open_sweep(ledger: Ledger) -> SweepResult:
+    """Reads what there is of a sweep, without running anything."""
+    return SweepResult(ledger, ledger.confirmation(), table(ledger))
+
+
+@contextlib.contextmanager
+def _untold(ledger: Ledger) -> Iterator[OnChange]:
+    yield lambda trial: None
+
+
+def run_trials(ledger: Ledger, *, in_process: bool = False, on_result: OnChange = lambda trial: None) -> None:
+    """Runs the trials that are left.
 
     Args:
         on_result: is given every trial that has ended.
@@ -57,14 +139,12 @@ def run(ledger: Ledger, *, in_process: bool = False, on_result: OnChange = lambd
 
 
 def _run_here(ledger: Ledger, _: Needs, shown: SweepDisplay, on_change: OnChange) -> None:
-    import torch
-
     torch.set_num_threads(ledger.file.experiment.resources.cpus_per_trial)
     started = time.monotonic()
     budget = ledger.sweep.time_budget
     while (budget is None or time.monotonic() - started < budget) and (trial := ledger.ask()):
         on_change(trial)
-        context = pipeline.here(shown.of(trial.number))
+        context = here(shown.of(trial.number))
         began = time.monotonic()
         outcome: dict[str, Any]
         try:
@@ -83,27 +163,15 @@ def _run_on_ray(ledger: Ledger, needed: Needs, shown: SweepDisplay, on_change: O
     started, resources = time.monotonic(), ledger.file.experiment.resources
     shown("Ray", 0, 1, "starting")
     distributed.prepare(resources)
-    from pdiff_ray.distributed import session
+    from pdiff_ray.distributed import session, train, tune
 
     with session.connect(resources, shown) as events:
         shown("Ray", 1, 1, "running")
         unbuildable: dict[str, str] = {}
         if needed.jobs:
-            from pdiff_ray.distributed.train import Job, train
-
-            jobs = [Job(experiment, ledger.artifacts(experiment), stages) for experiment, stages in needed.jobs]
-            unbuildable = train(jobs, events)
+            jobs = [train.Job(experiment, ledger.artifacts(experiment), stages) for experiment, stages in needed.jobs]
+            unbuildable = train.train(jobs, events)
             shown.clear()
             if unbuildable and ledger.sweep.search != "grid":  # all trials need it
                 raise PdiffError(next(iter(unbuildable.values())))
-        from pdiff_ray.distributed import tune
-
         tune.run(ledger, events, unbuildable, on_change, time.monotonic() - started)
-
-
-def print_failures(ledger: Ledger) -> int:
-    """Prints the reasons of failed trials; gives their number."""
-    failed = [trial for trial in ledger.done() if trial.state == "failed"]
-    for trial in failed:
-        console.print("[bold red]failed[/]:", Text(f"trial {trial.number} ({trial.text}): {trial.reason}"))
-    return len(failed)

@@ -1,11 +1,11 @@
-"""Zoos from checkpoint files, and networks to safetensors files that other code loads. Weights only: no code is run."""
+"""Zoos from checkpoint files that other code wrote. Weights only: no code is run."""
 
 from __future__ import annotations
 
 import pickle
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.base import NETWORK_FILE, describe_base, open_dataset
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.zoo import finish, zoo_subset
-from pdiff_ray.storage.artifacts import Artifact, find, read_manifest
-from pdiff_ray.storage.files import Storage
+from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.parameters import PARTS, ParameterStore, Record, stamp
 from pdiff_ray.storage.trees import load_tree, save_tree
 
@@ -139,71 +138,3 @@ def _vector(file: Path, subset: Subset, base: Mapping[str, Tensor], others: Coll
 
 def _natural(path: Path) -> list[Any]:
     return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", path.name)]
-
-
-def export(
-    storage: Storage, prefix: str, folder: Path, ids: Sequence[int] | None = None, subset_only: bool = False
-) -> Iterator[Path]:
-    """Writes networks of a zoo or of samples as safetensors state dicts, one file each.
-
-    Args:
-        prefix: of the artifact's key.
-        subset_only: the generated tensors alone, for `load_state_dict(strict=False)`; else the whole network.
-
-    Yields:
-        The files, as they are written.
-    """
-    name, manifest = find(storage, prefix)
-    if manifest["stage"] not in ("zoo", "samples"):
-        raise StorageError(f"{name}: holds no networks; the stages zoo and samples do")
-    artifact = Artifact(storage, manifest["stage"], manifest["config"], manifest["inputs"])
-    store = ParameterStore(artifact)
-    subset = store.subset()
-    lineage_of = dict(lineage(storage, name))
-    zoo = next(m for f, m in lineage_of.items() if f.startswith("zoo/"))
-    if not subset_only and zoo is not None and zoo["config"]["batchnorm"] == "recalibrated":
-        raise ConfigError(
-            f"{name}: zoo.batchnorm is recalibrated, so these networks have no running statistics of their own; export "
-            "with --subset-only, and measure them on training images"
-        )
-    base = {} if subset_only else _base_tensors(storage, manifest)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PdiffError(f"{folder}: cannot be made: {error.strerror}; choose another folder") from None
-    for id_ in store.ids if ids is None else ids:
-        (record,) = store.records([id_], vectors=True)
-        assert record.vector is not None
-        tensors = {**base, **subset.unflatten(torch.from_numpy(record.vector.copy()))}
-        target = folder / f"{record.group}-{id_:04d}.safetensors"
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            temporary.write_bytes(save_tree(tensors))
-            temporary.replace(target)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise PdiffError(f"{target}: cannot be written: {error.strerror}") from None
-        yield target
-
-
-def _base_tensors(storage: Storage, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the base network that an artifact goes back to."""
-    while manifest["stage"] != "base":
-        ((stage, key),) = manifest["inputs"].items()
-        manifest = read_manifest(storage, f"{stage}/{key}")
-    artifact = Artifact(storage, "base", manifest["config"], manifest["inputs"])
-    return load_tree(artifact.read(NETWORK_FILE), artifact.location)
-
-
-def lineage(storage: Storage, folder: str) -> list[tuple[str, dict[str, Any] | None]]:
-    """The artifact's folder and those it was made from, with their manifests (None: no longer there)."""
-    chain: list[tuple[str, dict[str, Any] | None]] = []
-    while True:
-        if not storage.exists(f"{folder}/manifest.json"):
-            return [*chain, (folder, None)]
-        manifest = read_manifest(storage, folder)
-        chain.append((folder, manifest))
-        if not manifest["inputs"]:
-            return chain
-        ((stage, key),) = manifest["inputs"].items()
-        folder = f"{stage}/{key}"

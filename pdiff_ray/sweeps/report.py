@@ -121,7 +121,7 @@ def write(ledger: Ledger) -> list[Row]:
     rows = table(ledger)
     pngs = figures(ledger, rows)
     files = {f"{name}.png": png for name, png in pngs.items()}
-    files[SUMMARY_FILE] = _csv([_summary_line(ledger, row) for row in rows])
+    files[SUMMARY_FILE] = _csv(summary_lines(ledger, rows))
     files[TRIALS_FILE] = _csv([_trial_line(ledger, row, result) for row in rows for result in row.results])
     parts = (headline(ledger), report.markdown(cells(ledger, rows)), verdict(ledger), warning(rows), legend(ledger))
     files[TABLE_FILE] = "\n\n".join(part for part in parts if part).encode()
@@ -230,6 +230,13 @@ def _importances(ledger: Ledger) -> dict[str, float]:
         return {}
     study = search.study_of(ledger.sweep, ledger.done())
     return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+
+
+def summary_lines(ledger: Ledger, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Returns the rows of the table with all metrics, as JSON values."""
+    lines = [_summary_line(ledger, row) for row in rows]
+    names = dict.fromkeys(name for line in lines for name in line)
+    return [{name: line.get(name) for name in names} for line in lines]
 
 
 def _summary_line(ledger: Ledger, row: Row) -> dict[str, Any]:

@@ -1,0 +1,181 @@
+"""Commands that take an experiment file: init, sweep, run, import, log, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pdiff_ray.cli.options import (
+    Stage,
+    existing_folder,
+    experiment_options,
+    human_output_to_stderr,
+    in_process_option,
+    json_option,
+    load,
+    load_experiment,
+    print_json,
+)
+from pdiff_ray.common.errors import PdiffError
+
+if TYPE_CHECKING:
+    from pdiff_ray.config.schema import Experiment
+    from pdiff_ray.config.sweep import SweepFile
+
+PLANNED = "planned"  # what a command returns that has printed a plan
+
+
+@click.command()
+@click.argument("data")
+@click.argument("network")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write; default: NETWORK.yaml.")
+def init(data: str, network: str, output: Path | None) -> None:
+    """Write a commented experiment for DATA, a folder of images or a data set's name, and NETWORK, a network's name."""
+    from pdiff_ray.cli.init import write
+
+    file = write(data, network, output)
+    click.echo(f"{file}: written; look at it, then\n  uv run pdiff sweep {file} --dry-run\n  uv run pdiff sweep {file}")
+
+
+@click.command()
+@experiment_options
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@in_process_option
+@json_option
+def sweep(file: str, dry_run: bool, in_process: bool, as_json: bool, **options: Any) -> str | None:
+    """Run the experiment of FILE, or all trials of its sweep, from data to report; what is there is used again."""
+    from pdiff_ray.config.sweep import SweepFile
+
+    if as_json:
+        human_output_to_stderr()
+    loaded = load(file, in_process=in_process, **options)
+    if isinstance(loaded, SweepFile):
+        _sweep_trials(loaded, dry_run, in_process, as_json)
+    else:
+        _sweep_one(loaded, dry_run, in_process, as_json)
+    return PLANNED if dry_run else None
+
+
+def _sweep_one(experiment: Experiment, dry_run: bool, in_process: bool, as_json: bool) -> None:
+    from pdiff_ray.cli import printing
+    from pdiff_ray.running import experiment as experiments
+    from pdiff_ray.running.results import Result
+
+    plan = experiments.make_plan(experiment)
+    if dry_run:
+        printing.print_plan(plan, as_json)
+        return
+    printing.print_start(plan)
+    experiments.run(plan, in_process=in_process, track=True)
+    printing.print_result(Result(experiment.name, plan.artifacts), as_json)
+
+
+def _sweep_trials(file: SweepFile, dry_run: bool, in_process: bool, as_json: bool) -> None:
+    from pdiff_ray.cli import printing
+    from pdiff_ray.running import sweep as sweeps
+    from pdiff_ray.sweeps.ledger import Ledger
+
+    ledger = Ledger(file)
+    if dry_run:
+        printing.print_sweep_plan(ledger, as_json)
+        return
+    result = sweeps.run(ledger, in_process=in_process)
+    printing.print_sweep(result, as_json)
+    if result.failed:
+        raise PdiffError("trials failed" + ("; the same command tries them again" if ledger.open_trials() else ""))
+
+
+@click.command()
+@click.argument("stage", type=Stage())
+@experiment_options
+@in_process_option
+def run(stage: str, file: str, in_process: bool, **options: Any) -> None:
+    """Build one STAGE of the experiment of FILE and what it needs; of a sweep's, with what varies as FILE has it.
+
+    STAGE is one of base, zoo, generator, samples, evaluation, report.
+    """
+    from pdiff_ray.cli import printing
+    from pdiff_ray.running import experiment as experiments
+
+    plan = experiments.make_plan(load_experiment(file, in_process=in_process, **options), target=stage)
+    printing.print_start(plan)
+    experiments.run(plan, in_process=in_process)
+    click.echo(f"{stage}: {plan.artifacts[stage].location}")
+
+
+@click.command("import")
+@existing_folder("folder")
+@experiment_options
+@click.option(
+    "--base",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Whole network, if FOLDER holds subsets alone.",
+)
+def import_command(folder: Path, file: str, base: Path | None, **options: Any) -> None:
+    """Make the zoo of FILE (which names it in zoo.imported) from the checkpoints in FOLDER: .pth, .pt or .safetensors.
+
+    Weights only: files that would run code when loaded are refused.
+    """
+    from pdiff_ray.common.progress import display
+    from pdiff_ray.running.experiment import make_plan
+    from pdiff_ray.stages.checkpoints import import_zoo
+
+    plan = make_plan(load_experiment(file, **options), target="zoo")
+    if not plan.missing:
+        click.echo(f"zoo: there already, {plan.artifacts['zoo'].location}")
+        return
+    plan.storage.check_writable()
+    with display() as progress:
+        import_zoo(folder, plan.experiment, plan.artifacts, base, progress)
+    click.echo(f"zoo: {plan.artifacts['zoo'].location}")
+
+
+@click.command("log")
+@experiment_options
+def log_command(file: str, **options: Any) -> None:
+    """Write to MLflow what it lacks of the results of FILE, for example of a server that was away."""
+    from pdiff_ray import tracking
+    from pdiff_ray.config.sweep import SweepFile
+    from pdiff_ray.running.experiment import make_plan
+    from pdiff_ray.sweeps.ledger import Ledger
+
+    loaded = load(file, **options)
+    if isinstance(loaded, SweepFile):
+        ledger = Ledger(loaded)
+        if not ledger.done():
+            raise PdiffError(f"no trial has ended yet in {ledger.storage.location(ledger.folder)}")
+        written = tracking.log(ledger)
+        if (confirmation := ledger.confirmation()) and confirmation.done():
+            tracking.log(confirmation)
+        click.echo(f"{written} of {len(ledger.done())} trials written; the others were there")
+        return
+    plan = make_plan(loaded)
+    if plan.missing:
+        raise PdiffError(f"not finished: {', '.join(plan.missing)} missing in {plan.storage.place}")
+    recorded = tracking.record(plan.experiment, plan.artifacts, anew=True)
+    click.echo("written" if recorded else "was there already")
+
+
+@click.command()
+@click.argument("file", type=click.Path(), required=False)
+@click.option("--storage", "storage_uri", help="Folder or URI of results.")
+@json_option
+def doctor(file: str | None, storage_uri: str | None, as_json: bool) -> None:
+    """Check what an experiment (FILE, or the defaults) needs: versions, devices, storage, data, Ray, MLflow."""
+    from pdiff_ray.cli.doctor import examine
+    from pdiff_ray.config import loading
+    from pdiff_ray.config.schema import Experiment
+
+    overrides = [f"storage={storage_uri}"] if storage_uri else []
+    experiment = loading.load(file, overrides) if file else Experiment(name="doctor", storage=storage_uri)
+    findings = []
+    for finding in examine(experiment):
+        findings.append(finding)
+        if not as_json:
+            click.echo(f"{'ok     ' if finding.ok else 'MISSING'} {finding.what}: {finding.text}")
+    if as_json:
+        print_json([vars(finding) for finding in findings])
+    if failed := sum(not finding.ok for finding in findings):
+        raise PdiffError(f"{failed} of these need attention")

@@ -1,0 +1,159 @@
+"""Options and arguments that commands share, and how a shell completes them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from pdiff_ray.common.errors import ConfigError, PdiffError, did_you_mean
+
+if TYPE_CHECKING:
+    from pdiff_ray.config.schema import Experiment
+    from pdiff_ray.config.sweep import SweepFile
+
+DEFAULT_STORAGE = "pdiff-storage"
+
+
+class Stage(click.ParamType):
+    """A stage by its name."""
+
+    name = "stage"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from pdiff_ray.stages.table import STAGES
+
+        if value not in STAGES:
+            near = did_you_mean(value, STAGES)
+            self.fail(f"{value!r} is no stage{near or '; they are ' + ', '.join(STAGES)}", param, ctx)
+        return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from pdiff_ray.stages.table import STAGES
+
+        return [CompletionItem(stage) for stage in STAGES if stage.startswith(incomplete)]
+
+
+def _complete_preset(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from pdiff_ray.config import loading
+
+    try:
+        presets = loading.presets(ctx.params["file"])
+    except (KeyError, TypeError, PdiffError):  # no file is named yet, or none that can be read
+        return []
+    return [name for name in presets if name.startswith(incomplete)]
+
+
+def _complete_key(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from pdiff_ray.storage.artifacts import finished
+    from pdiff_ray.storage.files import Storage
+
+    uri = ctx.params.get("storage_uri") or os.environ.get("PDIFF_STORAGE") or DEFAULT_STORAGE
+    keys = [folder.rpartition("/")[2] for folder in finished(Storage(uri))]
+    return [key for key in keys if key.startswith(incomplete)]
+
+
+Decorator = Callable[[Any], Any]
+
+
+def experiment_options(function: Any) -> Any:
+    """Adds the options of every command that reads an experiment file."""
+    for decorate in (
+        click.argument("file", type=click.Path()),
+        click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a field; repeatable."),
+        click.option(
+            "--preset",
+            metavar="NAME",
+            shell_complete=_complete_preset,
+            help="Lay one of the file's presets over it, for example small.",
+        ),
+        click.option("--storage", metavar="URI", help="Folder or URI of results (field storage)."),
+        click.option("--tracking-uri", metavar="URI", help="MLflow (field tracking.uri)."),
+        click.option("--address", metavar="ADDRESS", help="Ray cluster (field resources.address)."),
+    )[::-1]:
+        function = decorate(function)
+    return function
+
+
+in_process_option = click.option(
+    "--in-process", is_flag=True, help="Run without Ray, in this process, which is then the only worker; to debug."
+)
+storage_option = click.option(
+    "--storage",
+    "storage_uri",
+    envvar="PDIFF_STORAGE",
+    default=DEFAULT_STORAGE,
+    show_default=True,
+    help="Folder or URI.",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON on the standard output, and nothing else."
+)
+
+
+def key_argument(name: str, **options: Any) -> Decorator:
+    """Makes the argument of an artifact's key."""
+    return click.argument(name, shell_complete=_complete_key, **options)
+
+
+def print_json(content: Any) -> None:
+    """Prints what a machine reads."""
+    click.echo(json.dumps(content, indent=2, default=str))
+
+
+def human_output_to_stderr() -> None:
+    """Leaves the standard output to JSON."""
+    from pdiff_ray.common.progress import console
+
+    console.stderr = True
+
+
+def load(file: str, **options: Any) -> Experiment | SweepFile:
+    """Loads a file as a sweep, or as an experiment if it varies nothing."""
+    from pdiff_ray.config import sweep
+
+    return sweep.load(file, _overrides(**options), options["preset"])
+
+
+def load_experiment(file: str, **options: Any) -> Experiment:
+    """Loads the experiment of a file; of a sweep's, what it varies is as the file has it."""
+    from pdiff_ray.config import loading
+
+    return loading.load(file, _overrides(**options), options["preset"])
+
+
+def _overrides(
+    overrides: tuple[str, ...],
+    storage: str | None,
+    tracking_uri: str | None,
+    address: str | None,
+    in_process: bool = False,
+    **_: Any,
+) -> list[str]:
+    # A base is named after the number of workers that train it.
+    workers = 1 if in_process else None
+    given = {
+        "storage": storage,
+        "tracking.uri": tracking_uri,
+        "resources.address": address,
+        "resources.workers": workers,
+    }
+    return [*overrides, *(f"{path}={value}" for path, value in given.items() if value)]
+
+
+def ids_of(text: str | None) -> list[int] | None:
+    """Parses a comma-separated list of networks' numbers."""
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--ids: {text!r} is not a comma-separated list of numbers") from None
+
+
+def existing_folder(name: str) -> Decorator:
+    """Makes the argument of a folder that is there."""
+    return click.argument(name, type=click.Path(exists=True, file_okay=False, path_type=Path))

@@ -1,0 +1,162 @@
+"""Commands that look at storage: show, artifacts, export, ui."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pdiff_ray.cli.options import ids_of, json_option, key_argument, print_json, storage_option
+from pdiff_ray.common.errors import ConfigError, StorageError
+
+
+@click.command()
+@click.argument("what")
+@click.option("--preset", metavar="NAME", help="Of a file: lay one of its presets over it.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Of a file: override a field; repeatable."
+)
+@click.option("--storage", "storage_uri", envvar="PDIFF_STORAGE", help="Folder or URI of results.")
+@json_option
+def show(what: str, preset: str | None, overrides: tuple[str, ...], storage_uri: str | None, as_json: bool) -> None:
+    """Show a result again: WHAT is an experiment or sweep file, or the key of a report."""
+    from pdiff_ray.cli import printing
+    from pdiff_ray.cli.options import DEFAULT_STORAGE, load
+    from pdiff_ray.config.sweep import SweepFile
+    from pdiff_ray.running.results import Result, open_result
+    from pdiff_ray.running.sweep import open_sweep
+    from pdiff_ray.storage.files import Storage
+    from pdiff_ray.sweeps.ledger import Ledger
+
+    if not what.endswith((".yaml", ".yml")):
+        printing.print_result(Result.find(Storage(storage_uri or DEFAULT_STORAGE), what), as_json)
+        return
+    loaded = load(what, overrides=overrides, preset=preset, storage=storage_uri, tracking_uri=None, address=None)
+    if isinstance(loaded, SweepFile):
+        printing.print_sweep(open_sweep(Ledger(loaded)), as_json)
+    else:
+        printing.print_result(open_result(loaded), as_json)
+
+
+@click.group()
+def artifacts() -> None:
+    """What storage holds: list, show, verify."""
+
+
+@artifacts.command("list")
+@storage_option
+@json_option
+def list_artifacts(storage_uri: str, as_json: bool) -> None:
+    """List finished artifacts, oldest first."""
+    from rich import box
+    from rich.table import Table
+
+    from pdiff_ray.common.progress import console
+    from pdiff_ray.storage.artifacts import finished, read_manifest
+    from pdiff_ray.storage.files import Storage
+
+    storage = Storage(storage_uri)
+    manifests = sorted((read_manifest(storage, folder) for folder in finished(storage)), key=lambda m: m["created_at"])
+    if as_json:
+        print_json(manifests)
+        return
+    if not manifests:
+        console.print(f"nothing finished in {storage.place}")
+        return
+    table = Table("stage", "key", "made", "seconds", "about", box=box.SIMPLE_HEAD, pad_edge=False)
+    for m in manifests:
+        table.add_row(m["stage"], m["key"], m["created_at"], f"{m['seconds']:.1f}", _about(m["info"]))
+    console.print(table)
+
+
+def _about(info: dict[str, Any]) -> str:
+    shown = {k: v for k, v in info.items() if isinstance(v, int | float | str) and not isinstance(v, bool)}
+    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(shown.items())[:4])
+
+
+@artifacts.command("show")
+@key_argument("key")
+@storage_option
+@json_option
+def show_artifact(key: str, storage_uri: str, as_json: bool) -> None:
+    """Show the manifest of the artifact whose key starts with KEY, and what it was made from."""
+    from pdiff_ray.stages.stored import lineage
+    from pdiff_ray.storage.artifacts import find
+    from pdiff_ray.storage.files import Storage
+
+    storage = Storage(storage_uri)
+    folder, manifest = find(storage, key)
+    chain = lineage(storage, folder)
+    if as_json:
+        print_json({**manifest, "made_from": [name for name, _ in chain[1:]]})
+        return
+    print_json({**manifest, "files": {name: entry["sha256"][:12] for name, entry in manifest["files"].items()}})
+    click.echo("made from: " + " <- ".join(f"{name}{'' if found else ' (gone)'}" for name, found in chain))
+
+
+@artifacts.command("verify")
+@key_argument("keys", nargs=-1)
+@storage_option
+@json_option
+def verify_artifacts(keys: tuple[str, ...], storage_uri: str, as_json: bool) -> None:
+    """Compare every file of the artifacts KEYS (default: all) with its digest."""
+    from pdiff_ray.storage.artifacts import find, finished, verify
+    from pdiff_ray.storage.files import Storage
+
+    storage = Storage(storage_uri)
+    folders = [find(storage, key)[0] for key in keys] or finished(storage)
+    problems: dict[str, list[str]] = {}
+    for folder in folders:
+        problems[folder] = verify(storage, folder)
+        if not as_json:
+            click.echo(f"{folder}: {f'{len(problems[folder])} damaged' if problems[folder] else 'whole'}")
+    if as_json:
+        print_json(problems)
+    if any(problems.values()):
+        raise StorageError("\n".join(problem for found in problems.values() for problem in found))
+
+
+@click.command()
+@key_argument("key")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--ids", help="Comma-separated ids; default: all.")
+@click.option("--subset-only", is_flag=True, help="The generated tensors alone, for load_state_dict(strict=False).")
+@storage_option
+def export(key: str, folder: Path, ids: str | None, subset_only: bool, storage_uri: str) -> None:
+    """Write the networks of a zoo or of samples (KEY) into FOLDER as safetensors state dicts."""
+    from pdiff_ray.stages.stored import Networks
+    from pdiff_ray.storage.files import Storage
+
+    networks = Networks.find(Storage(storage_uri), key)
+    count = sum(1 for _ in networks.export(folder, ids_of(ids), subset_only=subset_only))
+    click.echo(f"{count} networks in {folder}")
+
+
+@click.command()
+@click.option("--storage", "storage_uri", envvar="PDIFF_STORAGE", help="Folder whose SQLite file is shown.")
+@click.option("--tracking-uri", help="MLflow database, if it is elsewhere.")
+@click.option("--port", default=5000, show_default=True, help="On the loopback interface.")
+def ui(storage_uri: str | None, tracking_uri: str | None, port: int) -> None:
+    """Open MLflow's pages on the recorded runs; prints links to them."""
+    from pathlib import Path
+
+    from pdiff_ray import tracking
+    from pdiff_ray.config.schema import Experiment, Tracking
+    from pdiff_ray.storage.files import Storage
+
+    experiment = Experiment(name="ui", storage=storage_uri, tracking=Tracking(uri=tracking_uri))
+    uri = tracking.tracking_uri(experiment, Storage(experiment.storage_uri))
+    remote = uri.startswith(("http://", "https://"))
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise ConfigError(
+            f"{uri.removeprefix('sqlite:///')}: nothing is recorded yet; run `pdiff sweep FILE`, or name --storage"
+        )
+    tracking.reachable(uri)
+    for links in tracking.links(uri, uri.rstrip("/") if remote else f"http://127.0.0.1:{port}"):
+        click.echo(links.experiment)
+        for name, address in links.pages.items():
+            click.echo(f"  {name:8} {address}")
+    if not remote:
+        click.echo("serving until Ctrl-C")
+        tracking.serve(uri, port)

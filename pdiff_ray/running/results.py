@@ -1,0 +1,122 @@
+"""What came of an experiment: its table, verdict, networks and files, read from storage."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pdiff_ray.common.errors import PdiffError, StorageError
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.reports import tables
+from pdiff_ray.running.experiment import make_plan
+from pdiff_ray.stages import report
+from pdiff_ray.stages.stored import Networks, lineage
+from pdiff_ray.storage.artifacts import Artifact, find
+from pdiff_ray.storage.files import Storage
+from pdiff_ray.storage.parameters import ParameterStore, without_vector
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished experiment.
+
+    Attributes:
+        name: of the experiment.
+        artifacts: of its stages, by name.
+    """
+
+    name: str
+    artifacts: Mapping[str, Artifact]
+
+    @classmethod
+    def find(cls, storage: Storage, prefix: str) -> Result:
+        """Opens the result whose report's key starts with `prefix`.
+
+        Raises:
+            StorageError: there is no such report, or what it was made from is gone.
+        """
+        folder, manifest = find(storage, prefix)
+        if manifest["stage"] != "report":
+            raise StorageError(f"{folder}: is no result; `pdiff artifacts list` shows the keys of stage report")
+        chain = dict(lineage(storage, folder))
+        if gone := [name for name, found in chain.items() if found is None]:
+            raise StorageError(f"{folder}: {gone[0]}, which it was made from, is not in {storage.place} any more")
+        manifests = [found for found in chain.values() if found is not None]
+        artifacts = {m["stage"]: Artifact(storage, m["stage"], m["config"], m["inputs"]) for m in reversed(manifests)}
+        return cls(manifest["config"]["name"], artifacts)
+
+    @functools.cached_property
+    def summary(self) -> dict[str, Any]:
+        """A line of numbers per group of networks (`groups`), and the verdict (`verdict`)."""
+        return report.load_summary(self.artifacts)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the samples are replicas, interpolations or new, in words and numbers."""
+        return str(self.summary["verdict"]["text"])
+
+    def groups(self) -> pa.Table:
+        """Returns the result table, a row per group; accuracies are fractions."""
+        return pa.Table.from_pylist(self.summary["groups"])
+
+    def networks(self) -> pa.Table:
+        """Returns a row for every network that was judged: originals, baselines and samples."""
+        records = ParameterStore(self.artifacts["evaluation"]).records()
+        return pa.Table.from_pylist([without_vector(record) for record in records])
+
+    @property
+    def zoo(self) -> Networks:
+        """The members that the generator learned from."""
+        return Networks(self.artifacts["zoo"])
+
+    @property
+    def samples(self) -> Networks:
+        """The generated networks."""
+        return Networks(self.artifacts["samples"])
+
+    @property
+    def report(self) -> str:
+        """Where the HTML page is."""
+        return report.report_location(self.artifacts)
+
+    @property
+    def sharing(self) -> str:
+        """What sharing the computation of frozen parts achieved, in words."""
+        return report.achieved_sharing(self.artifacts)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds that each stage took."""
+        return report.stage_seconds(self.artifacts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as JSON values."""
+        return {
+            "name": self.name,
+            **self.summary,
+            "seconds": self.seconds,
+            "report": self.report,
+            "artifacts": {stage: artifact.location for stage, artifact in self.artifacts.items()},
+        }
+
+    def __str__(self) -> str:
+        rows = tables.table_rows(self.summary)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([f"{self.name}: {tables.paper_row(self.summary)}", *lines, f"verdict: {self.verdict}"])
+
+
+def open_result(experiment: Experiment) -> Result:
+    """Opens the result of an experiment that has been run.
+
+    Raises:
+        PdiffError: it has not, or not to its end.
+    """
+    plan = make_plan(experiment)
+    if plan.missing:
+        raise PdiffError(f"{experiment.name}: {', '.join(plan.missing)} missing in {plan.storage.place}; run it first")
+    return Result(experiment.name, plan.artifacts)

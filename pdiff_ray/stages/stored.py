@@ -1,0 +1,135 @@
+"""Networks in storage, opened: as vectors, state dicts, tables, and safetensors files that other code loads."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pdiff_ray.common.errors import ConfigError, PdiffError, StorageError
+from pdiff_ray.networks.subset import Subset
+from pdiff_ray.stages.base import NETWORK_FILE
+from pdiff_ray.storage.artifacts import Artifact, find, read_manifest
+from pdiff_ray.storage.files import Storage
+from pdiff_ray.storage.parameters import ParameterStore, without_vector
+from pdiff_ray.storage.trees import load_tree, save_tree
+
+
+class Networks:
+    """The networks of a finished zoo or of finished samples.
+
+    Shapes: n networks, D values in the subset.
+
+    Args:
+        artifact: of stage `zoo` or `samples`.
+
+    Raises:
+        StorageError: the artifact is not there, or holds no networks.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        if artifact.stage not in ("zoo", "samples"):
+            raise StorageError(f"{artifact.folder}: holds no networks; the stages zoo and samples do")
+        artifact.manifest()  # says so if it is not there
+        self.artifact, self._store = artifact, ParameterStore(artifact)
+
+    @classmethod
+    def find(cls, storage: Storage, prefix: str) -> Networks:
+        """Opens the networks of the artifact whose key (or stage/key) starts with `prefix`."""
+        _, manifest = find(storage, prefix)
+        return cls(_artifact(storage, manifest))
+
+    def __len__(self) -> int:
+        return len(self._store.ids)
+
+    @property
+    def ids(self) -> list[int]:
+        """The networks' numbers, in order."""
+        return self._store.ids
+
+    @functools.cached_property
+    def subset(self) -> Subset:
+        """The manifest of the vectors: name, shape and offset of every tensor."""
+        return self._store.subset()
+
+    def vectors(self, ids: Sequence[int] | None = None) -> Tensor:
+        """Returns the flattened parameters (n, D), float32, of the networks `ids` (default: all)."""
+        return torch.from_numpy(self._store.vectors(ids))
+
+    def table(self, ids: Sequence[int] | None = None) -> pa.Table:
+        """Returns what is known of each network as an Arrow table, one row each, without the vectors.
+
+        Accuracies are fractions, losses mean cross-entropies in nats. `.to_pandas()` makes it a data frame.
+        """
+        return pa.Table.from_pylist([without_vector(record) for record in self._store.records(ids)])
+
+    def state_dicts(
+        self, ids: Sequence[int] | None = None, *, subset_only: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yields state dicts of the networks `ids` (default: all), one at a time.
+
+        Args:
+            subset_only: gives the generated tensors alone, for `load_state_dict(strict=False)`.
+
+        Raises:
+            ConfigError: whole networks are asked for that have no running statistics of their own.
+        """
+        base = {} if subset_only else self._base()
+        for id_ in self.ids if ids is None else ids:
+            yield {**base, **self.subset.unflatten(self.vectors([id_])[0])}
+
+    def export(self, folder: Path, ids: Sequence[int] | None = None, *, subset_only: bool = False) -> Iterator[Path]:
+        """Writes `state_dicts` into a folder, a safetensors file each; yields the files as they are written."""
+        chosen = self.ids if ids is None else list(ids)
+        groups = [record.group for record in self._store.records(chosen)]
+        tensors = self.state_dicts(chosen, subset_only=subset_only)
+        for id_, group, content in zip(chosen, groups, tensors, strict=True):
+            target = folder / f"{group}-{id_:04d}.safetensors"
+            temporary = target.with_name(f".{target.name}.tmp")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                temporary.write_bytes(save_tree(content))
+                temporary.replace(target)
+            except OSError as error:
+                raise PdiffError(f"{target}: cannot be written: {error.strerror}; choose another folder") from None
+            finally:
+                temporary.unlink(missing_ok=True)
+            yield target
+
+    def _base(self) -> dict[str, Tensor]:
+        """Returns the tensors of the base network."""
+        storage, name = self.artifact.storage, self.artifact.folder
+        ways = {folder.split("/")[0]: manifest for folder, manifest in lineage(storage, name)}
+        zoo, base = ways["zoo"], ways.get("base")
+        if zoo is not None and zoo["config"]["batchnorm"] == "recalibrated":
+            raise ConfigError(
+                f"{name}: zoo.batchnorm is recalibrated, so these networks have no running statistics of their own; "
+                "export with --subset-only, and measure them on training images"
+            )
+        if base is None:
+            raise StorageError(f"{name}: the base network that it was made from is not in {storage.place} any more")
+        artifact = _artifact(storage, base)
+        return load_tree(artifact.read(NETWORK_FILE), artifact.location)
+
+
+def _artifact(storage: Storage, manifest: dict[str, Any]) -> Artifact:
+    return Artifact(storage, manifest["stage"], manifest["config"], manifest["inputs"])
+
+
+def lineage(storage: Storage, folder: str) -> list[tuple[str, dict[str, Any] | None]]:
+    """Returns the artifact's folder and those it was made from, with their manifests (None: no longer there)."""
+    chain: list[tuple[str, dict[str, Any] | None]] = []
+    while True:
+        if not storage.exists(f"{folder}/manifest.json"):
+            return [*chain, (folder, None)]
+        manifest = read_manifest(storage, folder)
+        chain.append((folder, manifest))
+        if not manifest["inputs"]:
+            return chain
+        ((stage, key),) = manifest["inputs"].items()
+        folder = f"{stage}/{key}"
