@@ -7,24 +7,33 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, build, tiny
+from click.shell_completion import BashComplete
+from helpers import TINY, build, pixels, png, tiny
 from safetensors.torch import load_file, save_file
 
 from pdiff_ray.cli.main import cli, guarded
+from pdiff_ray.config import loading
 from pdiff_ray.stages.base import load_network
+from pdiff_ray.stages.table import STAGES
 from pdiff_ray.storage.parameters import ParameterStore, Record
 
+SWEEPS = Path(__file__).parent.parent / "sweeps"
 
-def pdiff(*arguments, code=0):
-    """Runs the command line; returns what it prints. A traceback would be an exception here."""
+
+def pdiff(*arguments, code=0, errors=None):
+    """Runs the command line; returns what it prints. A traceback would be an exception here.
+
+    `errors` takes what goes to the standard error; default: it is returned as well.
+    """
     printed = io.StringIO()
     with (
         contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(printed),
+        contextlib.redirect_stderr(errors or printed),
         pytest.raises(SystemExit) as stopped,
     ):
         guarded(cli, [str(argument) for argument in arguments])
@@ -272,3 +281,73 @@ def test_reports_hold_no_credentials(storage, tmp_path):
     pages = list(storage.glob("report/*/report-*.html"))
     assert len(pages) == 2, "another name is another report"
     assert not any("hunter2" in page.read_text() for page in pages)
+
+
+def test_a_result_is_shown_again_by_file_and_by_key(storage):
+    shown = pdiff("show", TINY, "--storage", storage)
+    assert "original / ensemble / p-diff" in shown
+    key = tiny(storage)[1]["report"].key
+    assert pdiff("show", key[:8], "--storage", storage) == shown
+    assert json.loads(pdiff("show", key, "--storage", storage, "--json"))["verdict"]["text"] in shown.replace("\n", " ")
+    base = next((storage / "base").iterdir()).name
+    assert "is no result" in pdiff("show", base, "--storage", storage, code=1)
+    assert "missing" in pdiff("show", TINY, "--storage", storage, "--set", "sampling.seed=5", code=1)
+
+
+def test_json_is_all_that_is_printed(storage):
+    done = json.loads(pdiff("sweep", TINY, "--storage", storage, "--json", errors=io.StringIO()))
+    assert done["groups"][0]["group"] == "original"
+    planned = json.loads(pdiff("sweep", TINY, "--storage", storage, "--dry-run", "--json", errors=io.StringIO()))
+    assert {stage["state"] for stage in planned["stages"]} == {"there"}
+    listed = json.loads(pdiff("artifacts", "list", "--storage", storage, "--json", errors=io.StringIO()))
+    assert {manifest["stage"] for manifest in listed} == {stage["stage"] for stage in planned["stages"]}
+    verified = json.loads(pdiff("artifacts", "verify", "--storage", storage, "--json", errors=io.StringIO()))
+    assert len(verified) == len(listed)
+    assert not any(verified.values())
+
+
+def test_init_writes_an_experiment_that_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 6), ("test", 3)):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                (folder / f"{index}.png").write_bytes(png(pixels(1, size=16, seed=index)[0]))
+    assert "mine.yaml: written" in pdiff("init", "images", "resnet18", "--output", "mine.yaml")
+    text = (tmp_path / "mine.yaml").read_text()
+    assert "12 training and 6 test images of 3 x 16 x 16 in 2 classes" in text
+    assert "cifar_stem: true" in text
+    experiment = loading.load("mine.yaml")
+    assert experiment.data.source == "folder"
+    assert str(experiment.zoo.subset) == "last 2 norm layers"
+    assert pdiff("run", "base", "mine.yaml", "--in-process", "--set", "training.epochs=1").startswith("resnet18")
+    assert "exists already" in pdiff("init", "images", "resnet18", "--output", "mine.yaml", code=2)
+    assert "neither a folder nor one of" in pdiff("init", "pictures", "resnet18", code=2)
+    assert "did you mean 'resnet18'" in pdiff("init", "images", "resnet118", code=2)
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("pdiff swe", ["sweep"]),
+        ("pdiff run eva", ["evaluation"]),
+        (f"pdiff sweep {SWEEPS / 'ablate_layers.yaml'} --preset s", ["small"]),
+        ("pdiff export --storage {storage} {key}", ["{whole}"]),
+    ],
+)
+def test_shells_complete(storage, monkeypatch, typed, found):
+    whole = next((storage / "samples").iterdir()).name
+    names = {"storage": storage, "key": whole[:6], "whole": whole}
+    words = typed.format(**names).split()
+    monkeypatch.setenv("COMP_WORDS", " ".join(words))
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    shell = BashComplete(cli, {}, "pdiff", "_PDIFF_COMPLETE")
+    assert [line.partition(",")[2] for line in shell.complete().splitlines()] == [
+        word.format(**names) for word in found
+    ]
+
+
+def test_the_stages_of_run_are_those_of_the_table():
+    assert "STAGE is one of " + ", ".join(STAGES) in " ".join(pdiff("run", "--help").split())
+    assert "did you mean 'evaluation'" in pdiff("run", "evaluate", TINY, code=2)

@@ -11,12 +11,12 @@ from pdiff_ray.cli.options import (
     Stage,
     existing_folder,
     experiment_options,
-    human_output_to_stderr,
     in_process_option,
     json_option,
     load,
     load_experiment,
     print_json,
+    standard_output_for,
 )
 from pdiff_ray.common.errors import PdiffError
 
@@ -48,13 +48,12 @@ def sweep(file: str, dry_run: bool, in_process: bool, as_json: bool, **options: 
     """Run the experiment of FILE, or all trials of its sweep, from data to report; what is there is used again."""
     from pdiff_ray.config.sweep import SweepFile
 
-    if as_json:
-        human_output_to_stderr()
     loaded = load(file, in_process=in_process, **options)
-    if isinstance(loaded, SweepFile):
-        _sweep_trials(loaded, dry_run, in_process, as_json)
-    else:
-        _sweep_one(loaded, dry_run, in_process, as_json)
+    with standard_output_for(as_json):
+        if isinstance(loaded, SweepFile):
+            _sweep_trials(loaded, dry_run, in_process, as_json)
+        else:
+            _sweep_one(loaded, dry_run, in_process, as_json)
     return PLANNED if dry_run else None
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +43,12 @@ class Stage(click.ParamType):
 def _complete_preset(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     from pdiff_ray.config import loading
 
+    # What is typed so far is not parsed as long as the last option lacks its value: the file may be among the rest.
+    file = next((word for word in (ctx.params.get("file"), *ctx.args) if word and not word.startswith("-")), None)
     try:
-        presets = loading.presets(ctx.params["file"])
-    except (KeyError, TypeError, PdiffError):  # no file is named yet, or none that can be read
+        return [name for name in loading.presets(file) if name.startswith(incomplete)] if file else []
+    except PdiffError:  # it cannot be read
         return []
-    return [name for name in presets if name.startswith(incomplete)]
 
 
 def _complete_key(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -106,11 +108,16 @@ def print_json(content: Any) -> None:
     click.echo(json.dumps(content, indent=2, default=str))
 
 
-def human_output_to_stderr() -> None:
-    """Leaves the standard output to JSON."""
+@contextlib.contextmanager
+def standard_output_for(as_json: bool) -> Iterator[None]:
+    """Sends what is for humans to the standard error, if the standard output is for JSON."""
     from pdiff_ray.common.progress import console
 
-    console.stderr = True
+    before, console.stderr = console.stderr, console.stderr or as_json
+    try:
+        yield
+    finally:
+        console.stderr = before
 
 
 def load(file: str, **options: Any) -> Experiment | SweepFile:
