@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.config.sweep import Parameter, Sweep
@@ -28,14 +27,12 @@ def rows(model: type[BaseModel], prefix: str = "") -> list[str]:
             lines += rows(nested, f"{prefix}{name}.")
             continue
         text = field.description or ""
-        default = field.get_default(call_default_factory=True)
-        lines.append(f"| `{prefix}{field.alias or name}` | {_default(default)} | {_kind(field)}{text} |")
+        default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+        lines.append(f"| `{prefix}{field.alias or name}` | {default} | {_kind(field)}{text} |")
     return lines
 
 
 def _default(value: Any) -> str:
-    if value is PydanticUndefined:
-        return "required"
     if value is None:
         return ""
     if isinstance(value, tuple):

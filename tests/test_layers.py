@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,15 @@ def test_only_one_layer_imports(library, home):
     assert users == {home}
 
 
+def test_what_is_imported_is_declared():
+    """A package that another one brings along today may be gone tomorrow."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    declared = {re.split(r"[=\[<>~ ]", line)[0].lower() for line in project["project"]["dependencies"]}
+    named = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+    imported = {module.split(".")[0] for source in SOURCES.values() for module in imported_modules(source)}
+    assert {named.get(name, name) for name in imported - sys.stdlib_module_names - {"pdiff_ray"}} <= declared
+
+
 def test_every_folder_says_what_lives_there_and_what_it_imports():
     for name, source in SOURCES.items():
         if name.endswith("/__init__.py"):
@@ -83,6 +93,7 @@ def test_the_core_works_without_ray_and_mlflow(tmp_path):
     """From data to report where neither can be imported."""
     code = f"""
 import sys
+import tomllib
 sys.modules["ray"] = sys.modules["mlflow"] = None
 from pdiff_ray.cli.main import main
 sys.argv = ["pdiff", "run", "report", {str(TINY)!r}, "--storage", {str(tmp_path)!r}, "--in-process"]
