@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import rich.progress
 from rich.console import Console
@@ -25,8 +26,8 @@ console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 
 
 def is_live() -> bool:
-    """Tells whether what is shown can be replaced: on a terminal, and in a notebook."""
-    return console.is_terminal or console.is_jupyter
+    """Tells whether what is shown can be replaced: on a terminal, and in a notebook that has ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
 
 
 class Display:
@@ -40,7 +41,7 @@ class Display:
     def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
         if self.bars is not None:
             if task not in self.tasks:
-                self.tasks[task] = self.bars.add_task(task, total=total)
+                self.tasks[task] = self.bars.add_task(task, total=total, note=note)  # shown at once
             self.bars.update(self.tasks[task], completed=done, total=total, note=note)
             return
         now = time.monotonic()
@@ -60,7 +61,7 @@ def display() -> Iterator[Display]:
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with rich.progress.Progress(*columns, console=console) as bars:
         yield Display(bars)
