@@ -20,11 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Result, Work, compare, matrix_rate, peak_mib, result, seconds
 from pdiff_ray.common.devices import autocast
-from pdiff_ray.config.schema import Data, Network, SubsetRule, Zoo
+from pdiff_ray.config.schema import Data, Network, SubsetRule
 from pdiff_ray.data.cache import random_images
 from pdiff_ray.data.dataset import Dataset, Split
 from pdiff_ray.data.sources import DataInfo
-from pdiff_ray.estimates.anatomy import dissect
 from pdiff_ray.evaluation.judge import Judge
 from pdiff_ray.networks.build import build_network
 from pdiff_ray.networks.subset import Subset, resolve
@@ -153,16 +152,16 @@ def _evaluated(case: Case, networks: int, precision: str) -> Iterator[Result]:
         for script, found in pairs.items():
             other = seconds(lambda part=part, script=script: subject.plain(vectors[:few], part, script))
             found.append((ours * case.blocks, other * networks / few * count / some))
-    anatomy = dissect(subject.network, subject.info, Zoo(subset=case.subset)).anatomy(subject.info.num_classes)
+    image = subject.dataset(slice(None)).prepare(subject.images.images[:1], DEVICE)
+    whole = flops(lambda: subject.network(image))
     products = matrix_rate(DEVICE, getattr(torch, precision))
-    moved = anatomy.frontier_bytes + 2 * anatomy.suffix_bytes  # written and read again, at most
-    ours_flops = count * (anatomy.prefix_flops + networks * anatomy.suffix_flops)
+    ours_flops = count * whole * (shared + networks * (1 - shared))
     for script, against in (
         (False, "a full pass each"),
         (True, f"a full pass each, {AS_SCRIPTS}, in batches of {SCRIPT_BATCH}"),
     ):
         ours_s, other_s = (statistics.median(times) for times in zip(*pairs[script], strict=True))
-        rates = ours_flops / ours_s, count * networks * anatomy.flops / other_s
+        rates = ours_flops / ours_s, count * networks * whole / other_s
         yield result(
             "evaluate",
             f"{networks} x {case.title}, on {count:,} images of {case.image_size} x {case.image_size}, {precision}",
@@ -171,9 +170,9 @@ def _evaluated(case: Case, networks: int, precision: str) -> Iterator[Result]:
             target=case.target,
             limit=1 / (1 - shared + shared / networks),
             note=f"{shared:.1%} of a network's operations are shared; of the rest an image takes "
-            f"{anatomy.suffix_flops / 1e6:.1f} MFLOP and moves up to {moved / 1e6:.2f} MB; at {rates[0] / 1e9:.0f} and "
-            f"{rates[1] / 1e9:.0f} GFLOP/s (matrix products: {products / 1e9:.0f}); the other way measured on {few} "
-            f"networks and {some} images after each of {case.blocks} blocks of images, and scaled",
+            f"{whole * (1 - shared) / 1e6:.1f} MFLOP; at {rates[0] / 1e9:.0f} and {rates[1] / 1e9:.0f} GFLOP/s (matrix "
+            f"products: {products / 1e9:.0f}); the other way measured on {few} networks and {some} images after each "
+            f"of {case.blocks} blocks of images, and scaled",
         )
 
 

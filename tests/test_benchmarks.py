@@ -10,7 +10,8 @@ from benchmarks import __main__ as command
 from benchmarks import cluster, core, judging
 from pdiff_ray.config import loading
 from pdiff_ray.estimates.estimate import Estimator
-from pdiff_ray.running.experiment import describe, make_plan
+from pdiff_ray.running.experiment import make_plan
+from pdiff_ray.stages.table import STAGES
 
 SMALL = judging.Case("a small ConvNet", CONVNET, LAST_NORMS, 8, 60, 2, (2, 20), 20.0)
 RUNS = {
@@ -60,9 +61,8 @@ def test_a_second_run_prints_the_same_table():
 
 def test_the_resnets_can_be_built(tmp_path):
     plan = make_plan(loading.load(cluster.RESNET, [f"storage={tmp_path}"]))
-    what = {stage: text for stage, _, _, text, *_ in describe(plan, Estimator(plan.storage))}
-    assert what["zoo"].endswith("last 2 norm layers: 2,048 values")
-    assert what["evaluation"].startswith("83 networks")
+    assert Estimator(plan.storage).counts(plan.experiment).subset.size == 2048
+    assert STAGES["evaluation"].about(plan.experiment).startswith("83 networks")
 
 
 @pytest.mark.slow

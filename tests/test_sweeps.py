@@ -144,11 +144,7 @@ def test_table_has_every_network_on_every_data_set(load):
     assert json.dumps(cells).count("imagenet") == 6
 
 
-@pytest.mark.parametrize(
-    ("path", "preset"),
-    [pytest.param(*case, marks=() if case[1] else pytest.mark.slow) for case in CASES],  # large networks take seconds
-    ids=IDS,
-)
+@pytest.mark.parametrize(("path", "preset"), CASES, ids=IDS)
 def test_dry_run_tells_what_it_would_take(path, preset, tmp_path, capsys):
     options = ["--preset", preset] if preset else []
     commands.sweep.main([str(path), "--storage", str(tmp_path / "none"), "--dry-run", *options], standalone_mode=False)

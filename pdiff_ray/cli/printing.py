@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -12,19 +13,28 @@ from rich.text import Text
 from pdiff_ray import distributed
 from pdiff_ray.cli.options import DEFAULT_STORAGE, print_json
 from pdiff_ray.common.progress import console
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.config.sweep import Parameter, format_label, label
 from pdiff_ray.reports import tables
 from pdiff_ray.running import experiment as experiments
 from pdiff_ray.running.experiment import Plan
 from pdiff_ray.running.results import Result
 from pdiff_ray.running.sweep import SweepResult
+from pdiff_ray.stages.table import STAGES
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.sweeps import report as sweep_report
 from pdiff_ray.sweeps import table as sweep_table
+from pdiff_ray.training.subset import full_steps
 
 if TYPE_CHECKING:
+    from pdiff_ray.estimates.estimate import Cost, Estimator
     from pdiff_ray.sweeps.ledger import Ledger
+    from pdiff_ray.sweeps.trial import Trial
 
 MAX_TRIALS = 15  # of a search
+FIRST_SHOWN, LAST_SHOWN = 30, 5  # trials of a plan, where there are more than both
+NETWORKS_SHOWN = 12
+STATES = {"running": "begun", "finished": "done", "stopped": "stopped early", "failed": "failed"}
 
 
 def print_start(plan: Plan) -> None:
@@ -40,25 +50,26 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
     if as_json:
         print_json(plan.to_dict())
         return
-    from pdiff_ray.estimates.estimate import Estimator, Place, duration
+    from pdiff_ray.estimates.estimate import Estimator
 
     e, estimator = plan.experiment, Estimator(plan.storage)
+    costs = estimator.costs(e, plan.artifacts, plan.missing)
+    what = {name: stage.about(e) for name, stage in STAGES.items()}
+    what["zoo"] += f": {estimator.counts(e).subset.size:,} values"
     table = Table(title=f"plan of {e.name}", title_justify="left")
     for column in ("stage", "key", "state", "what", "time", "memory"):
         table.add_column(column, justify="right" if column in ("time", "memory") else "left")
-    for row in experiments.describe(plan, estimator):
-        table.add_row(*row)
+    for stage, artifact in plan.artifacts.items():
+        cost = costs.get(stage)
+        rest = ("to build", what[stage], _duration(cost.seconds), _gib(cost.memory)) if cost else ("there", what[stage])
+        table.add_row(stage, artifact.key, *rest)
     console.print(table)
-    if plan.missing:
-        costs = experiments.costs(plan, estimator).values()
-        known = sum(cost.source == "earlier runs" for cost in costs)
+    if costs:
         console.print(
-            f"shared: {estimator.sharing(e, Place.of_plan(e.resources))}\n"
-            f"time: {duration(_sum(cost.device_s for cost in costs))} of devices, "
-            f"{duration(_sum(cost.seconds for cost in costs))} with the processes below, one stage after another\n"
-            f"[dim]Times are {estimator.about}"
-            + (f"; {known} stages as long as earlier runs with other seeds" if known else "")
-            + "; the start of Ray is not in them. Memory is of one process.[/]"
+            f"shared: {'; zoo steps are '.join(filter(None, _sharing(estimator, e)))}\n"
+            f"time: {_duration(_sum(cost.device_s for cost in costs.values()))} of devices, "
+            f"{_duration(_sum(cost.seconds for cost in costs.values()))} with the processes below, one stage after "
+            f"another\n{_basis(estimator, costs.values())}"
         )
     r = e.resources
     console.print(
@@ -72,15 +83,133 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
 
 def print_sweep_plan(ledger: Ledger, as_json: bool = False) -> None:
     """Prints the trials of a sweep, what they share, what of it is there, and what the rest will take."""
-    from pdiff_ray.sweeps import plan as sweep_plan
+    from pdiff_ray.estimates.estimate import Estimator
+    from pdiff_ray.sweeps.plan import make_plan
 
-    sweep_plan.show(ledger)
+    estimator = Estimator(ledger.storage)
+    plan, sweep, e = make_plan(ledger, estimator), ledger.sweep, ledger.file.experiment
+    if as_json:
+        print_json({"name": e.name, "storage": ledger.storage.place, **plan.to_dict()})
+        return
+    _print_question(ledger)
+    if plan.trials:
+        rows = [(str(trial.number), trial.text, _state(ledger, trial)) for trial in plan.trials]
+        if len(rows) > FIRST_SHOWN + LAST_SHOWN:
+            left_out = len(rows) - FIRST_SHOWN - LAST_SHOWN
+            rows = [*rows[:FIRST_SHOWN], ("...", f"{left_out} more", ""), *rows[-LAST_SHOWN:]]
+        _print_table("trials", ("trial", "values", "state"), rows)
+    counts = [(stage, needed, there, needed - there) for stage, (needed, there) in plan.counts.items()]
+    _print_table("distinct artifacts", ("stage", "needed", "there", "to build"), counts)
+    if plan.networks:
+        sharing = [(name, *_sharing(estimator, of)) for name, of in list(plan.networks.items())[:NETWORKS_SHOWN]]
+        if len(plan.networks) > NETWORKS_SHOWN:
+            sharing.append((f"... {len(plan.networks) - NETWORKS_SHOWN} more", "", ""))
+        _print_table("what networks share", ("network", "shared", "zoo steps"), sharing)
+    r = e.resources
+    console.print(
+        f"time: {_duration(plan.first_s + plan.trials_s)} of devices (bases and zoos that are built first "
+        f"{_duration(plan.first_s)}, trials {_duration(plan.trials_s)}); {_duration(plan.wall_s)} on this machine with "
+        f"{r.workers} workers, then {plan.concurrent} trials at a time of {r.cpus_per_trial} cores and "
+        f"{r.gpus_per_trial} GPUs\n"
+        f"memory: {_gib(plan.memory)} for the largest process\n"
+        f"storage {ledger.storage.place}\n{_basis(estimator, plan.costs)}"
+    )
+    if sweep.search != "grid":
+        stops = ", and ASHA will stop some of them early" if sweep.scheduler == "asha" else ""
+        console.print(f"[dim]What the search will try is unknown: its trials are taken as the file has them{stops}.[/]")
+        if sweep.confirm:
+            console.print(
+                f"[dim]Then the best setting and the file's own are run with {sweep.confirm} new seeds each.[/]"
+            )
+    if sweep.time_budget:
+        console.print(f"time budget: {_duration(sweep.time_budget)} for a launch; the same command goes on from there")
+    if any(cost.seconds is None for cost in plan.costs):
+        console.print(
+            f"[bold yellow]missing:[/] the number of images of {e.data.name} data: its stages are in no sum of times"
+        )
+
+
+def _print_question(ledger: Ledger) -> None:
+    """Prints what varies, and how trials are chosen."""
+    sweep, name = ledger.sweep, ledger.file.experiment.name
+    if sweep.search == "grid":
+        seeds = f", {sweep.repeats} seeds each ({', '.join(sweep.seeds)})" if sweep.repeats > 1 else ""
+        console.print(f"[bold]{name}[/]: {ledger.total} trials of a grid{seeds}")
+        return
+    aim = f"to {'raise' if sweep.maximize else 'lower'} {sweep.metric}"
+    repeats = f" over {sweep.repeats} seeds" if sweep.repeats > 1 else ""
+    console.print(
+        f"[bold]{name}[/]: {ledger.total} trials, {aim}{repeats}; search {sweep.search}, scheduler {sweep.scheduler}"
+    )
+    rows = []
+    for field, parameter in sweep.parameters.items():
+        condition = ", ".join(f"{other} is {label(values)}" for other, values in parameter.when.items())
+        rows.append((field, _values(parameter), condition))
+    _print_table("space", ("parameter", "values", "if"), rows)
+
+
+def _values(parameter: Parameter) -> str:
+    if parameter.range is None:
+        return ", ".join(format_label(value) for value in parameter.labels)
+    kind = "in the logarithm" if parameter.loguniform else "whole numbers" if parameter.integers else ""
+    low, high = parameter.range
+    return f"{low:g} to {high:g} {kind}".rstrip()
+
+
+def _state(ledger: Ledger, trial: Trial) -> str:
+    if trial.number not in ledger.trials:
+        return "to run"
+    state = STATES[ledger.trials[trial.number].state]
+    return f"{state}, to run again" if trial.state == "failed" and ledger.sweep.search == "grid" else state
+
+
+def _sharing(estimator: Estimator, e: Experiment) -> tuple[str, str]:
+    """Returns what part of a pass networks share, and why steps of the zoo are full passes, if they are."""
+    counts = estimator.counts(e)
+    if not counts.shared:
+        return "nothing", "full passes: generated parameters reach the first layer"
+    reason = full_steps(e, counts.subset)
+    return f"up to {counts.shared:.0%} of a pass", f"full passes: {reason}" if reason else ""
+
+
+def _basis(estimator: Estimator, costs: Collection[Cost]) -> str:
+    """Returns how estimates were found."""
+    known = sum(cost.known for cost in costs)
+    ways = [f"{known} stages as long as in earlier runs, with other seeds or the like"] if known else []
+    if known < len(costs):
+        ways.append(f"{len(costs) - known} stages by {estimator.basis}, perhaps three times too long or short")
+    return f"[dim]Estimates: {'; '.join(ways)}; without the start of Ray. Memory is of one process, at most.[/]"
+
+
+def _print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console.print(table)
 
 
 def _sum(seconds: Iterable[float | None]) -> float | None:
-    """None, if one of them is unknown."""
-    known = list(seconds)
-    return None if None in known else sum(s for s in known if s is not None)
+    """Returns None if one of them is unknown."""
+    values = list(seconds)
+    return None if None in values else sum(filter(None, values))
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _duration(seconds: float | None) -> str:
+    """Returns seconds in the unit that suits them, to two digits."""
+    if seconds is None:
+        return "?"
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{_two_digits(seconds / length)} {unit}"
+    return f"{_two_digits(seconds)} s"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.1f}" if value < 9.95 else f"{round(value, 1 - math.floor(math.log10(value))):.0f}"
 
 
 def print_result(result: Result, as_json: bool = False) -> None:

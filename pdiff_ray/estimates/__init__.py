@@ -1,1 +1,1 @@
-"""What work will take: measured on earlier runs, or counted. Imports the stages it foretells."""
+"""What work will take: as long as earlier runs, or by its FLOPs. Imports the stages it foretells."""

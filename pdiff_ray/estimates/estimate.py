@@ -1,412 +1,237 @@
-"""What a plan will take: seconds and memory of every stage, and what its networks share.
+"""What an experiment will take: seconds and memory of every stage.
 
-Finished artifacts that differ in nothing but seeds say how long a stage takes; for the others, measured pieces are
-multiplied by how often they are needed. Neither needs the data, but the number of its images.
-
-Memory of a process is that of its libraries, the decoded images (mapped: the system can take them back), and of what
-the stage holds at its peak: weights, gradients and the optimizer's state of what is trained; outputs of all operations
-that training keeps for a batch; K vectors and their normalized and decoded copies; the live tensors of a judged chunk.
+Stages take as long as those of finished artifacts that differ in nothing that takes time. For the others, FLOPs are
+counted and divided by the rate of matrix products on this machine. Only the number of images is needed, not the data.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
-import math
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from pdiff_ray.common.devices import exact_float32
 from pdiff_ray.common.errors import StorageError
-from pdiff_ray.config.schema import Experiment, Resources, Training, Zoo
+from pdiff_ray.config.schema import Experiment, Training, Zoo
 from pdiff_ray.data import sources
 from pdiff_ray.data.dataset import steps_per_epoch
-from pdiff_ray.estimates.anatomy import Anatomy
-from pdiff_ray.estimates.measure import MIN_CHUNK, Meter, Passes
-from pdiff_ray.generators.latent_diffusion import CHUNK, GATE_MEMBERS
-from pdiff_ray.networks.frontier import worth_keeping
-from pdiff_ray.stages.evaluation import made_networks, make_stacks
-from pdiff_ray.stages.table import STAGES
+from pdiff_ray.estimates.flops import Counts, count, generator_flops
+from pdiff_ray.evaluation.judge import CALIBRATION_IMAGES
+from pdiff_ray.generators.latent_diffusion import GATE_MEMBERS
+from pdiff_ray.stages.evaluation import made_networks
 from pdiff_ray.stages.zoo import runs_of
 from pdiff_ray.storage.artifacts import Artifact, finished, read_manifest
 from pdiff_ray.storage.files import Storage
-from pdiff_ray.storage.parameters import Record
 from pdiff_ray.training.subset import full_steps
 
+EFFICIENCY = 0.25  # of the rate of matrix products: 0.1 in small networks and autoencoders, 0.7 in large networks
+STEP_S = 2e-3  # of a training step beside its FLOPs: batches are made, and operations launched
+REPORT_S = 4.0
 LIBRARIES_BYTES = 2**30  # of a process that has imported torch and what a stage needs
-REPORT_S = 2.0
-# Of what a new process imports for a stage: scikit-learn, torch.export, diffusers.
-FIRST_USE_S = {"base": 1.0, "zoo": 2.0, "generator": 1.0, "samples": 1.5, "evaluation": 1.0}
-EVALUATION_BATCH = 500
-RECALIBRATION_IMAGES = 2048
-LIVE_TENSORS = 4  # of the largest size, in a forward pass: input, output, shortcut and workspace of a layer
 HISTORY_S = 1.0  # that reading manifests may take
+UNTIMED = {"seed", "lr", "weight_decay", "momentum", "schedule", "label_smoothing", "parameter_noise", "latent_noise"}
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where stages run: processes and the threads of each."""
-
-    workers: int  # of base and zoo
-    worker_threads: int
-    actors: int  # of the evaluation
-    actor_threads: int
-    new: bool  # processes, that have to import libraries
-
-    @staticmethod
-    def of_plan(r: Resources) -> Place:
-        return Place(r.workers, r.cpus_per_worker, r.actors, r.cpus_per_actor, new=True)
-
-    @staticmethod
-    def of_trial(r: Resources) -> Place:
-        """Trials run in processes that are there."""
-        return Place(r.workers, r.cpus_per_worker, 1, r.cpus_per_trial, new=False)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of a stage.
-
-    Attributes:
-        seconds: that it takes; None if unknown.
-        processes: that it keeps busy.
-        memory: bytes of each.
-        source: of the seconds.
-    """
+class Cost(NamedTuple):
+    """What a stage takes: seconds (None if unknown) of so many processes at a time, and bytes of each of them."""
 
     seconds: float | None
     processes: int
     memory: float
-    source: Literal["there", "earlier runs", "estimate"]
+    known: bool  # whether the seconds are those of an earlier run
 
     @property
     def device_s(self) -> float | None:
-        """Seconds of devices in all."""
+        """Seconds of all processes together."""
         return None if self.seconds is None else self.seconds * self.processes
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """What networks that differ in the subset alone share, by FLOPs.
-
-    Attributes:
-        shared: part of a forward pass, 0 to 1.
-        evaluation: how many times fewer FLOPs judging takes than whole passes would.
-        zoo: the same of training steps.
-        reason: why nothing, or why not training steps.
-    """
-
-    shared: float
-    evaluation: float
-    zoo: float
-    reason: str | None
-
-    @property
-    def columns(self) -> tuple[str, str, str, str]:
-        """In words: part of a pass, factors, reason."""
-        return (f"{self.shared:.0%}", f"{self.evaluation:.1f} x", f"{self.zoo:.1f} x", self.reason or "")
-
-    def __str__(self) -> str:
-        part, evaluation, zoo, reason = self.columns
-        why = f" ({reason})" if reason else ""
-        return f"{part} of a forward pass; fewer FLOPs than whole networks: evaluation {evaluation}, zoo {zoo}{why}"
-
-
-@dataclass(frozen=True)
-class _Images:
-    """Numbers of images, by use."""
+class Images(NamedTuple):
+    """How many images are in splits, and in all that a network is judged on; bytes of those mapped into memory."""
 
     train: int
     validation: int
-    judged: int  # of all splits that a network is judged on
-    bytes: float  # decoded, in the cache
+    judged: int
+    bytes: float
 
 
 class Estimator:
-    """Estimates stages of experiments, measuring each distinct piece once."""
+    """Estimates stages of experiments; each distinct network is counted once."""
 
-    def __init__(self, storage: Storage, device: torch.device | None = None) -> None:
-        self.meter = Meter(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    def __init__(self, storage: Storage) -> None:
+        exact_float32()  # as in the work that is estimated
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.storage = storage
+        self._counts: dict[str, Counts] = {}
+        self._rates: dict[str, float] = {}
         self._history: dict[str, float] | None = None
 
     @property
-    def about(self) -> str:
-        """How the numbers were found, in words."""
-        device = "a CPU core" if self.meter.device.type == "cpu" else torch.cuda.get_device_name()
-        counted = "; large networks by their FLOPs" if self.meter.counted else ""
-        return f"an estimate from measuring {self.meter.spent_s:.1f} s on {device} of this machine{counted}"
+    def basis(self) -> str:
+        """How seconds are found that no earlier run tells, in words."""
+        device = "a CPU core" if self.device.type == "cpu" else torch.cuda.get_device_name()
+        rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {precision}" for precision, rate in self._rates.items())
+        return f"FLOPs at {EFFICIENCY:.0%} of the rate of matrix products on {device} of this machine ({rates})"
 
-    def anatomy(self, e: Experiment) -> Anatomy:
-        """The anatomy of the experiment's network.
+    def counts(self, e: Experiment) -> Counts:
+        """Returns the counts of the experiment's network.
+
+        Networks that differ in their number of classes alone are counted once, unless heads are generated: it takes
+        tenths of a second, and heads are small.
 
         Raises:
-            ConfigError
+            ConfigError: the network cannot be built, or has no such subset.
         """
-        return self.meter.anatomy(e.network, sources.describe(e.data), e.zoo)
-
-    def sharing(self, e: Experiment, place: Place) -> Sharing:
-        """What the experiment's networks share."""
-        anatomy = self.anatomy(e)
-        reason = full_steps(e, anatomy.subset)
-        if not anatomy.shared:
-            return Sharing(0.0, 1.0, 1.0, anatomy.runs_whole or "generated parameters reach the first layer")
-        prefix, suffix = anatomy.prefix_flops, anatomy.suffix_flops
-        networks, stacks = _judged_later(e, place.actors)
-        images = _count(e)
-        kept = images is None or _kept(anatomy, images.judged)
-        once = 1 if kept else stacks
-        evaluation = networks * anatomy.flops / max(1.0, once * prefix + networks * suffix)
-        if reason is None and images is not None and not _kept(anatomy, images.train):
-            reason = "computing takes no longer than reading"
-        return Sharing(anatomy.shared, evaluation, 1.0 if reason else (prefix + 3 * suffix) / (3 * suffix), reason)
-
-    def costs(
-        self, e: Experiment, artifacts: Mapping[str, Artifact], missing: Collection[str], place: Place
-    ) -> dict[str, Cost]:
-        """The cost of every stage: nothing, where it is not among `missing`."""
-        known = self._known(artifacts) if missing else {}
-        estimates = _Stages(self.meter, e, place).costs() if missing else {}
-        found = {}
-        for stage in STAGES:
-            if stage not in missing:
-                found[stage] = Cost(0.0, 1, 0.0, "there")
-            elif stage in known:
-                found[stage] = Cost(known[stage], estimates[stage].processes, estimates[stage].memory, "earlier runs")
-            else:
-                found[stage] = estimates[stage]
+        info = sources.describe(e.data)
+        key = repr((e.network, info.channels, info.image_size, e.zoo.subset, e.zoo.batchnorm))
+        exact = f"{key} {info.num_classes}"
+        found = self._counts.get(key) or self._counts.get(exact)
+        if found is None:
+            found = count(e.network, info, e.zoo)
+            generated = any(info.num_classes in entry.shape for entry in found.subset.entries)
+            self._counts[exact if generated else key] = found
         return found
+
+    def costs(self, e: Experiment, artifacts: Mapping[str, Artifact], missing: Sequence[str]) -> dict[str, Cost]:
+        """Returns the costs of the stages that are `missing`."""
+        if not missing:
+            return {}
+        images, known, r = count_images(e), self._known(artifacts), e.resources
+        stages = self._stages(e, self.counts(e), images or Images(0, 0, 0, 0.0))
+        places = {
+            "base": (r.workers, r.cpus_per_worker),
+            "zoo": (min(r.workers, len(runs_of(e.zoo))), r.cpus_per_worker),
+            "evaluation": (r.actors, r.cpus_per_actor),
+        }
+        costs = {}
+        for stage in missing:
+            (core_s, memory), (processes, threads) = stages[stage], places.get(stage, (1, r.cpus_per_actor))
+            counted = core_s / processes / (threads if self.device.type == "cpu" else 1) if images else None
+            costs[stage] = Cost(known.get(stage, counted), processes, LIBRARIES_BYTES + memory, stage in known)
+        return costs
+
+    def _stages(self, e: Experiment, counts: Counts, images: Images) -> dict[str, tuple[float, float]]:
+        """Returns, for each stage, seconds of a core or GPU, and bytes of a process beside its libraries, at most."""
+        training, zoo, evaluation, members = e.training, e.zoo, e.evaluation, e.num_members
+        whole, prefix, suffix = counts.flops, counts.flops - counts.suffix_flops, counts.suffix_flops
+        fit, sample, fitting = generator_flops(e.generator, counts.subset.size, members, e.sampling)
+
+        def seconds(flops: float, precision: str = "float32") -> float:
+            return flops / EFFICIENCY / self._rate(precision)
+
+        def step_s(config: Training | Zoo, flops: float) -> float:
+            return STEP_S + seconds(config.batch_size * flops, config.precision)
+
+        def epoch_steps(config: Training | Zoo) -> int:
+            return steps_per_epoch(max(images.train, config.batch_size), config.batch_size)
+
+        def judging_s(networks: int, precision: str = "float32") -> float:
+            flops = images.judged * (prefix + networks * suffix)
+            if zoo.batchnorm == "recalibrated":
+                flops += networks * min(CALIBRATION_IMAGES, images.train) * whole
+            return seconds(flops, precision)
+
+        epoch_s = epoch_steps(training) * step_s(training, 3 * whole) + seconds(images.validation * whole)
+        base_s = training.epochs * epoch_s + seconds(images.judged * whole)
+        zoo_step_s = step_s(zoo, 3 * suffix + (prefix if full_steps(e, counts.subset) else 0))
+        every = epoch_steps(zoo) if zoo.steps_per_member == "epoch" else zoo.steps_per_member
+        steps = zoo.warmup_steps * len(runs_of(zoo)) + every * zoo.members
+        zoo_s = zoo.members * base_s if zoo.regime == "independent" else steps * zoo_step_s
+        zoo_s += judging_s(zoo.members)
+        if zoo.imported:
+            base_s = zoo_s = 0.0
+        made = made_networks(e)
+        judged_before = not zoo.imported and evaluation.precision == "float32"
+        evaluation_s = judging_s(len(made) + (0 if judged_before else members), evaluation.precision)
+        evaluation_s += sum(r.group == "fine_tuned" for r in made) * evaluation.fine_tuned_steps * zoo_step_s
+        gates = 2 * GATE_MEMBERS * images.validation * suffix
+
+        weights, vector = 4 * counts.parameters, 4 * counts.subset.size
+        # Values, gradients and an optimizer's two moments; and what the backward pass of a batch reads.
+        trained = 4 * weights + training.batch_size / e.resources.workers * counts.bytes
+        tuned = trained if zoo.regime == "independent" else 4 * vector + zoo.batch_size * counts.bytes
+        judging = images.bytes + weights + evaluation.stack * vector
+        return {
+            "base": (base_s, images.bytes + trained),
+            "zoo": (zoo_s, judging + tuned),
+            # Vectors as they are, normalized, and decoded.
+            "generator": (seconds(fit + gates), judging + 4 * members * vector + fitting),
+            "samples": (seconds(sample), 2 * (members + e.sampling.samples) * vector + fitting),
+            "evaluation": (evaluation_s, judging + tuned + members * vector),
+            "report": (REPORT_S, 0.0),
+        }
+
+    def _rate(self, precision: str) -> float:
+        """Returns FLOP/s of matrix products in a precision; of one core, if the device is a CPU."""
+        if precision not in self._rates:
+            edge, threads, times = (512 if self.device.type == "cpu" else 4096), torch.get_num_threads(), []
+            matrix = torch.randn(edge, edge, device=self.device).to(getattr(torch, precision))
+            torch.set_num_threads(1)
+            for _ in range(6):
+                started = time.perf_counter()
+                (matrix @ matrix)[0, 0].item()  # waits for the device
+                times.append(time.perf_counter() - started)
+            torch.set_num_threads(threads)
+            self._rates[precision] = 2 * edge**3 / min(times)  # what else runs here slows the others
+        return self._rates[precision]
 
     def _known(self, artifacts: Mapping[str, Artifact]) -> dict[str, float]:
-        """Seconds of finished artifacts like these."""
+        """Returns seconds of finished artifacts like these, by stage."""
         if self._history is None:
             self._history = _history(self.storage)
-        known: dict[str, float] = {}
-        signatures: dict[str, str] = {}
-        for stage, artifact in artifacts.items():
-            inputs = [signatures[name] for name in artifact.inputs]
-            signatures[stage] = _signature(stage, artifact.config, inputs)
-            if (seconds := self._history.get(signatures[stage])) is not None:
-                known[stage] = seconds
-        return known
+        about = {a.folder: (a.config, a.inputs) for a in artifacts.values()}
+        signatures = {stage: _signature(artifact.folder, about) for stage, artifact in artifacts.items()}
+        return {stage: self._history[name] for stage, name in signatures.items() if name in self._history}
 
 
-class _Stages:
-    """The stages of one experiment: how often they need which piece."""
-
-    def __init__(self, meter: Meter, e: Experiment, place: Place) -> None:
-        self.meter, self.e, self.place = meter, e, place
-        self.info = sources.describe(e.data)
-        self.anatomy = meter.anatomy(e.network, self.info, e.zoo)
-        self.images = _count(e)
-
-    def costs(self) -> dict[str, Cost]:
-        place = self.place
-        runs = len(runs_of(self.e.zoo))
-        processes = {"base": place.workers, "zoo": min(place.workers, runs), "evaluation": place.actors}
-        memory = self._memory()
-        found = {}
-        for stage in STAGES:
-            device_s = None if self.images is None else getattr(self, f"_{stage}")(self.images)
-            count = processes.get(stage, 1)
-            seconds = None if device_s is None else device_s / count + place.new * FIRST_USE_S.get(stage, 0.0)
-            found[stage] = Cost(seconds, count, LIBRARIES_BYTES + memory[stage], "estimate")
-        return found
-
-    # Seconds of devices.
-
-    def _base(self, images: _Images) -> float:
-        return self._training(images, self.place.workers) if not self.e.zoo.imported else 0.0
-
-    def _training(self, images: _Images, workers: int = 1) -> float:
-        """Of a whole network, with validation after every epoch, and judged in the end."""
-        config = self.e.training
-        epoch_s = workers * _steps(images.train, config.batch_size) * self._step(config, config.batch_size // workers)
-        whole = self._passes().whole
-        return config.epochs * (epoch_s + images.validation * whole) + images.judged * whole
-
-    def _zoo(self, images: _Images) -> float:
-        config = self.e.zoo
-        if config.imported:
-            return 0.0
-        if config.regime == "independent":
-            return config.members * (self._training(images) + self._judging(images, 1, 1))
-        runs = len(runs_of(config))
-        stacks = runs * math.ceil(config.members / runs / self.e.evaluation.stack)
-        steps = self._zoo_steps(images)
-        return steps * self._zoo_step(images) + self._judging(images, config.members, stacks)
-
-    def _generator(self, images: _Images) -> float:
-        gates = 2 * GATE_MEMBERS * images.validation * self._passes().suffix
-        return self._cost_of_generator().fit + gates
-
-    def _samples(self, images: _Images) -> float:
-        return self._cost_of_generator().sample
-
-    def _evaluation(self, images: _Images) -> float:
-        networks, stacks = _judged_later(self.e, self.place.actors)
-        config = self.e.evaluation
-        steps = min(config.fine_tuned_networks, self.e.num_members) * config.fine_tuned_steps
-        return self._judging(images, networks, stacks) + steps * self._zoo_step(images)
-
-    def _report(self, images: _Images) -> float:
-        return REPORT_S
-
-    def _judging(self, images: _Images, networks: int, stacks: int) -> float:
-        """Of networks that are judged in stacks."""
-        passes = self._passes()
-        once = 1 if self.anatomy.shared and _kept(self.anatomy, images.judged) else stacks
-        seconds = images.judged * (once * passes.prefix + networks * passes.suffix)
-        if self.e.zoo.batchnorm == "recalibrated":
-            seconds += networks * min(RECALIBRATION_IMAGES, images.train) * passes.whole
-        return seconds
-
-    def _zoo_steps(self, images: _Images) -> int:
-        config = self.e.zoo
-        every = config.steps_per_member
-        if every == "epoch":
-            every = _steps(images.train, config.batch_size)
-        return config.warmup_steps * len(runs_of(config)) + every * config.members
-
-    # Seconds of pieces.
-
-    def _passes(self) -> Passes:
-        batch_size = self.e.evaluation.batch_size or EVALUATION_BATCH
-        return self.meter.passes(self.e.network, self.info, self.e.zoo, batch_size, self.place.actor_threads)
-
-    def _step(self, training: Training | Zoo, batch_size: int) -> float:
-        e, threads = self.e, self.place.worker_threads
-        return self.meter.step(e.network, self.info, e.data, e.zoo, training, batch_size, threads)
-
-    def _zoo_step(self, images: _Images) -> float:
-        config, anatomy = self.e.zoo, self.anatomy
-        step = self._step(config, config.batch_size)
-        if not anatomy.shared or full_steps(self.e, anatomy.subset) or not _kept(anatomy, images.train):
-            return step
-        least = step * 3 * anatomy.suffix_flops / (anatomy.prefix_flops + 3 * anatomy.suffix_flops)
-        return max(step - config.batch_size * self._passes().prefix, least)
-
-    def _cost_of_generator(self) -> Any:
-        e, threads = self.e, self.place.actor_threads
-        return self.meter.generator(e.generator, self.anatomy.subset.size, e.num_members, e.sampling, threads)
-
-    # Bytes.
-
-    def _memory(self) -> dict[str, float]:
-        """The peak of a process of each stage, apart from its libraries."""
-        e, anatomy = self.e, self.anatomy
-        vector, weights = 4 * anatomy.subset.size, 4 * anatomy.parameters
-        state = {"sgd": 1}.get(e.training.optimizer.name, 2)
-        zoo_state = {"sgd": 1}.get(e.zoo.optimizer.name, 2)
-        images = self.images.bytes if self.images else 0.0
-        training = weights * (2 + state) + anatomy.operation_bytes * e.training.batch_size / self.place.workers
-        judging = images + weights + e.evaluation.stack * vector + self._chunk_bytes()
-        steps = weights + vector * (1 + zoo_state) + anatomy.suffix_bytes * e.zoo.batch_size
-        independent = e.zoo.regime == "independent"
-        generator = self._cost_of_generator()
-        rows = min(max(e.generator.autoencoder.batch_size, CHUNK), e.num_members)
-        fitting = 4 * 4 * generator.parameters + rows * generator.row_bytes
-        return {
-            "base": images + training,
-            "zoo": judging + (training if independent else steps),
-            "generator": judging + 4 * e.num_members * vector + fitting,
-            "samples": 2 * (e.num_members + e.sampling.samples) * vector + 4 * generator.parameters
-            + min(CHUNK, e.sampling.samples) * generator.row_bytes,
-            "evaluation": judging + steps + e.num_members * vector,
-            "report": 0.0,
-        }  # fmt: skip
-
-    def _chunk_bytes(self) -> float:
-        """Of the tensors that live while a chunk of images is judged."""
-        batch_size = self.e.evaluation.batch_size or EVALUATION_BATCH
-        return max(MIN_CHUNK, min(batch_size, EVALUATION_BATCH)) * LIVE_TENSORS * self.anatomy.largest_bytes
-
-
-def _kept(anatomy: Anatomy, images: int) -> bool:
-    """Whether what is shared of so many images is kept, instead of computed again for every stack."""
-    return worth_keeping(anatomy.frontier_bytes, anatomy.prefix_flops, images)
-
-
-def _judged_later(e: Experiment, actors: int) -> tuple[int, int]:
-    """Networks that the evaluation judges, and their stacks; members were judged when they were made."""
-    networks = made_networks(e)
-    if e.zoo.imported or e.evaluation.precision != "float32":
-        networks += [Record(id_, "original") for id_ in range(e.num_members)]
-    return len(networks), len(make_stacks(networks, e.evaluation.stack, actors))
-
-
-def _count(e: Experiment) -> _Images | None:
-    """The experiment's images; None if their number is unknown."""
-    counts = sources.count_images(e.data)
+def count_images(e: Experiment) -> Images | None:
+    """Returns how many images the experiment uses; None if that is unknown."""
+    counts, info = sources.count_images(e.data), sources.describe(e.data)
     if counts is None:
         return None
     total, test = counts
     validation = max(1, round(total * e.data.validation_fraction))
     train = total - validation
-    info = sources.describe(e.data)
     size = (total + test) * info.channels * info.image_size**2 * (4 if e.data.pixel_noise else 1)
-    mapped = size if size <= e.data.max_cache_gib * 2**30 else 0
-    return _Images(train, validation, min(e.data.selection_images, train) + validation + test, mapped)
-
-
-def _steps(images: int, batch_size: int) -> int:
-    return steps_per_epoch(max(images, batch_size), batch_size)
+    mapped = size if size <= e.data.max_cache_gib * 2**30 else 0  # larger ones are streamed
+    return Images(train, validation, min(e.data.selection_images, train) + validation + test, mapped)
 
 
 def _history(storage: Storage) -> dict[str, float]:
-    """Seconds of finished artifacts by signature; of several, the longest: a resumed stage counts its last part."""
-    started, manifests = time.monotonic(), {}
+    """Returns seconds of finished artifacts by signature, the most of several: a resumed stage counts its last part."""
+    started, seconds = time.monotonic(), dict[str, float]()
+    about: dict[str, tuple[Any, Mapping[str, str]]] = {}
     for folder in finished(storage):
         if time.monotonic() - started > HISTORY_S:  # a distant or a very full storage
             break
-        try:
-            manifests[folder] = read_manifest(storage, folder)
-        except StorageError:
-            continue
-
-    def signature(folder: str) -> str | None:
-        manifest = manifests.get(folder)
-        if manifest is None:
-            return None
-        inputs = [signature(f"{stage}/{key}") for stage, key in manifest["inputs"].items()]
-        return None if None in inputs else _signature(manifest["stage"], manifest["config"], inputs)
-
+        with contextlib.suppress(StorageError):  # it is damaged
+            manifest = read_manifest(storage, folder)
+            about[folder], seconds[folder] = (manifest["config"], manifest["inputs"]), manifest["seconds"]
     found: dict[str, float] = {}
-    for folder, manifest in manifests.items():
-        if (name := signature(folder)) is not None:
-            found[name] = max(found.get(name, 0.0), manifest["seconds"])
+    for folder in about:
+        signature = _signature(folder, about)
+        found[signature] = max(found.get(signature, 0.0), seconds[folder])
     return found
 
 
-def _signature(stage: str, config: Any, inputs: Collection[str | None]) -> str:
-    """Equal for artifacts whose configurations, and those of all before them, differ in seeds alone."""
-    named = {} if stage == "report" else _seedless(config)  # a report's is the experiment's name
-    text = json.dumps([stage, named, sorted(map(str, inputs))], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _signature(folder: str, about: Mapping[str, tuple[Any, Mapping[str, str]]]) -> str:
+    """Returns what is equal for artifacts that differ, as do all before them, in nothing that takes time.
 
+    Args:
+        about: configurations and inputs by folder.
+    """
 
-def _seedless(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _seedless(content) for key, content in value.items() if key != "seed"}
-    return [_seedless(item) for item in value] if isinstance(value, list | tuple) else value
+    def timed(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: timed(content) for key, content in value.items() if key not in UNTIMED}
+        return [timed(item) for item in value] if isinstance(value, list | tuple) else value
 
+    def tree(folder: str) -> Any:
+        config, inputs = about.get(folder, (folder, {}))
+        return [folder.split("/")[0], timed(config), [tree("/".join(item)) for item in inputs.items()]]
 
-def gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds in the unit that suits them, to two digits."""
-    if seconds is None:
-        return "?"
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * length:
-            return f"{_two_digits(seconds / length)} {unit}"
-    return f"{_two_digits(seconds)} s"
-
-
-def _two_digits(value: float) -> str:
-    return f"{value:.1f}" if value < 9.95 else f"{round(value, 1 - math.floor(math.log10(value))):.0f}"
+    return json.dumps(tree(folder), sort_keys=True)

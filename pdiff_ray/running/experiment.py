@@ -26,7 +26,6 @@ from pdiff_ray.storage.files import Storage
 
 if TYPE_CHECKING:
     from pdiff_ray.distributed.pool import Pool
-    from pdiff_ray.estimates.estimate import Cost, Estimator
 
 
 @dataclass(frozen=True)
@@ -185,28 +184,6 @@ def _announce(plan: Plan, *stages: str) -> None:
                 f"decoded {gate['decoded_validation_accuracy']:.1%} on validation images. The samples cannot be "
                 "better; raise generator.autoencoder.steps or latent_dim."
             )
-
-
-def describe(plan: Plan, estimator: Estimator) -> list[tuple[str, ...]]:
-    """The plan as rows: stage, key, state, what it is, time and memory of a process."""
-    from pdiff_ray.estimates.estimate import duration, gib
-
-    e = plan.experiment
-    what = {name: stage.about(e) for name, stage in STAGES.items()}
-    what["zoo"] += f": {estimator.anatomy(e).subset.size:,} values"
-    rows: list[tuple[str, ...]] = []
-    for stage, cost in costs(plan, estimator).items():
-        state, key = ("to build", "there")[cost.source == "there"], plan.artifacts[stage].key
-        numbers = ("", "") if cost.source == "there" else (duration(cost.seconds), gib(cost.memory))
-        rows.append((stage, key, state, what[stage], *numbers))
-    return rows
-
-
-def costs(plan: Plan, estimator: Estimator) -> dict[str, Cost]:
-    """What every stage of the plan will take."""
-    from pdiff_ray.estimates.estimate import Place
-
-    return estimator.costs(plan.experiment, plan.artifacts, plan.missing, Place.of_plan(plan.experiment.resources))
 
 
 def notes(plan: Plan) -> Sequence[str]:
