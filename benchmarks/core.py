@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Result, compare
-from pdiff_ray.config.schema import Diffusion as DiffusionSettings
-from pdiff_ray.config.schema import Evaluation, Generator, Optimizer, Sampling
-from pdiff_ray.generators.diffusion import Diffusion, make_scheduler
+from pdiff_ray.config.schema import Evaluation, Optimizer, Sampling
+from pdiff_ray.generators.diffusion import Diffusion, DiffusionSettings
 from pdiff_ray.generators.interface import Fitting
-from pdiff_ray.generators.latent_diffusion import LatentDiffusion
+from pdiff_ray.generators.latent_diffusion import LatentDiffusion, LatentDiffusionSettings
 from pdiff_ray.generators.training import fit_model
 from pdiff_ray.networks.subset import Entry, Subset
 from pdiff_ray.storage.artifacts import Artifact
@@ -44,7 +43,7 @@ def sampling(samples: int = 100, steps: int = 1000) -> Iterator[Result]:
 
         def plain(model: Diffusion = model, singles: int = singles) -> None:
             for _ in range(singles):
-                _with_diffusers(model, torch.randn(1, LATENT_DIM, device=DEVICE), schedule)
+                _with_diffusers(model, torch.randn(1, LATENT_DIM, device=DEVICE))
 
         _check_sampling(model, singles, schedule)
         what = f"{samples} samples, {steps} steps, {denoiser} denoiser, in one batch"
@@ -58,9 +57,18 @@ def sampling(samples: int = 100, steps: int = 1000) -> Iterator[Result]:
 
 
 @torch.inference_mode()
-def _with_diffusers(model: Diffusion, x: Tensor, schedule: Sampling) -> Tensor:
+def _with_diffusers(model: Diffusion, x: Tensor) -> Tensor:
     """DDPM as the library's documentation has it."""
-    scheduler = make_scheduler(model.settings, schedule)
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    scheduler = DDPMScheduler(
+        model.settings.num_timesteps,
+        model.settings.beta_start,
+        model.settings.beta_end,
+        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[model.prediction],
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
     scheduler.set_timesteps(model.settings.num_timesteps)
     for t in scheduler.timesteps:
         prediction = model.denoiser(x, model.denoiser.embedding(t.expand(len(x)).to(x.device)))
@@ -110,7 +118,7 @@ def few_step(samples: int = 100, train_steps: int = 600) -> Iterator[Result]:
 
 def training(members: int = 200, dimension: int = 2048, steps: int = 300) -> Iterator[Result]:
     """Steps of both models, which are graphs on a GPU, against single kernels; on a CPU both are the same."""
-    settings = Generator(seed=0)
+    settings = LatentDiffusionSettings(seed=0)
     subset = Subset((Entry("weight", (dimension,), 0, "parameter"),))
     vectors = torch.randn(members, dimension, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
     rows = {"autoencoder": vectors, "diffusion": torch.randn(members, settings.autoencoder.latent_dim, device=DEVICE)}

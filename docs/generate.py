@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from pdiff_ray.config.schema import Experiment
+from pdiff_ray.config.schema import Choice, Experiment, known
 from pdiff_ray.config.sweep import Parameter, Sweep
 
 FOLDER = Path(__file__).parent
@@ -18,17 +19,27 @@ TABLES = {
 }
 
 
-def rows(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Lines of a Markdown table: path, default, description."""
+def rows(model: type[BaseModel], prefix: str = "", of: str = "", others: Collection[str] = ()) -> list[str]:
+    """Returns lines of a Markdown table: path, default, description.
+
+    Args:
+        of: opens the descriptions.
+        others: fields that are left out.
+    """
     lines = []
     for name, field in model.model_fields.items():
+        if name in others:
+            continue
         nested = field.annotation
         if isinstance(nested, type) and issubclass(nested, BaseModel) and "subset" not in name:
-            lines += rows(nested, f"{prefix}{name}.")
+            lines += rows(nested, f"{prefix}{name}.", of)
+            if issubclass(nested, Choice):
+                for choice, entry in known(nested.model_fields["name"]).registry.items():
+                    lines += rows(entry.Settings, f"{prefix}{name}.", f"{choice}: ", set(nested.model_fields))
             continue
         text = field.description or ""
         default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
-        lines.append(f"| `{prefix}{field.alias or name}` | {default} | {_kind(field)}{text} |")
+        lines.append(f"| `{prefix}{field.alias or name}` | {default} | {of}{_kind(field)}{text} |")
     return lines
 
 
@@ -41,7 +52,8 @@ def _default(value: Any) -> str:
 
 
 def _kind(field: Any) -> str:
-    choices = getattr(field.annotation, "__args__", ())
+    mark = known(field)
+    choices = [*mark.registry.names, "or module:attribute"] if mark else getattr(field.annotation, "__args__", ())
     if choices and all(isinstance(choice, str) for choice in choices):
         return f"{', '.join(choices)}" + ("; " if field.description else "")
     return ""

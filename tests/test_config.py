@@ -6,7 +6,8 @@ import pytest
 
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.config import loading
-from pdiff_ray.config.schema import PAPER_RECIPE, Experiment
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.generators.latent_diffusion import PAPER_RECIPE
 
 SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("**/*.yaml"))
 
@@ -41,7 +42,7 @@ REFUSED = {
         "resources: {gpus_per_worker: some}",
         ["resources.gpus_per_worker: 'some'", "valid number", "'auto'"],
     ),
-    "none of the choices": ("sampling: {sampler: euler}", ["sampling.sampler", "'euler'", "'ddim'"]),
+    "none of the choices": ("sampling: {sampler: euler}", ["sampling.sampler", "'euler'", "known: ddpm, ddim"]),
     "number for a section": ("zoo: 3", ["zoo: 3", "takes a mapping with some of members"]),
     "bad element": ("evaluation: {noise_sigmas: [0.1, big]}", ["evaluation.noise_sigmas.1", "'big'"]),
     "too small": ("zoo: {members: 0}", ["zoo.members", "0 is not accepted", "greater than or equal to 1"]),

@@ -4,21 +4,54 @@ import contextlib
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from test_generators import CPU, SUBSET, draw, fitted, small
 
-from pdiff_ray.config import schema as config
-from pdiff_ray.config.schema import Generator, Sampling
-from pdiff_ray.generators import diffusion as diffusion_module
-from pdiff_ray.generators import graphs
-from pdiff_ray.generators.diffusion import Diffusion, GraphStep, linear_steps, make_scheduler
+from pdiff_ray.config.schema import Sampling
+from pdiff_ray.generators import graphs, samplers
+from pdiff_ray.generators.diffusion import Diffusion, DiffusionSettings
 from pdiff_ray.generators.graphs import graphed
-from pdiff_ray.generators.interface import Fitting, make_generator
+from pdiff_ray.generators.interface import Fitting
+from pdiff_ray.generators.latent_diffusion import LatentDiffusionSettings
+from pdiff_ray.generators.samplers import SAMPLERS, GraphStep, spaced_timesteps
+from pdiff_ray.generators.table import make_generator
 from pdiff_ray.networks.subset import Entry, Subset
+
+
+def make_scheduler(settings, sampling):
+    """The scheduler of diffusers that computes what a sampler does; latents have no bounds, so nothing is clipped."""
+    common = {
+        "num_train_timesteps": settings.num_timesteps,
+        "beta_start": settings.beta_start,
+        "beta_end": settings.beta_end,
+        "prediction_type": {"epsilon": "epsilon", "v": "v_prediction"}[settings.prediction],
+        "timestep_spacing": "trailing",
+    }
+    if sampling.sampler == "dpmsolver++":
+        return DPMSolverMultistepScheduler(**common)
+    return {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampling.sampler](**common, clip_sample=False)
+
+
+@torch.inference_mode()
+def with_diffusers(diffusion, x, sampling, **random):
+    """Samples step by step with diffusers' scheduler."""
+    scheduler = make_scheduler(diffusion.settings, sampling)
+    scheduler.set_timesteps(sampling.steps or diffusion.settings.num_timesteps)
+    times = diffusion.denoiser.embedding(scheduler.timesteps).split(1)
+    for t, time in zip(scheduler.timesteps, times, strict=True):
+        x = scheduler.step(diffusion.denoiser(x, time), t, x, **random).prev_sample
+    return x
+
+
+def no_noise():
+    raise AssertionError("a deterministic sampler drew noise")
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_forward_process_is_that_of_diffusers(prediction):
-    settings = config.Diffusion(prediction=prediction, width=8, depth=1)
+    settings = DiffusionSettings(prediction=prediction, width=8, depth=1)
     diffusion, scheduler = Diffusion(settings, 4), make_scheduler(settings, Sampling())
     x_start, eps, t = draw(9, 4), draw(9, 4, seed=1), torch.tensor([0, 1, 2, 10, 100, 500, 900, 998, 999])
     torch.testing.assert_close(diffusion.q_sample(x_start, t, eps), scheduler.add_noise(x_start, eps, t))
@@ -49,7 +82,7 @@ class Exact(torch.nn.Module):
     ("sampler", "steps"), [("ddpm", None), ("ddpm", 250), ("ddim", 100), ("dpmsolver++", 25), ("dpmsolver++", None)]
 )
 def test_samplers_with_the_exact_denoiser(sampler, steps, prediction):
-    diffusion = Diffusion(config.Diffusion(prediction=prediction, width=8, depth=1), 2)
+    diffusion = Diffusion(DiffusionSettings(prediction=prediction, width=8, depth=1), 2)
     mean, std = torch.tensor([1.5, -0.5]), 0.5
     object.__setattr__(diffusion, "denoiser", Exact(diffusion, mean, std))
     diffusion._modules.pop("denoiser")
@@ -60,50 +93,59 @@ def test_samplers_with_the_exact_denoiser(sampler, steps, prediction):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 @pytest.mark.parametrize("denoiser", ["mlp", "cnn"])
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", None), ("ddpm", 30), ("ddim", 50), ("dpmsolver++", 20)])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", None), ("ddpm", 30), ("ddim", None), ("ddim", 50)])
 def test_sampling_is_what_diffusers_does_step_by_step(sampler, steps, denoiser, prediction):
-    settings = config.Diffusion(denoiser=denoiser, prediction=prediction, width=16, num_timesteps=200)
-    diffusion, sampling = Diffusion(settings, 4), Sampling(sampler=sampler, steps=steps)
-    x = expected = draw(20, 4)
+    settings = DiffusionSettings(denoiser=denoiser, prediction=prediction, width=16, num_timesteps=200)
+    diffusion, sampling, x = Diffusion(settings, 4), Sampling(sampler=sampler, steps=steps), draw(20, 4)
     random, again = (torch.Generator().manual_seed(1) for _ in range(2))
-    drawn = diffusion.denoise(x, sampling, lambda: torch.randn(x.shape, generator=random))
-    scheduler = make_scheduler(settings, sampling)
-    scheduler.set_timesteps(steps or 200)
-    kwargs = {} if sampler == "dpmsolver++" else {"generator": again}
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            predicted = diffusion.denoiser(expected, diffusion.denoiser.embedding(t.expand(20)))
-            expected = scheduler.step(predicted, t, expected, **kwargs).prev_sample
-    torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    found = diffusion.denoise(x, sampling, lambda: torch.randn(x.shape, generator=random))
+    expected = with_diffusers(diffusion, x, sampling, generator=again)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 200])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_dpmsolver_is_that_of_diffusers_to_the_bit(prediction, steps):
+    settings = DiffusionSettings(prediction=prediction, width=16, num_timesteps=200)
+    diffusion, sampling = Diffusion(settings, 4), Sampling(sampler="dpmsolver++", steps=steps)
+    found = diffusion.denoise(draw(20, 4), sampling, no_noise)
+    assert torch.equal(found, with_diffusers(diffusion, draw(20, 4), sampling))
+
+
+@pytest.mark.parametrize(("num_timesteps", "steps"), [(1000, 1000), (1000, 30), (20, 7), (15, 13), (5, 1)])
+def test_timesteps_are_spread_evenly_and_start_at_the_last(num_timesteps, steps):
+    found = spaced_timesteps(num_timesteps, steps).tolist()
+    assert len(found) == steps
+    assert found[0] == num_timesteps - 1
+    expected = [num_timesteps * (steps - i) / steps - 1 for i in range(steps)]
+    assert found == pytest.approx(expected, abs=0.5 + 1e-9)
+    assert sorted(set(found), reverse=True) == found
+    assert found[-1] >= 0
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 1000), ("ddpm", 7), ("ddim", 1000), ("ddim", 7)])
-def test_linear_steps_are_those_of_diffusers(sampler, steps, prediction):
-    scheduler = make_scheduler(config.Diffusion(prediction=prediction), Sampling(sampler=sampler))
-    scheduler.set_timesteps(steps)
-    x, predicted = draw(1, 4).double(), draw(1, 4, seed=1).double()
-    for t, (of_x, of_prediction, of_noise) in zip(scheduler.timesteps, linear_steps(scheduler), strict=True):
-        random, again = (torch.Generator().manual_seed(1) for _ in range(2))
-        found = of_x * x + of_prediction * predicted
-        if of_noise:
-            found += of_noise * torch.randn(x.shape, generator=again, dtype=x.dtype)
-        expected = scheduler.step(predicted, t, x, generator=random).prev_sample
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize("t", [0, 50, 199])
+def test_prediction_undoes_the_forward_process(prediction, t):
+    """For samplers that work with x_0 and eps: both together are x_t again, and the target is what was predicted."""
+    diffusion, x = Diffusion(DiffusionSettings(prediction=prediction, width=16, num_timesteps=200), 4), draw(5, 4)
+    with torch.no_grad():
+        x_start, eps = diffusion.predict(x, t)
+        steps = torch.tensor([t])
+        torch.testing.assert_close(diffusion.q_sample(x_start, steps, eps), x)
+        predicted = diffusion.denoiser(x, diffusion.denoiser.embedding(steps))
+    torch.testing.assert_close(diffusion.target(x_start, steps, eps), predicted)
 
 
 @pytest.mark.parametrize("denoiser", ["mlp", "cnn"])
-def test_step_on_fixed_memory_is_the_same(denoiser):
+def test_step_on_fixed_memory_is_the_same(monkeypatch, denoiser):
     """What a CUDA graph captures, run here without one."""
-    settings = config.Diffusion(denoiser=denoiser, width=16, num_timesteps=30)
-    diffusion, x, noise = Diffusion(settings, 4), draw(20, 4), draw(30, 20, 4, seed=1)
+    diffusion, x = Diffusion(DiffusionSettings(denoiser=denoiser, width=16, num_timesteps=30), 4), draw(20, 4)
+    noise, factors = draw(30, 20, 4, seed=1), draw(30, 3, seed=2).double() / 2
     drawn = iter(noise)
-    expected = diffusion.denoise(x, Sampling(), lambda: next(drawn))
-    scheduler = make_scheduler(settings, Sampling())
-    scheduler.set_timesteps(30)
     with torch.inference_mode():
-        times = diffusion.denoiser.embedding(scheduler.timesteps)
-        step = GraphStep(diffusion.denoiser, x, times, linear_steps(scheduler))
+        timesteps = spaced_timesteps(30, 30)
+        expected = samplers._follow(diffusion, timesteps, x, factors, lambda: next(drawn))
+        step = GraphStep(diffusion.denoiser, x, diffusion.denoiser.embedding(timesteps), factors)
         step()
         step.restart(x)
         for row in noise:
@@ -170,7 +212,7 @@ def test_replays_train_as_single_steps_do(monkeypatch, way):
 @pytest.mark.filterwarnings("error")
 def test_graphs_compute_what_single_kernels_do(monkeypatch):
     device = torch.device("cuda")
-    diffusion = Diffusion(config.Diffusion(width=64, num_timesteps=50), 4).to(device)
+    diffusion = Diffusion(DiffusionSettings(width=64, num_timesteps=50), 4).to(device)
 
     def results():
         fitting = Fitting(device, 0)
@@ -182,7 +224,7 @@ def test_graphs_compute_what_single_kernels_do(monkeypatch):
 
     samples, losses = results()
     monkeypatch.setattr(graphs, "capture", refused)
-    monkeypatch.setattr(diffusion_module, "capture", refused)
+    monkeypatch.setattr(samplers, "capture", refused)
     with pytest.warns(UserWarning, match="a test"):
         plain, expected = results()
     torch.testing.assert_close(samples, plain, rtol=1e-3, atol=1e-3)
@@ -191,7 +233,7 @@ def test_graphs_compute_what_single_kernels_do(monkeypatch):
 
 
 def test_samples_of_a_batch_are_those_drawn_one_at_a_time():
-    diffusion = Diffusion(config.Diffusion(width=64, num_timesteps=50), 4)
+    diffusion = Diffusion(DiffusionSettings(width=64, num_timesteps=50), 4)
     x, noise = draw(32, 4), draw(50, 32, 4, seed=1)
 
     def samples(rows):
@@ -202,7 +244,7 @@ def test_samples_of_a_batch_are_those_drawn_one_at_a_time():
     torch.testing.assert_close(samples(slice(None)), one_at_a_time, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [None, 1, 7])
 def test_sampling_is_determined_by_the_seed(sampler, steps):
     diffusion = Diffusion(small().diffusion, 4)
@@ -239,7 +281,7 @@ def test_default_recipe_recovers_a_gaussian():
     """200 members that vary in 10 directions, by scales from 0.01 to 1."""
     subset = Subset((Entry("a", (100,), 0, "parameter"),))
     vectors = torch.linspace(-1, 1, 100) + draw(200, 10) @ draw(10, 100, seed=1) * torch.logspace(-2, 0, 100)
-    generator, fitting = make_generator(Generator(seed=0), subset), Fitting(CPU, 0)
+    generator, fitting = make_generator(LatentDiffusionSettings(seed=0), subset), Fitting(CPU, 0)
     generator.fit(vectors, fitting)
     drawn = generator.sample(200, Sampling(seed=0, steps=250), CPU)
     std, relative_std = vectors.std(0), drawn.std(0) / vectors.std(0)

@@ -6,14 +6,16 @@ import torch
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.config import schema as config
 from pdiff_ray.config.schema import Generator, Optimizer, Sampling
-from pdiff_ray.generators.autoencoder import Autoencoder
+from pdiff_ray.generators.autoencoder import Autoencoder, AutoencoderSettings
 from pdiff_ray.generators.diffusion import Diffusion
-from pdiff_ray.generators.interface import GENERATORS, NUM_RUNGS, Fitting, make_generator
+from pdiff_ray.generators.gaussian import GaussianSettings
+from pdiff_ray.generators.interface import NUM_RUNGS, Fitting
 from pdiff_ray.generators.normalizer import Normalizer
+from pdiff_ray.generators.table import GENERATORS, make_generator
 from pdiff_ray.generators.training import EMA, fit_model
 from pdiff_ray.networks.subset import Entry, Subset
 from pdiff_ray.storage.trees import load_tree, save_tree
-from pdiff_ray.training.trainer import Trainer, lr_factor
+from pdiff_ray.training.trainer import OPTIMIZERS, SCHEDULES, Trainer
 
 CPU = torch.device("cpu")
 SUBSET = Subset((Entry("a.weight", (8,), 0, "parameter"), Entry("a.bias", (2, 3), 8, "parameter")))  # D = 14
@@ -28,7 +30,8 @@ def draw(*shape, seed=0):
 
 
 def small(**changes):
-    return Generator.model_validate(config.merge(SMALL, {"seed": 0, **changes}))
+    layers = config.merge({"generator": SMALL}, {"generator": {"seed": 0, **changes}})
+    return Generator.model_validate(layers["generator"])
 
 
 def fitted(settings, vectors, **fitting):
@@ -87,7 +90,7 @@ def test_what_does_not_move_is_zero_and_comes_back(mode):
 @pytest.mark.parametrize("dimension", [1, 7, 64, 65])
 @pytest.mark.parametrize(("stride", "kernel_size"), [(1, 3), (2, 5), (3, 3), (4, 9)])
 def test_autoencoder_takes_any_dimension(dimension, stride, kernel_size):
-    settings = config.Autoencoder(channels=(4, 8), stride=stride, kernel_size=kernel_size, latent_dim=3)
+    settings = AutoencoderSettings(channels=(4, 8), stride=stride, kernel_size=kernel_size, latent_dim=3)
     autoencoder = Autoencoder(settings, dimension)
     latents = autoencoder.encode(draw(2, dimension))
     assert latents.shape == (2, 3)
@@ -95,17 +98,17 @@ def test_autoencoder_takes_any_dimension(dimension, stride, kernel_size):
 
 
 def test_autoencoder_loss_without_noise_is_the_reconstruction_error():
-    autoencoder = Autoencoder(config.Autoencoder(channels=(4,), parameter_noise=0, latent_noise=0), 14)
+    autoencoder = Autoencoder(AutoencoderSettings(channels=(4,), parameter_noise=0, latent_noise=0), 14)
     vectors = draw(5, 14)
     expected = (autoencoder.decode(autoencoder.encode(vectors)) - vectors).square().mean()
     torch.testing.assert_close(autoencoder.loss(vectors, torch.Generator()), expected)
-    noisy = Autoencoder(config.Autoencoder(channels=(4,), latent_noise=5.0), 14)
+    noisy = Autoencoder(AutoencoderSettings(channels=(4,), latent_noise=5.0), 14)
     assert noisy.loss(vectors, torch.Generator()) != noisy.loss(vectors, torch.Generator().manual_seed(1))
 
 
 def test_autoencoder_that_is_too_large():
     with torch.device("meta"), pytest.raises(ConfigError, match=r"100,000,000 values at stride 2 .* raise generator\."):
-        Autoencoder(config.Autoencoder(), 100_000_000)
+        Autoencoder(AutoencoderSettings(), 100_000_000)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -197,7 +200,7 @@ def test_diverging_training_names_the_learning_rate():
         fitted(settings, draw(20, 14))
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_trainer_state_round_trip(name, momentum):
     def train(weight, first, stop, state=None):
@@ -218,14 +221,14 @@ def test_trainer_state_round_trip(name, momentum):
 
 
 def test_schedules():
-    assert {lr_factor("constant", step, 10) for step in range(10)} == {1.0}
-    cosine = [lr_factor("cosine", step, 10) for step in range(10)]
-    reference = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), 10)
-    for factor in cosine:
+    factors = {name: [factor(step, 1000) for step in range(1000)] for name, factor in SCHEDULES.items()}
+    assert set(factors["constant"]) == {1.0}
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), 1000)
+    for factor in factors["cosine"]:
         assert factor == pytest.approx(reference.get_last_lr()[0])
         reference.optimizer.step()
         reference.step()
-    onecycle = [lr_factor("onecycle", step, 1000) for step in range(1000)]
+    onecycle = factors["onecycle"]
     assert onecycle[0] == pytest.approx(1 / 25)
     assert max(onecycle) == onecycle[300] == pytest.approx(1)
     assert onecycle[:301] == sorted(onecycle[:301])
@@ -283,7 +286,7 @@ def test_gate_compares_decoded_members_with_their_originals(lost, passed):
 
 def test_gaussian_has_the_moments_of_the_zoo():
     vectors = torch.linspace(-1, 1, 14) + draw(60, 5) @ draw(5, 14, seed=1)
-    generator, _ = fitted(Generator(name="gaussian"), vectors)
+    generator, _ = fitted(GaussianSettings(), vectors)
     drawn = generator.sample(20_000, Sampling(seed=0), CPU)
     torch.testing.assert_close(generator.mean, vectors.mean(0))
     torch.testing.assert_close(generator.factor.T @ generator.factor, torch.cov(vectors.T), rtol=1e-4, atol=1e-5)
@@ -294,13 +297,13 @@ def test_gaussian_has_the_moments_of_the_zoo():
 
 def test_gaussian_of_one_member_repeats_it():
     vectors = draw(1, 14)
-    generator, _ = fitted(Generator(name="gaussian"), vectors)
+    generator, _ = fitted(GaussianSettings(), vectors)
     assert torch.equal(generator.sample(3, Sampling(seed=0), CPU), vectors.expand(3, -1))
 
 
 def test_gaussian_view_keeps_distances():
     vectors = draw(20, 14)
-    generator, _ = fitted(Generator(name="gaussian"), vectors)
+    generator, _ = fitted(GaussianSettings(), vectors)
     torch.testing.assert_close(torch.cdist(*[generator.encode(vectors)] * 2), torch.cdist(vectors, vectors))
 
 

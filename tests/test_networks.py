@@ -102,7 +102,10 @@ def test_cifar_stem(resnet18, source):
         ({"name": "resnet81"}, r"network\.name: .* have a network 'resnet81'; did you mean 'resnet18'"),
         ({"name": "resnet81", "source": "torchvision"}, "torchvision has no 'resnet81'; did you mean"),
         ({"name": "vit_tiny_patch61", "source": "timm"}, "timm has no 'vit_tiny_patch61'; did you mean"),
-        ({"name": "s4", "source": "paper"}, "unknown paper network 's4'; known: s1, s2"),
+        (
+            {"name": "s4", "source": "paper"},
+            "there is no network of the paper 's4' .known: s1, s2, .*; did you mean 's",
+        ),
         ({"name": "nowhere_to_be_found:build"}, "cannot be imported: No module named 'nowhere_to_be_found'"),
         ({"name": f"{__name__}:missing"}, "cannot be imported: .* 'missing'"),
         ({"name": f"{__name__}:no_network"}, r"returned str, not a torch\.nn\.Module"),

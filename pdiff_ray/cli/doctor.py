@@ -13,7 +13,7 @@ from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.storage.files import Storage
 
-PACKAGES = ("ray", "torch", "torchvision", "timm", "mlflow", "optuna", "pyarrow", "diffusers", "scikit-learn")
+PACKAGES = ("ray", "torch", "torchvision", "timm", "mlflow", "optuna", "pyarrow", "scikit-learn")
 
 
 @dataclass(frozen=True)

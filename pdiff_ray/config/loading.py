@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pdiff_ray.common.errors import ConfigError, did_you_mean
-from pdiff_ray.config.schema import Experiment, Section, merge
+from pdiff_ray.config.schema import Choice, Experiment, Section, merge
 
 S = TypeVar("S", bound=Section)
 
@@ -80,9 +80,9 @@ def parse(model: type[S], raw: Any, where: str, at: str = "") -> S:
     except ValidationError as error:
         by_path: dict[tuple[str, ...], list[Any]] = {}
         for problem in error.errors():
-            by_path.setdefault(_path(model, problem["loc"]), []).append(problem)
+            by_path.setdefault(_path(model, raw, problem["loc"]), []).append(problem)
         prefix = f"{at}." if at else ""
-        lines = [_explain(model, path, prefix, problems) for path, problems in by_path.items()]
+        lines = [_explain(model, raw, path, prefix, problems) for path, problems in by_path.items()]
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
@@ -148,22 +148,22 @@ def nested(path: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _path(model: type[BaseModel], location: Sequence[int | str]) -> tuple[str, ...]:
-    """The path of a problem's location, without the alternative that pydantic tried, where there are some."""
+def _path(model: type[BaseModel], raw: Any, location: Sequence[int | str]) -> tuple[str, ...]:
+    """Returns the path of a problem's location, without the alternative that pydantic tried, where there are some."""
     kept: list[str] = []
     for part in location:
-        if isinstance(part, str) and not _has_keys(_type_at(model, kept)):
+        if isinstance(part, str) and not _has_keys(_type_at(model, raw, kept)):
             break
         kept.append(str(part))
     return tuple(kept)
 
 
-def _explain(model: type[BaseModel], path: Sequence[str], prefix: str, problems: Sequence[Any]) -> str:
-    """One line for pydantic's problems with one field: path, value, remedy. Several are of alternatives."""
+def _explain(model: type[BaseModel], raw: Any, path: Sequence[str], prefix: str, problems: Sequence[Any]) -> str:
+    """Returns a line for pydantic's problems with one field: path, value, remedy. Several are of alternatives."""
     problem, named = problems[0], f"{prefix}{'.'.join(path)}".rstrip(".")
     if problem["type"] == "extra_forbidden":
         *parent, key = path
-        known = _fields_at(model, parent)
+        known = _fields_at(model, raw, parent)
         near = did_you_mean(key, known) or f"; known here: {', '.join(known)}"
         return f"{named}: unknown key{near}"
     if problem["type"] == "missing":
@@ -171,18 +171,18 @@ def _explain(model: type[BaseModel], path: Sequence[str], prefix: str, problems:
     if problem["type"] == "value_error":
         message = problem["msg"].removeprefix("Value error, ")
         return f"{named}: {message}" if named else message
-    if problem["type"] in ("model_type", "dict_type") and (known := _fields_at(model, path)):
+    if problem["type"] in ("model_type", "dict_type") and (known := _fields_at(model, raw, path)):
         return f"{named}: {problem['input']!r} is not accepted: it takes a mapping with some of {', '.join(known)}"
     return f"{named}: {problem['input']!r} is not accepted: {'; or: '.join(p['msg'] for p in problems)}"
 
 
-def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    fields = getattr(_type_at(model, location), "model_fields", {})
+def _fields_at(model: type[BaseModel], raw: Any, location: Sequence[str]) -> list[str]:
+    fields = getattr(_type_at(model, raw, location), "model_fields", {})
     return [field.alias or name for name, field in fields.items()]
 
 
-def _type_at(model: type[BaseModel], location: Sequence[str]) -> Any:
-    """The type of what is at a path; None where a path cannot lead."""
+def _type_at(model: type[BaseModel], raw: Any, location: Sequence[str]) -> Any:
+    """Returns the type of what is at a path of a mapping; None where no path can lead."""
     found: Any = model
     for part in location:
         if get_origin(found) is dict:
@@ -191,6 +191,9 @@ def _type_at(model: type[BaseModel], location: Sequence[str]) -> Any:
             found = found.model_fields[part].annotation
         else:
             return None
+        raw = raw.get(part) if isinstance(raw, dict) else None
+        if isinstance(found, type) and issubclass(found, Choice):
+            found = found.type_of(raw) or found
     return found
 
 

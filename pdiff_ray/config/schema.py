@@ -7,9 +7,23 @@ run are listed in `unkeyed`.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ModelWrapValidatorHandler,
+    SerializeAsAny,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
+
+from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.common.registry import Registry, fingerprint, imported
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -19,14 +33,47 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         # A subset is one rule, arguments are of one network, swept parameters of one question: the later replace the
         # earlier.
-        both = isinstance(old, dict) and isinstance(value, dict) and key not in ("subset", "args", "parameters")
-        merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+        if isinstance(old, dict) and isinstance(value, dict) and key not in ("subset", "args", "parameters"):
+            merged[key] = merge(CHOICES[key].kept(old, value) if key in CHOICES else old, value)
+        else:
+            merged[key] = value
     return merged
 
 
+@dataclass(frozen=True)
+class Known:
+    """Marks a text field as the name of an entry of a registry, or of the user's own thing ("module:attribute").
+
+    Attributes:
+        table: where the registry is, as "module:attribute"; it is imported when a name is checked, as the tables stand
+            above the configuration.
+    """
+
+    table: str
+
+    @property
+    def registry(self) -> Registry[Any]:
+        return imported(self.table)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def _checked(self, name: str) -> str:
+        self.registry.check(name)
+        return name
+
+
 class Section(BaseModel):
+    """A part of the configuration.
+
+    Attributes:
+        unkeyed: fields that change no result.
+        added: fields that came later than the keys of existing results; at their defaults they are no part of the key.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     unkeyed: ClassVar[frozenset[str]] = frozenset()
+    added: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
@@ -39,8 +86,20 @@ class Section(BaseModel):
         return merge(sections, value)
 
     def keyed(self) -> dict[str, Any]:
-        """The fields that determine a result, as JSON values with defaults filled in."""
-        return self.model_dump(mode="json", exclude=set(self.unkeyed))
+        """Returns what determines a result, as JSON values: fields with defaults filled in, and the user's own code."""
+        fields = type(self).model_fields
+        kept = {name for name in fields if name not in self.unkeyed}
+        kept -= {name for name in self.added if getattr(self, name) == fields[name].default}
+        content = self.model_dump(mode="json", include=kept)
+        content |= {name: value.keyed() for name, value in self if name in kept and isinstance(value, Section)}
+        own = {name: getattr(self, name) for name in fields if known(fields[name])}
+        code = {name: fingerprint(value) for name, value in own.items() if ":" in (value or "")}
+        return {**content, "code": code} if code else content
+
+
+def known(field: FieldInfo) -> Known | None:
+    """Returns the mark of a field that names an entry of a registry."""
+    return next((mark for mark in field.metadata if isinstance(mark, Known)), None)
 
 
 class Data(Section):
@@ -68,18 +127,20 @@ class Data(Section):
 
 class Network(Section):
     name: str = Field("convnet", description="a timm or torchvision name, a paper network, or module:function")
-    source: Literal["auto", "paper", "timm", "torchvision", "custom"] = Field("auto", description="who builds it")
+    source: Annotated[str, Known("pdiff_ray.networks.build:SOURCES")] = Field("auto", description="who builds it")
     pretrained: bool = Field(False, description="start from timm's or torchvision's published weights")
     cifar_stem: bool = Field(False, description="ResNets: 3 x 3 first convolution without stride or pooling")
     args: dict[str, Any] = Field(default_factory=dict, description="further arguments of the network's constructor")
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "adam", "sgd"] = Field("adamw", description="torch.optim's AdamW, Adam or SGD")
+    name: Annotated[str, Known("pdiff_ray.training.trainer:OPTIMIZERS")] = Field(
+        "adamw", description="who makes steps from gradients: torch.optim's AdamW, Adam or SGD"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.0, ge=0, description="decoupled for adamw, else L2")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
-    schedule: Literal["constant", "cosine", "onecycle"] = Field(
+    schedule: Annotated[str, Known("pdiff_ray.training.trainer:SCHEDULES")] = Field(
         "constant", description="of the learning rate over all steps"
     )
 
@@ -177,94 +238,89 @@ class Zoo(Section):
         return self
 
 
-class Autoencoder(Section):
-    """The 1D convolutional autoencoder of the flattened parameters."""
+class Choice(Section):
+    """A section whose `name` decides what other fields there are: those of the `Settings` of what the name stands for.
 
-    channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (8, 16, 32, 32), min_length=1, description="of the encoder's layers"
-    )
-    kernel_size: int = Field(5, ge=3, description="odd")
-    stride: int = Field(2, ge=1, description="of every layer")
-    latent_dim: int = Field(32, ge=1, description="numbers that a vector is encoded into")
-    parameter_noise: float = Field(0.001, ge=0, description="sigma of the noise on the normalized input")
-    latent_noise: float = Field(0.1, ge=0, description="sigma of the noise on the latent")
-    steps: int = Field(500, ge=1, description="training steps")
-    batch_size: int = Field(50, ge=1, description="vectors per step; all of them if there are fewer")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW, with a cosine schedule")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    `name` is a field marked as `Known`.
+    """
 
-    @model_validator(mode="after")
-    def _odd(self) -> Autoencoder:
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {self.kernel_size}; it must be odd")
-        return self
+    name: str
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _chosen(cls, value: Any, handler: ModelWrapValidatorHandler[Choice]) -> Choice:
+        """Validates a mapping as the class that its name chooses; an unknown name is the only thing wrong with it."""
+        if not isinstance(value, dict):
+            return handler(value)
+        chosen = cls.type_of(value)
+        if chosen is None:
+            handler({"name": value["name"]})
+            raise ValueError(f"name is {value['name']!r}, which has no class Settings for the fields of this section")
+        return handler(value) if chosen is cls else chosen.model_validate(value)
 
-class Diffusion(Section):
-    """The denoising diffusion model of the latents (DDPM, Ho et al. 2020)."""
+    @classmethod
+    def type_of(cls, value: Any) -> type[Choice] | None:
+        """Returns the class that a mapping's name chooses; None if there is no such name."""
+        field = cls.model_fields["name"]
+        mark, name = known(field), value.get("name", field.default) if isinstance(value, dict) else field.default
+        assert mark is not None
+        try:
+            return mark.registry[name].Settings
+        except (ConfigError, TypeError, AttributeError):  # it is not in the table, no text, or of another kind
+            return None
 
-    denoiser: Literal["mlp", "cnn"] = Field("mlp", description="residual MLP or 1D CNN")
-    width: int = Field(256, ge=8, description="hidden width (mlp) or channels (cnn)")
-    depth: int = Field(3, ge=1, description="residual blocks")
-    prediction: Literal["v", "epsilon"] = Field("v", description="what the denoiser is trained to predict")
-    num_timesteps: int = Field(1000, ge=2, description="of the forward process")
-    beta_start: float = Field(1e-4, gt=0, lt=1, description="first of the linear betas")
-    beta_end: float = Field(2e-2, gt=0, lt=1, description="last of the linear betas")
-    standardize_latents: bool = Field(True, description="zero mean and unit variance per latent dimension")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="0 switches the average of the weights off")
-    steps: int = Field(600, ge=1, description="training steps")
-    batch_size: int = Field(50, ge=1, description="latents per step; all of them if there are fewer")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW, with a cosine schedule")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-
-
-# The first version of the paper (arXiv 2402.13144v1): 30,000 epochs over K vectors in one batch for both models.
-PAPER_RECIPE: dict[str, Any] = {
-    "normalize": "dimension",
-    "autoencoder": {"steps": 30_000, "batch_size": 200, "lr": 1e-3, "latent_noise": 0.1},
-    "diffusion": {
-        "denoiser": "cnn",
-        "width": 64,
-        "prediction": "epsilon",
-        "standardize_latents": False,
-        "steps": 30_000,
-        "batch_size": 200,
-        "lr": 1e-3,
-    },
-}
+    @classmethod
+    def kept(cls, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        """Returns what an earlier mapping still says where a later one may choose another name: what both have."""
+        before, after = cls.type_of(old), cls.type_of({**old, **new})
+        if before is after or before is None or after is None:
+            return old
+        return {key: value for key, value in old.items() if key in after.model_fields or key not in before.model_fields}
 
 
-class Generator(Section):
-    """What learns the distribution of the zoo's vectors (stage `generator`)."""
+GeneratorName = Annotated[str, Known("pdiff_ray.generators.table:GENERATORS")]
 
-    name: Literal["latent_diffusion", "gaussian"] = Field(
-        "latent_diffusion", description="the paper's generator, or a Gaussian with full covariance"
-    )
-    recipe: Literal["default", "paper"] = Field(
-        "default", description="defaults of the fields below: what measures best here, or the paper's setting"
-    )
+
+class Generator(Choice):
+    """What learns the distribution of the zoo's vectors (stage `generator`): what all generators have.
+
+    Attributes:
+        memory_fields: names the fields that lower what fitting takes of a GPU's memory, for messages.
+    """
+
+    memory_fields: ClassVar[str] = "generator.members"
+
+    name: GeneratorName = Field("latent_diffusion", description="which generator; the others' fields do not exist then")
     members: int | None = Field(None, ge=1, description="K, how many of the zoo's members are learned; default: all")
-    normalize: Literal["dimension", "tensor", "centered_tensor"] = Field(
-        "dimension", description="statistics per number; per tensor; or mean per number and scale per tensor"
-    )
-    autoencoder: Autoencoder = Autoencoder()
-    diffusion: Diffusion = Diffusion()
-    gate_points: float = Field(2.0, ge=0, description="warn if decoded members lose more validation accuracy (points)")
     seed: int | None = Field(None, description="default: the experiment's seed")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _recipe(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("recipe") == "paper":
-            return merge(PAPER_RECIPE, value)
-        return value
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raises ValueError if the generator cannot draw samples in this way."""
+
+    def check(self, dimension: int) -> None:
+        """Raises ConfigError if the generator cannot learn vectors with this number of values."""
+
+    def flops(self, values: int, members: int, sampling: Sampling) -> tuple[float, float]:
+        """Estimates the floating-point operations of fitting and of sampling.
+
+        Args:
+            values: D, numbers in a vector.
+            members: K, vectors to learn.
+        """
+        return 0.0, 0.0
+
+
+# Sections, by the key that they stand under, that are of another kind when a later layer changes their name.
+CHOICES: dict[str, type[Choice]] = {"generator": Generator}
 
 
 class Sampling(Section):
     """Drawing new vectors from the generator (stage `samples`)."""
 
     samples: int = Field(100, ge=1, description="number of new networks")
-    sampler: Literal["ddpm", "ddim", "dpmsolver++"] = Field("ddpm", description="diffusers' scheduler")
+    sampler: Annotated[str, Known("pdiff_ray.generators.samplers:SAMPLERS")] = Field(
+        "ddpm", description="how a diffusion model's noise becomes latents"
+    )
     steps: int | None = Field(None, ge=1, description="denoising steps; default: all timesteps")
     seed: int | None = Field(None, description="default: the experiment's seed")
 
@@ -327,7 +383,7 @@ class Experiment(Section):
     network: Network = Network()
     training: Training = Training()
     zoo: Zoo = Zoo()
-    generator: Generator = Generator()
+    generator: SerializeAsAny[Generator] = Field(default_factory=lambda: Generator.model_validate({}))
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
@@ -359,12 +415,7 @@ class Experiment(Section):
                 f"training.batch_size is {batch_size}, which {workers} workers (resources.workers) cannot share "
                 "equally, two images each at least; change one of them"
             )
-        steps, timesteps = self.sampling.steps, self.generator.diffusion.num_timesteps
-        if steps and steps > timesteps:
-            raise ValueError(
-                f"sampling.steps is {steps}, but generator.diffusion.num_timesteps is {timesteps}; lower the first or "
-                "raise the second"
-            )
+        self.generator.check_sampling(self.sampling)
         return self
 
     @property

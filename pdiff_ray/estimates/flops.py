@@ -18,8 +18,9 @@ from torch.utils.flop_counter import flop_registry
 
 from pdiff_ray.config import schema
 from pdiff_ray.data.sources import DataInfo
-from pdiff_ray.generators.autoencoder import Autoencoder
-from pdiff_ray.generators.diffusion import Diffusion
+from pdiff_ray.generators.autoencoder import Autoencoder, AutoencoderSettings
+from pdiff_ray.generators.diffusion import Diffusion, DiffusionSettings
+from pdiff_ray.generators.latent_diffusion import LatentDiffusionSettings
 from pdiff_ray.networks.build import build_network, check_network
 from pdiff_ray.networks.subset import Subset, resolve
 
@@ -114,7 +115,7 @@ def generator_flops(
     Returns:
         FLOPs of fitting and of drawing all samples, and bytes that fitting holds beside the vectors.
     """
-    if settings.name == "gaussian":
+    if not isinstance(settings, LatentDiffusionSettings):
         return 2.0 * members * values, 2.0 * sampling.samples * members * values, 4.0 * members * values
     ae, diffusion = settings.autoencoder, settings.diffusion
     any_steps = [section.model_copy(update={"steps": 1}) for section in (ae, diffusion)]
@@ -127,7 +128,7 @@ def generator_flops(
 
 
 @functools.cache
-def _passes(ae: schema.Autoencoder, diffusion: schema.Diffusion, values: int) -> tuple[int, int, int, int]:
+def _passes(ae: AutoencoderSettings, diffusion: DiffusionSettings, values: int) -> tuple[int, int, int, int]:
     """Returns FLOPs and bytes of a vector's way to its latent and back, the parameters, and FLOPs of denoising once."""
     with torch.device("meta"):
         model, denoiser = Autoencoder(ae, values), Diffusion(diffusion, ae.latent_dim).denoiser

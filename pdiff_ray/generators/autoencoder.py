@@ -7,15 +7,40 @@ Shapes: B vectors of D values, Z latent dimensions.
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pdiff_ray.common.errors import ConfigError
-from pdiff_ray.config.schema import Autoencoder as Settings
+from pdiff_ray.config.schema import Section
 
 MAX_PARAMETERS = 2 * 10**9
+
+
+class AutoencoderSettings(Section):
+    """The section `generator.autoencoder`."""
+
+    channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (8, 16, 32, 32), min_length=1, description="of the encoder's layers"
+    )
+    kernel_size: int = Field(5, ge=3, description="odd")
+    stride: int = Field(2, ge=1, description="of every layer")
+    latent_dim: int = Field(32, ge=1, description="numbers that a vector is encoded into")
+    parameter_noise: float = Field(0.001, ge=0, description="sigma of the noise on the normalized input")
+    latent_noise: float = Field(0.1, ge=0, description="sigma of the noise on the latent")
+    steps: int = Field(500, ge=1, description="training steps")
+    batch_size: int = Field(50, ge=1, description="vectors per step; all of them if there are fewer")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW, with a cosine schedule")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+
+    @model_validator(mode="after")
+    def _odd(self) -> AutoencoderSettings:
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {self.kernel_size}; it must be odd")
+        return self
 
 
 class Autoencoder(nn.Module):
@@ -27,7 +52,7 @@ class Autoencoder(nn.Module):
         ConfigError: the linear layers at the latent would be too large; a larger stride makes them smaller.
     """
 
-    def __init__(self, settings: Settings, dimension: int) -> None:
+    def __init__(self, settings: AutoencoderSettings, dimension: int) -> None:
         super().__init__()
         self.settings, self.dimension = settings, dimension
         channels, kernel, stride = settings.channels, settings.kernel_size, settings.stride

@@ -1,4 +1,4 @@
-"""Denoising diffusion of latents (DDPM, Ho et al. 2020): the forward process, the denoisers, and sampling.
+"""Denoising diffusion of latents (DDPM, Ho et al. 2020): the forward process, the denoisers, and their training.
 
 Shapes: B latents of Z dimensions.
 """
@@ -6,20 +6,40 @@ Shapes: B latents of Z dimensions.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pdiff_ray.common.registry import Registry
 from pdiff_ray.common.seeds import generator
-from pdiff_ray.config.schema import Diffusion as Settings
-from pdiff_ray.config.schema import Sampling
-from pdiff_ray.generators.graphs import capture
+from pdiff_ray.config.schema import Known, Sampling, Section
+from pdiff_ray.generators.samplers import SAMPLERS, spaced_timesteps
 
 ONEDNN, ONEDNN_BATCH = torch.backends.mkldnn.is_available(), 16  # for fewer rows MKL takes less time
+
+
+class DiffusionSettings(Section):
+    """The section `generator.diffusion`."""
+
+    denoiser: Annotated[str, Known("pdiff_ray.generators.diffusion:DENOISERS")] = Field(
+        "mlp", description="residual MLP or 1D CNN"
+    )
+    width: int = Field(256, ge=8, description="hidden width (mlp) or channels (cnn)")
+    depth: int = Field(3, ge=1, description="residual blocks")
+    prediction: Literal["v", "epsilon"] = Field("v", description="what the denoiser is trained to predict")
+    num_timesteps: int = Field(1000, ge=2, description="of the forward process")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="first of the linear betas")
+    beta_end: float = Field(2e-2, gt=0, lt=1, description="last of the linear betas")
+    standardize_latents: bool = Field(True, description="zero mean and unit variance per latent dimension")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="0 switches the average of the weights off")
+    steps: int = Field(600, ge=1, description="training steps")
+    batch_size: int = Field(50, ge=1, description="latents per step; all of them if there are fewer")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW, with a cosine schedule")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
 
 
 class TimestepEmbedding(nn.Module):
@@ -105,16 +125,20 @@ class CNNDenoiser(nn.Module):
         return self.last(hidden)[:, 0]
 
 
+# Classes or functions of the latent's dimension, a width and a depth. A denoiser has an `embedding` of timesteps (B,).
+DENOISERS: Registry[Callable[[int, int, int], Any]] = Registry("denoiser", {"mlp": MLPDenoiser, "cnn": CNNDenoiser})
+
+
 class Diffusion(nn.Module):
     """A denoiser and the noise schedule it is trained for, linear betas."""
 
     alphas_cumprod: Tensor  # (num_timesteps,)
 
-    def __init__(self, settings: Settings, latent_dim: int) -> None:
+    def __init__(self, settings: DiffusionSettings, latent_dim: int) -> None:
         super().__init__()
         self.settings, self.latent_dim = settings, latent_dim
-        kind = MLPDenoiser if settings.denoiser == "mlp" else CNNDenoiser
-        self.denoiser: MLPDenoiser | CNNDenoiser = kind(latent_dim, settings.width, settings.depth)
+        self.prediction = settings.prediction
+        self.denoiser = DENOISERS[settings.denoiser](latent_dim, settings.width, settings.depth)
         betas = torch.linspace(settings.beta_start, settings.beta_end, settings.num_timesteps)
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
 
@@ -125,7 +149,7 @@ class Diffusion(nn.Module):
 
     def target(self, x_start: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """What the denoiser should predict: eps, or v = sqrt(a) eps - sqrt(1 - a) x_0 (Salimans and Ho 2022)."""
-        if self.settings.prediction == "epsilon":
+        if self.prediction == "epsilon":
             return eps
         a = self.alphas_cumprod[t][:, None]
         return a.sqrt() * eps - (1 - a).sqrt() * x_start
@@ -147,108 +171,15 @@ class Diffusion(nn.Module):
 
     @torch.inference_mode()
     def denoise(self, x: Tensor, sampling: Sampling, draw: Callable[[], Tensor]) -> Tensor:
-        """Noise x (B, Z) to latents (B, Z); `draw` gives the noise (B, Z) that a step of DDPM adds."""
-        scheduler = make_scheduler(self.settings, sampling)
-        scheduler.set_timesteps(sampling.steps or self.settings.num_timesteps)
-        times = self.denoiser.embedding(scheduler.timesteps.to(x.device))
-        if sampling.sampler == "dpmsolver++":  # looks back at earlier steps
-            for t, time in zip(scheduler.timesteps, times.split(1), strict=True):
-                x = scheduler.step(self.denoiser(x, time), t, x).prev_sample
-            return x
-        steps = linear_steps(scheduler)
-        if x.device.type == "cuda":
-            step = GraphStep(self.denoiser, x, times, steps)
-            try:
-                graph, _ = capture(step)
-            except RuntimeError as error:
-                warnings.warn(f"sampling without a CUDA graph, which is slower: {error}", stacklevel=2)
-            else:
-                step.restart(x)
-                for of_noise in steps[:, 2].tolist():
-                    if of_noise:
-                        step.noise.copy_(draw())
-                    graph.replay()
-                return step.x
-        for time, (of_x, of_prediction, of_noise) in zip(times.split(1), steps.tolist(), strict=True):
-            x = torch.add(x * of_x, self.denoiser(x, time), alpha=of_prediction)
-            if of_noise:
-                x.add_(draw(), alpha=of_noise)
-        return x
+        """Turns noise x (B, Z) into latents (B, Z); `draw` gives more noise (B, Z), for samplers that add some."""
+        num_timesteps = self.settings.num_timesteps
+        timesteps = spaced_timesteps(num_timesteps, sampling.steps or num_timesteps)
+        return SAMPLERS[sampling.sampler](self, timesteps, x, draw)
 
-
-class GraphStep:
-    """A sampling step that works on the same memory each time, and finds by itself which one it is.
-
-    Args:
-        x: noise (B, Z) to start from.
-        times: embeddings (steps, width).
-        steps: of `linear_steps`.
-    """
-
-    def __init__(self, denoiser: nn.Module, x: Tensor, times: Tensor, steps: Tensor) -> None:
-        self.denoiser, self.times, self.steps = denoiser, times, steps.to(x)
-        self.x, self.noise = x.clone(), torch.zeros_like(x)
-        self.index = torch.zeros(1, dtype=torch.long, device=x.device)
-
-    def __call__(self) -> None:
-        of_x, of_prediction, of_noise = self.steps[self.index].split(1, 1)  # (1, 1) each
-        prediction = self.denoiser(self.x, self.times[self.index])
-        self.x.copy_(of_x * self.x + of_prediction * prediction + of_noise * self.noise)
-        self.index.add_(1)
-
-    def restart(self, x: Tensor) -> None:
-        self.x.copy_(x)
-        self.index.zero_()
-
-
-def linear_steps(scheduler: Any) -> Tensor:
-    """The steps of DDPM or DDIM (eta 0) as what they are: sums of x_t, the prediction and fresh noise.
-
-    Ho et al. 2020, equation 7, and Song et al. 2020, equation 12, with the prediction's x_0 and eps put in. diffusers
-    computes the same from the schedule at each step, which takes longer than a small denoiser.
-
-    Args:
-        scheduler: of `make_scheduler`, its timesteps set.
-
-    Returns:
-        Factors of the three (steps, 3), float64, on the CPU.
-    """
-    ddpm, t = "DDPM" in type(scheduler).__name__, scheduler.timesteps
-    following = torch.cat([t[1:], t.new_tensor([-1])])
-    if not ddpm:
-        following = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    alphas_cumprod = scheduler.alphas_cumprod.double()
-    a = alphas_cumprod[t]
-    a_next = torch.where(following >= 0, alphas_cumprod[following.clamp(min=0)], 1.0)
-    zero, one = torch.zeros_like(a), torch.ones_like(a)
-    # Factors of x_t and the prediction.
-    if scheduler.config.prediction_type == "epsilon":
-        x_start, eps = torch.stack([one, -(1 - a).sqrt()]) / a.sqrt(), torch.stack([zero, one])
-    else:
-        x_start, eps = torch.stack([a.sqrt(), -(1 - a).sqrt()]), torch.stack([(1 - a).sqrt(), a.sqrt()])
-    if not ddpm:
-        return torch.cat([a_next.sqrt() * x_start + (1 - a_next).sqrt() * eps, zero[None]]).T
-    alpha = a / a_next
-    mean = a_next.sqrt() * (1 - alpha) / (1 - a) * x_start
-    mean[0] += alpha.sqrt() * (1 - a_next) / (1 - a)
-    return torch.cat([mean, ((1 - a_next) / (1 - a) * (1 - alpha)).sqrt()[None]]).T
-
-
-def make_scheduler(settings: Settings, sampling: Sampling) -> Any:
-    """The diffusers scheduler of a sampler; latents have no bounds, so nothing is clipped."""
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-
-    common: dict[str, Any] = {
-        "num_train_timesteps": settings.num_timesteps,
-        "beta_start": settings.beta_start,
-        "beta_end": settings.beta_end,
-        "beta_schedule": "linear",
-        "prediction_type": {"epsilon": "epsilon", "v": "v_prediction"}[settings.prediction],
-        "timestep_spacing": "trailing",  # starts from pure noise whatever the number of steps
-    }
-    if sampling.sampler == "dpmsolver++":
-        return DPMSolverMultistepScheduler(**common)
-    kind = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampling.sampler]
-    return kind(**common, clip_sample=False)
+    def predict(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """Returns x_0 and eps (B, Z) as the denoiser sees them in x_t (B, Z)."""
+        prediction = self.denoiser(x, self.denoiser.embedding(torch.tensor([t], device=x.device)))
+        a = self.alphas_cumprod[t]
+        if self.prediction == "epsilon":
+            return (x - (1 - a).sqrt() * prediction) / a.sqrt(), prediction
+        return a.sqrt() * x - (1 - a).sqrt() * prediction, (1 - a).sqrt() * x + a.sqrt() * prediction

@@ -10,16 +10,27 @@ from torch import Tensor
 
 from pdiff_ray.common.seeds import generator
 from pdiff_ray.config import schema
-from pdiff_ray.generators.interface import Fitting, State
+from pdiff_ray.generators.interface import Fitting, Generator, State
 from pdiff_ray.networks.subset import Subset
 
 NUM_VIEW_DIMENSIONS = 32
 
 
-class Gaussian:
-    """See `interface.Generator`. Samples are mean + z @ factor with z ~ N(0, I) of K dimensions."""
+class GaussianSettings(schema.Generator):
+    """The section `generator` where its name is gaussian."""
 
-    def __init__(self, settings: schema.Generator, subset: Subset) -> None:
+    name: schema.GeneratorName = "gaussian"
+
+    def flops(self, values: int, members: int, sampling: schema.Sampling) -> tuple[float, float]:
+        return 3.0 * members * values, 2.0 * sampling.samples * members * values
+
+
+class Gaussian(Generator):
+    """A Gaussian, whose samples are mean + z @ factor with z ~ N(0, I) of K dimensions."""
+
+    Settings = GaussianSettings
+
+    def __init__(self, settings: GaussianSettings, subset: Subset) -> None:
         self.mean = torch.zeros(subset.size)
         self.factor = torch.zeros(1, subset.size)
 

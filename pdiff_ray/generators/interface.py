@@ -1,26 +1,20 @@
-"""Generators: what learns the distribution of a zoo's vectors and draws new ones.
+"""What all generators share: they learn the distribution of a zoo's vectors and draw new ones.
 
-All share one interface (`Generator`); a new one is a module with a class and a line in `GENERATORS`.
 Shapes: K vectors of the zoo, D values each.
 """
 
 from __future__ import annotations
 
-import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pdiff_ray.config import schema
 from pdiff_ray.networks.subset import Subset
-
-GENERATORS = {
-    "latent_diffusion": "pdiff_ray.generators.latent_diffusion:LatentDiffusion",
-    "gaussian": "pdiff_ray.generators.gaussian:Gaussian",
-}
 
 State = dict[str, Any]
 
@@ -53,31 +47,36 @@ class Fitting:
     notes: dict[str, Any] = field(default_factory=dict)  # findings for the record, such as the gate's; filled in
 
 
-class Generator(Protocol):
-    """A distribution over vectors. Constructed from its configuration alone; `fit` or `load_state` makes it usable."""
+class Generator(ABC):
+    """A distribution over vectors, made from its settings alone; `fit` or `load_state` makes it usable.
 
-    def __init__(self, settings: schema.Generator, subset: Subset) -> None: ...
+    Attributes:
+        Settings: the class of the section `generator` where this generator is chosen: its fields, what can be found
+            wrong with them before work starts, and what fitting and sampling will cost.
+    """
 
+    Settings: ClassVar[type[schema.Generator]] = schema.Generator
+
+    @abstractmethod
+    def __init__(self, settings: Any, subset: Subset) -> None:
+        """Makes a generator of vectors of a subset, from its `Settings`."""
+
+    @abstractmethod
     def fit(self, vectors: Tensor, fitting: Fitting) -> None:
         """Learns from vectors (K, D), float32."""
-        ...
 
+    @abstractmethod
     def sample(self, count: int, sampling: schema.Sampling, device: torch.device) -> Tensor:
         """Draws vectors (count, D), float32, determined by `sampling.seed`."""
-        ...
 
+    @abstractmethod
     def state(self) -> State:
-        """Everything that `sample` needs, normalization included; for `artifacts.save_tree`."""
-        ...
+        """Returns all that `sample` and `encode` need as nested dicts of tensors, for `trees.save_tree`."""
 
-    def load_state(self, state: State) -> None: ...
+    @abstractmethod
+    def load_state(self, state: State) -> None:
+        """Takes up a fitted generator's `state`."""
 
+    @abstractmethod
     def encode(self, vectors: Tensor) -> Tensor:
-        """A low-dimensional view of vectors (n, D) for plots: (n, latent)."""
-        ...
-
-
-def make_generator(settings: schema.Generator, subset: Subset) -> Generator:
-    """An unfitted generator of vectors of `subset`."""
-    module, _, name = GENERATORS[settings.name].partition(":")
-    return getattr(importlib.import_module(module), name)(settings, subset)
+        """Returns a low-dimensional view of vectors (n, D) for plots: (n, latent)."""

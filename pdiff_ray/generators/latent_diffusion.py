@@ -6,16 +6,19 @@ Shapes: K vectors of D values, Z latent dimensions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config import schema
 from pdiff_ray.config.schema import Optimizer
-from pdiff_ray.generators.autoencoder import Autoencoder
-from pdiff_ray.generators.diffusion import Diffusion
-from pdiff_ray.generators.interface import NUM_RUNGS, Fitting, State
+from pdiff_ray.generators.autoencoder import Autoencoder, AutoencoderSettings
+from pdiff_ray.generators.diffusion import Diffusion, DiffusionSettings
+from pdiff_ray.generators.interface import NUM_RUNGS, Fitting, Generator, State
 from pdiff_ray.generators.normalizer import Normalizer
 from pdiff_ray.generators.training import fit_model
 from pdiff_ray.networks.subset import Subset
@@ -27,10 +30,81 @@ PREVIEW_SAMPLES, PREVIEW_STEPS = 10, 20
 CHUNK = 50  # vectors that pass the autoencoder together, outside of training
 
 
-class LatentDiffusion:
-    """See `pdiff_ray.generators.interface.Generator`."""
+# The first version of the paper (arXiv 2402.13144v1): 30,000 epochs over K vectors in one batch for both models.
+PAPER_RECIPE: dict[str, Any] = {
+    "normalize": "dimension",
+    "autoencoder": {"steps": 30_000, "batch_size": 200, "lr": 1e-3, "latent_noise": 0.1},
+    "diffusion": {
+        "denoiser": "cnn",
+        "width": 64,
+        "prediction": "epsilon",
+        "standardize_latents": False,
+        "steps": 30_000,
+        "batch_size": 200,
+        "lr": 1e-3,
+    },
+}
 
-    def __init__(self, settings: schema.Generator, subset: Subset) -> None:
+
+class LatentDiffusionSettings(schema.Generator):
+    """The section `generator` where its name is latent_diffusion."""
+
+    unkeyed = frozenset({"recipe"})  # whose values are filled in
+    memory_fields = "generator.autoencoder.batch_size or generator.autoencoder.channels"
+
+    name: schema.GeneratorName = "latent_diffusion"
+    recipe: Literal["default", "paper"] = Field(
+        "default", description="defaults of the fields below: what measures best here, or the paper's setting"
+    )
+    normalize: Literal["dimension", "tensor", "centered_tensor"] = Field(
+        "dimension", description="statistics per number; per tensor; or mean per number and scale per tensor"
+    )
+    autoencoder: AutoencoderSettings = AutoencoderSettings()
+    diffusion: DiffusionSettings = DiffusionSettings()
+    gate_points: float = Field(2.0, ge=0, description="warn if decoded members lose more validation accuracy (points)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("recipe") == "paper":
+            return schema.merge(PAPER_RECIPE, value)
+        return value
+
+    def check_sampling(self, sampling: schema.Sampling) -> None:
+        steps, timesteps = sampling.steps, self.diffusion.num_timesteps
+        if steps and steps > timesteps:
+            raise ValueError(
+                f"sampling.steps is {steps}, but generator.diffusion.num_timesteps is {timesteps}; lower the first or "
+                "raise the second"
+            )
+
+    def check(self, dimension: int) -> None:
+        with torch.device("meta"):
+            Autoencoder(self.autoencoder, dimension)
+
+    def flops(self, values: int, members: int, sampling: schema.Sampling) -> tuple[float, float]:
+        ae, diffusion = self.autoencoder, self.diffusion
+        with torch.device("meta"):
+            model, process = Autoencoder(ae, values), Diffusion(diffusion, ae.latent_dim)
+            latents = torch.zeros(1, ae.latent_dim)
+            encode = count_flops(lambda: model.encode(torch.zeros(1, values)))
+            decode = count_flops(lambda: model.decode(latents))
+            time = process.denoiser.embedding(torch.zeros(1))
+            denoise = count_flops(lambda: process.denoiser(latents, time))
+            embed = count_flops(lambda: process.denoiser.embedding(torch.zeros(1)))
+        # A training step is a pass forward, and one backward at twice the cost.
+        fit = 3 * ae.steps * min(ae.batch_size, members) * (encode + decode) + members * (encode + decode)
+        fit += 3 * diffusion.steps * min(diffusion.batch_size, members) * (embed + denoise)
+        steps = sampling.steps or diffusion.num_timesteps
+        return fit, steps * embed + sampling.samples * (steps * denoise + decode + encode) + members * encode
+
+
+class LatentDiffusion(Generator):
+    """The paper's generator: diffusion of the latents of an autoencoder."""
+
+    Settings = LatentDiffusionSettings
+
+    def __init__(self, settings: LatentDiffusionSettings, subset: Subset) -> None:
         self.settings, self.subset = settings, subset
         latent_dim = settings.autoencoder.latent_dim
         with torch.random.fork_rng(devices=[]):
@@ -136,6 +210,13 @@ class LatentDiffusion:
 def _spread(count: int) -> Tensor:
     """Indices of a few members, from the first to the last."""
     return torch.linspace(0, count - 1, min(GATE_MEMBERS, count)).round().long()
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """Returns the floating-point operations of a computation, as PyTorch counts them."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def _in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:

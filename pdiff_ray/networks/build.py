@@ -5,41 +5,40 @@ Shapes: B images of a batch, C channels, S the edge in pixels.
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pdiff_ray.common.errors import ConfigError, did_you_mean
+from pdiff_ray.common.registry import Registry
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config.schema import Network
 from pdiff_ray.data.sources import DataInfo
 
 
 class MLP(nn.Sequential):
-    """Fully connected ReLU network of flattened images."""
+    """A fully connected ReLU network of flattened images."""
 
-    def __init__(self, info: DataInfo, hidden: Sequence[int]) -> None:
-        widths = [info.channels * info.image_size**2, *hidden]
+    def __init__(self, in_channels: int, image_size: int, num_classes: int, hidden: Sequence[int]) -> None:
+        widths = [in_channels * image_size**2, *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
         for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.ReLU()]
-        super().__init__(*layers, nn.Linear(widths[-1], info.num_classes))
+        super().__init__(*layers, nn.Linear(widths[-1], num_classes))
 
 
 class ConvNet(nn.Module):
     """3 x 3 convolutions with BatchNorm and ReLU, halved between them where the image allows, then average pooling."""
 
-    def __init__(self, info: DataInfo, widths: Sequence[int] = (32, 64, 128)) -> None:
+    def __init__(
+        self, in_channels: int, image_size: int, num_classes: int, widths: Sequence[int] = (32, 64, 128)
+    ) -> None:
         super().__init__()
-        channels, size = info.channels, info.image_size
+        channels, size = in_channels, image_size
         self.layers = nn.ModuleList()
         for index, width in enumerate(widths):
             halved = index < len(widths) - 1 and size >= 4
@@ -51,7 +50,7 @@ class ConvNet(nn.Module):
             }
             self.layers.append(nn.Sequential(OrderedDict(layer)))
             channels, size = width, size // 2 if halved else size
-        self.fc = nn.Linear(channels, info.num_classes)
+        self.fc = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         for layer in self.layers:
@@ -62,13 +61,16 @@ class ConvNet(nn.Module):
 # The paper calls S-1 to S-3 and ConvNet-3 networks of 25 k to 155 k parameters and leaves their sizes open. With
 # MNIST's 784 inputs these have 25,450, 55,050 and 152,970; the ConvNet-3 has 94,762 with three input channels and 10
 # classes.
-PAPER_NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "s1": lambda info: MLP(info, [32]),
-    "s2": lambda info: MLP(info, [64, 64]),
-    "s3": lambda info: MLP(info, [160, 160]),
-    "convnet3": lambda info: ConvNet(info, (32, 64, 128)),
-    "convnet": ConvNet,
-}
+NETWORKS: Registry[Callable[..., nn.Module]] = Registry(
+    "network of the paper",
+    {
+        "s1": partial(MLP, hidden=[32]),
+        "s2": partial(MLP, hidden=[64, 64]),
+        "s3": partial(MLP, hidden=[160, 160]),
+        "convnet3": partial(ConvNet, widths=(32, 64, 128)),
+        "convnet": ConvNet,
+    },
+)
 
 
 def build_network(config: Network, info: DataInfo, *seed: int | str) -> nn.Module:
@@ -81,7 +83,7 @@ def build_network(config: Network, info: DataInfo, *seed: int | str) -> nn.Modul
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("network", *seed))
         try:
-            network = _BUILDERS[source](config, info)
+            network = SOURCES[source](config, info)
         except ConfigError:
             raise
         except (TypeError, ValueError, KeyError, RuntimeError, AssertionError) as error:
@@ -95,17 +97,6 @@ def build_network(config: Network, info: DataInfo, *seed: int | str) -> nn.Modul
         if config.cifar_stem:
             _cifar_stem(network, config.name)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def fingerprint(config: Network) -> str:
-    """A hash of the source file of the user's own network: what it builds changes with it."""
-    try:
-        spec = importlib.util.find_spec(config.name.partition(":")[0])
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.origin or not Path(spec.origin).is_file():
-        return "missing"  # building it says so
-    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:16]
 
 
 def check_network(config: Network, info: DataInfo) -> nn.Module:
@@ -135,7 +126,7 @@ def _source(config: Network) -> str:
         return config.source
     if ":" in config.name:
         return "custom"
-    if config.name in PAPER_NETWORKS:
+    if config.name in NETWORKS:
         return "paper"
     import timm
 
@@ -145,14 +136,20 @@ def _source(config: Network) -> str:
 
     if config.name in list_models():
         return "torchvision"
-    near = did_you_mean(config.name, [*PAPER_NETWORKS, *timm.list_models(), *list_models()])
+    near = did_you_mean(config.name, [*NETWORKS, *timm.list_models(), *list_models()])
     raise ConfigError(f"network.name: neither the paper's, timm nor torchvision have a network {config.name!r}{near}")
 
 
-def _paper(config: Network, info: DataInfo) -> nn.Module:
-    if config.name not in PAPER_NETWORKS:
-        raise ConfigError(f"network.name: unknown paper network {config.name!r}; known: {', '.join(PAPER_NETWORKS)}")
-    return PAPER_NETWORKS[config.name](info, **config.args)
+def _plain(config: Network, info: DataInfo) -> nn.Module:
+    """Builds one of the paper's networks, or one of the user's own."""
+    try:
+        build = NETWORKS[config.name]
+    except ConfigError as error:
+        raise ConfigError(f"network.name: {error}") from None
+    network = build(in_channels=info.channels, image_size=info.image_size, num_classes=info.num_classes, **config.args)
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"network.name: {config.name} returned {type(network).__name__}, not a torch.nn.Module")
+    return network
 
 
 def _timm(config: Network, info: DataInfo) -> nn.Module:
@@ -189,19 +186,11 @@ def _torchvision(config: Network, info: DataInfo) -> nn.Module:
     return network
 
 
-def _custom(config: Network, info: DataInfo) -> nn.Module:
-    module_name, _, function = config.name.partition(":")
-    try:
-        build: Any = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"network.name: {config.name!r} (module:function) cannot be imported: {error}") from None
-    network = build(in_channels=info.channels, image_size=info.image_size, num_classes=info.num_classes, **config.args)
-    if not isinstance(network, nn.Module):
-        raise ConfigError(f"network.name: {config.name} returned {type(network).__name__}, not a torch.nn.Module")
-    return network
-
-
-_BUILDERS = {"paper": _paper, "timm": _timm, "torchvision": _torchvision, "custom": _custom}
+SOURCES: Registry[Callable[[Network, DataInfo], nn.Module]] = Registry(
+    "source of networks",
+    {"paper": _plain, "timm": _timm, "torchvision": _torchvision, "custom": _plain},
+    also=["auto"],
+)
 
 
 def _cifar_stem(network: nn.Module, name: str) -> None:

@@ -15,7 +15,6 @@ from pdiff_ray.common.progress import Display, Progress, console, display
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data import sources
 from pdiff_ray.data.cache import default_cache
-from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.networks.build import check_network
 from pdiff_ray.stages import evaluation
 from pdiff_ray.stages.context import Context
@@ -83,17 +82,18 @@ def make_plan(experiment: Experiment, target: str = "report") -> Plan:
     return Plan(experiment, storage, artifacts, tuple(missing))
 
 
-def check(plan: Plan) -> None:
-    """Everything that can be found wrong before work starts: network, subset, data, storage.
+def check(plan: Plan) -> int:
+    """Finds what is wrong before work starts: with network, subset, generator, data and storage.
+
+    Returns:
+        D, the number of values that are generated.
 
     Raises:
         PdiffError
     """
     network = check_network(plan.experiment.network, sources.describe(plan.experiment.data))
     subset = subset_of(plan.experiment, network)
-    if plan.experiment.generator.name == "latent_diffusion":
-        with torch.device("meta"):
-            Autoencoder(plan.experiment.generator.autoencoder, subset.size)
+    plan.experiment.generator.check(subset.size)
     if "zoo" in plan.missing and plan.experiment.zoo.imported:
         raise ConfigError(
             f"zoo.imported: no zoo {plan.experiment.zoo.imported!r} in {plan.storage.location('zoo')}; bring it in "
@@ -102,6 +102,7 @@ def check(plan: Plan) -> None:
     if plan.needs_ray:
         sources.check(plan.experiment.data)
     plan.storage.check_writable()
+    return subset.size
 
 
 def run(plan: Plan, *, in_process: bool = False, track: bool = False) -> None:

@@ -24,21 +24,21 @@ OnChange = Callable[[Trial], None]
 
 
 def check(ledger: Ledger) -> None:
-    """Everything that can be found wrong before work starts, once for each distinct data set, network and subset.
+    """Finds what is wrong before work starts, once for each distinct data set, network and subset.
 
     Raises:
         PdiffError
     """
-    seen: set[str] = set()
+    sizes: dict[str, int] = {}  # of subsets
     # What a search will try is not known, and what it has begun to try may be what cannot be built.
     for trial in (ledger.planned() if ledger.sweep.search == "grid" else []) or [Trial(-1, {}, (0,))]:
         for experiment in ledger.experiments(trial):
             # What decides whether it can be built; the seeds do not.
             zoo = experiment.zoo.model_dump(include={"subset", "batchnorm", "imported", "members"})
-            same = repr((experiment.data, experiment.network, zoo, experiment.generator.autoencoder))
-            if same not in seen:
-                seen.add(same)
-                check_plan(make_plan(experiment))
+            same = repr((experiment.data, experiment.network, zoo))
+            if same not in sizes:
+                sizes[same] = check_plan(make_plan(experiment))
+            experiment.generator.check(sizes[same])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 from pdiff_ray.common.devices import enough_memory
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.generators.interface import Fitting, Generator, make_generator
+from pdiff_ray.generators.interface import Fitting, Generator
+from pdiff_ray.generators.table import make_generator
 from pdiff_ray.stages.base import HISTORY_FILE
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.judging import base_judge
@@ -59,9 +60,7 @@ def build(
         checkpoint_s=context.checkpoint_s,
     )
     generator = make_generator(settings, subset)
-    with enough_memory(
-        "training of the generator", "generator.autoencoder.batch_size or generator.autoencoder.channels"
-    ):
+    with enough_memory("training of the generator", settings.memory_fields):
         generator.fit(torch.from_numpy(zoo.vectors(range(experiment.num_members))).to(context.device), fitting)
     files = {
         GENERATOR_FILE: save_tree(generator.state()),

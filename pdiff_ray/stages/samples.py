@@ -32,7 +32,7 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
         count = int((~vectors.isfinite()).any(1).sum())
         raise PdiffError(
             f"sampling: {count} of {len(vectors)} generated vectors are not finite; train the generator longer or with "
-            "a lower generator.diffusion.lr, or choose another sampling.sampler"
+            "a lower learning rate, or choose another sampling.sampler"
         )
     sampled_s = time.monotonic() - started
     context.progress("samples", sampling.samples, sampling.samples, "")

@@ -188,7 +188,7 @@ def digest(content: bytes | pa.Buffer) -> str:
 def versions() -> dict[str, str]:
     """Versions of what numbers depend on."""
     found = {"pdiff_ray": pdiff_ray.__version__, "python": platform.python_version()}
-    for package in ("torch", "torchvision", "timm", "numpy", "diffusers", "ray", "pyarrow"):
+    for package in ("torch", "torchvision", "timm", "numpy", "ray", "pyarrow"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

@@ -3,29 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.common.registry import Registry
 from pdiff_ray.config.schema import Optimizer
 
 
-def lr_factor(schedule: str, step: int, num_steps: int) -> float:
-    """The learning rate at `step` (of 0 to num_steps - 1), relative to its peak.
+def _sgd(parameters: Sequence[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
 
-    "onecycle" rises from 1/25 over the first 30 % and falls to zero, both as half cosines (Smith and Topin 2018).
-    """
-    if schedule == "constant":
-        return 1.0
+
+def _adam(parameters: Sequence[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay)
+
+
+def _adamw(parameters: Sequence[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, settings.lr, weight_decay=settings.weight_decay)
+
+
+# Functions of the parameters and the settings. What an optimizer keeps of a parameter has the parameter's shape, but
+# for the number of steps ("step"): networks that are trained as one program share one optimizer.
+OPTIMIZERS: Registry[Callable[[Sequence[nn.Parameter], Optimizer], torch.optim.Optimizer]] = Registry(
+    "optimizer", {"adamw": _adamw, "adam": _adam, "sgd": _sgd}
+)
+
+
+def _constant(step: int, num_steps: int) -> float:
+    return 1.0
+
+
+def _cosine(step: int, num_steps: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * (step / max(1, num_steps))))
+
+
+def _onecycle(step: int, num_steps: int) -> float:
+    """Rises from 1/25 over the first 30 % and falls to zero, both as half cosines (Smith and Topin 2018)."""
     position = step / max(1, num_steps)
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * position))
     if position < 0.3:
         return 1 / 25 + (1 - 1 / 25) * 0.5 * (1 - math.cos(math.pi * position / 0.3))
     return 0.5 * (1 + math.cos(math.pi * (position - 0.3) / 0.7))
+
+
+# The learning rate at a step (of 0 to num_steps - 1), relative to its peak.
+SCHEDULES: Registry[Callable[[int, int], float]] = Registry(
+    "schedule", {"constant": _constant, "cosine": _cosine, "onecycle": _onecycle}
+)
 
 
 class Trainer:
@@ -39,11 +66,8 @@ class Trainer:
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: Optimizer, num_steps: int, what: str) -> None:
         self.config, self.num_steps, self.what = config, num_steps, what
-        kwargs: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-        if config.name == "sgd":
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, momentum=config.momentum, **kwargs)
-        else:
-            self.optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name](parameters, **kwargs)
+        self.optimizer = OPTIMIZERS[config.name](parameters, config)
+        self.schedule = SCHEDULES[config.schedule]
 
     def step(self, loss: Tensor, step: int) -> None:
         """Applies the gradient of `loss` with the learning rate of `step`."""
@@ -58,7 +82,7 @@ class Trainer:
     def apply(self, step: int) -> None:
         """Applies the gradients with the learning rate of `step`."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * lr_factor(self.config.schedule, step, self.num_steps)
+            group["lr"] = self.config.lr * self.schedule(step, self.num_steps)
         self.optimizer.step()
 
     def check(self, loss: float, step: int, lr_field: str) -> None:

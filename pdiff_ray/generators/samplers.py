@@ -1,0 +1,163 @@
+"""Samplers: how noise becomes latents with the denoiser of a diffusion model.
+
+A sampler is a function of the model, of the timesteps to stop at, of noise, and of what draws more of it.
+Shapes: B latents of Z dimensions, num_steps timesteps.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pdiff_ray.common.registry import Registry
+from pdiff_ray.generators.graphs import capture
+
+
+class Model(Protocol):
+    """What a sampler is given of a diffusion model."""
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """Of the forward process (num_timesteps,), float32."""
+
+    @property
+    def prediction(self) -> str:
+        """What the denoiser predicts: "v" or "epsilon"."""
+
+    @property
+    def denoiser(self) -> Any:
+        """Predicts from x_t (B, Z) and `denoiser.embedding(t)`, (B, width) or (1, width)."""
+
+    def predict(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """Returns x_0 and eps (B, Z) as the denoiser sees them in x_t."""
+
+
+Sampler = Callable[[Model, Tensor, Tensor, Callable[[], Tensor]], Tensor]  # model, timesteps, noise, draw
+
+
+def spaced_timesteps(num_timesteps: int, num_steps: int) -> Tensor:
+    """Returns falling timesteps (num_steps,), int64, on the CPU, evenly spaced from the last one, which is pure noise.
+
+    This is the "trailing" spacing of Lin et al. 2023 (arXiv 2305.08891), table 2.
+    """
+    # Rounding may let one more value through at the end of the range.
+    steps = np.arange(num_timesteps, 0, -num_timesteps / num_steps)[:num_steps]
+    return torch.from_numpy(np.round(steps).astype(np.int64) - 1)
+
+
+def ddpm(model: Model, timesteps: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+    """Follows the reverse process with the posterior's variance (Ho et al. 2020, equation 7)."""
+    following = torch.cat([timesteps[1:], timesteps.new_tensor([-1])])
+    a, a_next, x_start, _ = _factors(model, timesteps, following)
+    alpha = a / a_next
+    mean = a_next.sqrt() * (1 - alpha) / (1 - a) * x_start
+    mean[0] += alpha.sqrt() * (1 - a_next) / (1 - a)
+    noise = ((1 - a_next) / (1 - a) * (1 - alpha)).sqrt()
+    return _follow(model, timesteps, x, torch.cat([mean, noise[None]]).T, draw)
+
+
+def ddim(model: Model, timesteps: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+    """Follows the deterministic process with the same marginals, eta 0 (Song et al. 2020, equation 12)."""
+    following = timesteps - len(model.alphas_cumprod) // len(timesteps)
+    _, a_next, x_start, eps = _factors(model, timesteps, following)
+    mean = a_next.sqrt() * x_start + (1 - a_next).sqrt() * eps
+    return _follow(model, timesteps, x, torch.cat([mean, torch.zeros_like(mean[:1])]).T, draw)
+
+
+def dpmsolver(model: Model, timesteps: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+    """Solves the probability flow with DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
+
+    Its first and last steps are of first order.
+    """
+    a = model.alphas_cumprod.cpu()
+    ratios = torch.cat([(((1 - a) / a) ** 0.5)[timesteps], torch.zeros(1)])  # of sigma to alpha; no noise at the end
+    alphas = [1 / (ratio**2 + 1) ** 0.5 for ratio in ratios]
+    sigmas = [ratio * alpha for ratio, alpha in zip(ratios, alphas, strict=True)]
+    lambdas = [alpha.log() - sigma.log() for alpha, sigma in zip(alphas, sigmas, strict=True)]
+    times = model.denoiser.embedding(timesteps.to(x.device))
+    previous = x
+    for i, time in enumerate(times.split(1)):
+        prediction = model.denoiser(x, time)
+        if model.prediction == "v":
+            x_start = alphas[i] * x - sigmas[i] * prediction
+        else:
+            x_start = (x - sigmas[i] * prediction) / alphas[i]
+        h = lambdas[i + 1] - lambdas[i]
+        factor = alphas[i + 1] * ((-h).exp() - 1)
+        x = sigmas[i + 1] / sigmas[i] * x - factor * x_start
+        if 0 < i < len(timesteps) - 1:
+            r = (lambdas[i] - lambdas[i - 1]) / h
+            x = x - 0.5 * factor * (1 / r * (x_start - previous))
+        previous = x_start
+    return x
+
+
+SAMPLERS: Registry[Sampler] = Registry("sampler", {"ddpm": ddpm, "ddim": ddim, "dpmsolver++": dpmsolver})
+
+
+def _factors(model: Model, timesteps: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns, in float64 on the CPU, alphas_cumprod of the timesteps and of those that follow them (num_steps,), and
+    the factors of x_t and the prediction in x_0 and in eps (2, num_steps)."""
+    alphas_cumprod = model.alphas_cumprod.cpu().double()
+    a = alphas_cumprod[timesteps]
+    a_next = torch.where(following >= 0, alphas_cumprod[following.clamp(min=0)], 1.0)
+    zero, one = torch.zeros_like(a), torch.ones_like(a)
+    if model.prediction == "epsilon":
+        return a, a_next, torch.stack([one, -(1 - a).sqrt()]) / a.sqrt(), torch.stack([zero, one])
+    return a, a_next, torch.stack([a.sqrt(), -(1 - a).sqrt()]), torch.stack([(1 - a).sqrt(), a.sqrt()])
+
+
+def _follow(model: Model, timesteps: Tensor, x: Tensor, factors: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+    """Takes steps that are sums of x_t, the prediction and fresh noise, with these factors (num_steps, 3).
+
+    To compute the factors from the schedule at each step would take longer than a small denoiser.
+    """
+    times = model.denoiser.embedding(timesteps.to(x.device))
+    if x.device.type == "cuda":
+        step = GraphStep(model.denoiser, x, times, factors)
+        try:
+            graph, _ = capture(step)
+        except RuntimeError as error:
+            warnings.warn(f"sampling without a CUDA graph, which is slower: {error}", stacklevel=2)
+        else:
+            step.restart(x)
+            for of_noise in factors[:, 2].tolist():
+                if of_noise:
+                    step.noise.copy_(draw())
+                graph.replay()
+            return step.x
+    for time, (of_x, of_prediction, of_noise) in zip(times.split(1), factors.tolist(), strict=True):
+        x = torch.add(x * of_x, model.denoiser(x, time), alpha=of_prediction)
+        if of_noise:
+            x.add_(draw(), alpha=of_noise)
+    return x
+
+
+class GraphStep:
+    """A step of `_follow` that works on the same memory each time, and finds by itself which one it is.
+
+    Args:
+        x: noise (B, Z) to start from.
+        times: embeddings (num_steps, width).
+        factors: of x_t, the prediction and fresh noise (num_steps, 3).
+    """
+
+    def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor, factors: Tensor) -> None:
+        self.denoiser, self.times, self.factors = denoiser, times, factors.to(x)
+        self.x, self.noise = x.clone(), torch.zeros_like(x)
+        self.index = torch.zeros(1, dtype=torch.long, device=x.device)
+
+    def __call__(self) -> None:
+        of_x, of_prediction, of_noise = self.factors[self.index].split(1, 1)  # (1, 1) each
+        prediction = self.denoiser(self.x, self.times[self.index])
+        self.x.copy_(of_x * self.x + of_prediction * prediction + of_noise * self.noise)
+        self.index.add_(1)
+
+    def restart(self, x: Tensor) -> None:
+        self.x.copy_(x)
+        self.index.zero_()

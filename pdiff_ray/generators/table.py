@@ -1,0 +1,19 @@
+"""Every generator by its name in the configuration."""
+
+from __future__ import annotations
+
+from pdiff_ray.common.registry import Registry
+from pdiff_ray.config import schema
+from pdiff_ray.generators.gaussian import Gaussian
+from pdiff_ray.generators.interface import Generator
+from pdiff_ray.generators.latent_diffusion import LatentDiffusion
+from pdiff_ray.networks.subset import Subset
+
+GENERATORS: Registry[type[Generator]] = Registry(
+    "generator", {"latent_diffusion": LatentDiffusion, "gaussian": Gaussian}
+)
+
+
+def make_generator(settings: schema.Generator, subset: Subset) -> Generator:
+    """Returns an unfitted generator of vectors of `subset`."""
+    return GENERATORS[settings.name](settings, subset)
