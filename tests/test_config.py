@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 
 from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.common.registry import fingerprint
 from pdiff_ray.config import loading
 from pdiff_ray.config.schema import Experiment
+from pdiff_ray.generators.autoencoder import AutoencoderSettings
+from pdiff_ray.generators.gaussian import GaussianSettings
 from pdiff_ray.generators.latent_diffusion import PAPER_RECIPE
 
 SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("**/*.yaml"))
@@ -43,6 +46,29 @@ REFUSED = {
         ["resources.gpus_per_worker: 'some'", "valid number", "'auto'"],
     ),
     "none of the choices": ("sampling: {sampler: euler}", ["sampling.sampler", "'euler'", "known: ddpm, ddim"]),
+    "unknown data set": (
+        "data: {name: cifar-10}",
+        ["data.name", "'cifar-10'", "custom, digits", "mean 'cifar10'"],
+    ),
+    "unknown optimizer": ("zoo: {optimizer: {name: adamx}}", ["zoo.optimizer.name", "'adamx'", "'adam'"]),
+    "a schedule that is not there": (
+        "training: {optimizer: {schedule: 'math:tann'}}",
+        ["training.optimizer.schedule", "'math:tann'", "module 'math' has no attribute 'tann'"],
+    ),
+    "unknown generator": (
+        "generator: {name: gausian, autoencoder: {latent_dims: 4}}",
+        ["generator.name", "no generator 'gausian'", "latent_diffusion, gaussian", "did you mean 'gaussian'?"],
+    ),
+    "a generator that is no text": (
+        "generator: {name: [gaussian]}",
+        ["generator.name", "['gaussian']", "valid string"],
+    ),
+    "a generator that is none": ("generator: {name: 'math:tan'}", ["generator", "'math:tan'", "no class Settings"]),
+    "a field of another generator": (
+        "generator: {name: gaussian, autoencoder: {latent_dim: 4}}",
+        ["generator.autoencoder", "unknown key", "known here: name, members, seed"],
+    ),
+    "a subset's function in no module": ("zoo: {subset: {function: biases}}", ["zoo.subset.function", "'biases'"]),
     "number for a section": ("zoo: 3", ["zoo: 3", "takes a mapping with some of members"]),
     "bad element": ("evaluation: {noise_sigmas: [0.1, big]}", ["evaluation.noise_sigmas.1", "'big'"]),
     "too small": ("zoo: {members: 0}", ["zoo.members", "0 is not accepted", "greater than or equal to 1"]),
@@ -168,6 +194,46 @@ def test_subset_is_replaced(load, write):
     assert load("base: parent.yaml", "zoo.subset.last_norm_layers=1").zoo.subset.last_norm_layers == 1
     assert load("base: parent.yaml", "zoo.subset=all").zoo.subset.all is True
     assert load("base: parent.yaml").zoo.subset.names == ("fc.*",)
+
+
+def test_another_generator_drops_the_fields_that_it_does_not_have(load, write):
+    text = "generator: {members: 3, gate_points: 1, autoencoder: {latent_dim: 4}}"
+    write(f"name: parent\nzoo: {{members: 5}}\n{text}", "parent.yaml")
+    for experiment in (load(text, "generator.name=gaussian"), load("base: parent.yaml\ngenerator: {name: gaussian}")):
+        assert type(experiment.generator) is GaussianSettings
+        assert experiment.generator.members == 3
+    back = load(text, "generator.name=gaussian", "generator.name=latent_diffusion", "generator.gate_points=7").generator
+    assert (back.gate_points, back.autoencoder.latent_dim) == (7, AutoencoderSettings().latent_dim)
+    same = load(text, "generator.name=latent_diffusion").generator
+    assert (same.gate_points, same.autoencoder.latent_dim) == (1, 4)
+    with pytest.raises(ConfigError, match=r"generator\.mebmers: unknown key; did you mean 'members'"):
+        load("generator: {mebmers: 3}", "generator.name=gaussian")
+
+
+def test_generators_are_written_with_the_fields_that_they_have(load):
+    plain, gaussian = load(""), load("", "generator.name=gaussian")
+    assert plain.model_dump()["generator"]["autoencoder"]["latent_dim"] == AutoencoderSettings().latent_dim
+    assert gaussian.model_dump()["generator"] == {"name": "gaussian", "members": None, "seed": 0}
+    assert Experiment.model_validate(gaussian.model_dump()) == gaussian
+    assert Experiment(name="test", generator=gaussian.generator).generator == gaussian.generator
+
+
+def test_fields_that_came_later_are_no_part_of_the_key_at_their_defaults(load):
+    keyed = load("").zoo.keyed()["subset"]
+    assert keyed == {"all": None, "last_norm_layers": 2, "norm_layers": None, "names": None}
+    own = load("zoo: {subset: {function: 'torch:typename'}}").zoo.keyed()["subset"]
+    assert own["function"] == "torch:typename"
+    assert own["code"] == {"function": fingerprint("torch:typename")}
+
+
+def test_the_users_own_code_is_part_of_the_key(load, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for factor in (1, 2):
+        (tmp_path / "own_schedule.py").write_text(f"def constant(step, num_steps): return {factor}.0")
+        keys.append(load("", "zoo.optimizer.schedule=own_schedule:constant").zoo.keyed()["optimizer"])
+    assert keys[0]["code"]["schedule"] != keys[1]["code"]["schedule"]
+    assert "code" not in load("").zoo.keyed()["optimizer"]
 
 
 def test_overrides(load):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.config import schema as config
@@ -10,6 +11,7 @@ from pdiff_ray.generators.autoencoder import Autoencoder, AutoencoderSettings
 from pdiff_ray.generators.diffusion import Diffusion
 from pdiff_ray.generators.gaussian import GaussianSettings
 from pdiff_ray.generators.interface import NUM_RUNGS, Fitting
+from pdiff_ray.generators.latent_diffusion import LatentDiffusionSettings
 from pdiff_ray.generators.normalizer import Normalizer
 from pdiff_ray.generators.table import GENERATORS, make_generator
 from pdiff_ray.generators.training import EMA, fit_model
@@ -321,3 +323,26 @@ def test_a_kill_while_a_rung_is_shown_does_not_lose_the_rung():
         fitted(settings, draw(16, 14), **work)
     fitted(settings, draw(16, 14), **work)
     assert sorted(set(seen)) == list(range(1, NUM_RUNGS + 1))
+
+
+def test_what_cannot_be_learned_is_refused_before_work_starts():
+    small().check(14)
+    GaussianSettings().check(100_000_000)
+    with pytest.raises(ConfigError, match=r"100,000,000 values at stride 2 .* raise generator\.autoencoder\.stride"):
+        LatentDiffusionSettings().check(100_000_000)
+    with pytest.raises(ValueError, match=r"sampling\.steps is 21, but generator\.diffusion\.num_timesteps is 20"):
+        small().check_sampling(Sampling(steps=21))
+    GaussianSettings().check_sampling(Sampling(steps=21))
+
+
+def test_operations_are_those_that_pytorch_counts_while_they_run():
+    sampling, vectors = Sampling(samples=5, seed=0), draw(16, 14)
+    fit, sample = small().flops(14, 16, sampling)
+    with FlopCounterMode(display=False) as fitting:
+        generator, _ = fitted(small(), vectors)
+    with FlopCounterMode(display=False) as drawing:
+        generator.encode(vectors)
+        generator.encode(generator.sample(5, sampling, CPU))
+    assert fitting.get_total_flops() == pytest.approx(fit, rel=0.15)
+    assert drawing.get_total_flops() == pytest.approx(sample, rel=0.15)
+    assert GaussianSettings().flops(14, 16, sampling)[1] == 2 * 5 * 16 * 14

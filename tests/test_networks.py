@@ -8,7 +8,7 @@ from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.config.schema import Network, SubsetRule
 from pdiff_ray.data.sources import DATASETS, DataInfo
 from pdiff_ray.networks.build import build_network
-from pdiff_ray.networks.subset import Subset, main_path_norm_layers, norm_layers, resolve
+from pdiff_ray.networks.subset import RULES, Subset, main_path_norm_layers, norm_layers, resolve
 
 MNIST, CIFAR, DIGITS = DATASETS["mnist"], DATASETS["cifar10"], DATASETS["digits"]
 
@@ -104,7 +104,7 @@ def test_cifar_stem(resnet18, source):
         ({"name": "vit_tiny_patch61", "source": "timm"}, "timm has no 'vit_tiny_patch61'; did you mean"),
         (
             {"name": "s4", "source": "paper"},
-            "there is no network of the paper 's4' .known: s1, s2, .*; did you mean 's",
+            r"no network of the paper 's4' \(known: s1, s2, .*; did you mean 's",
         ),
         ({"name": "nowhere_to_be_found:build"}, "cannot be imported: No module named 'nowhere_to_be_found'"),
         ({"name": f"{__name__}:missing"}, "cannot be imported: .* 'missing'"),
@@ -218,6 +218,32 @@ def test_globs_in_order_of_the_network(resnet18):
 def test_rules_that_match_nothing(resnet18, fields, message):
     with pytest.raises(ConfigError, match=message):
         resolve(rule(**fields), resnet18)
+
+
+def biases(network):
+    return [name for name, _ in network.named_parameters() if name.endswith("bias")]
+
+
+def test_rule_of_the_users_own(resnet18):
+    subset = resolve(rule(function=f"{__name__}:biases"), resnet18)
+    assert subset.names == biases(resnet18)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["fc.wieght"], r"zoo\.subset\.function: 'fc.wieght' is no .*did you mean 'fc\.weight'"),
+        ([], "chooses no param"),
+    ],
+)
+def test_rule_of_the_users_own_that_chooses_nothing(monkeypatch, resnet18, names, message):
+    monkeypatch.setitem(globals(), "chosen", lambda network: names)
+    with pytest.raises(ConfigError, match=message):
+        resolve(rule(function=f"{__name__}:chosen"), resnet18)
+
+
+def test_every_rule_of_the_schema_has_its_function():
+    assert set(RULES) == set(SubsetRule.model_fields)
 
 
 def test_network_without_norm_layers():

@@ -112,11 +112,52 @@ def test_oblong_images_are_cropped_in_the_middle(tmp_path):
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_name():
-    with pytest.raises(ConfigError, match=r"data\.name: unknown data set 'cifar-10'; did you mean 'cifar10'"):
-        sources.describe(Data(name="cifar-10"))
-    with pytest.raises(ConfigError, match=r"'zzzz'; known: digits, mnist, .*custom"):
-        sources.describe(Data(name="zzzz"))
+def own_data(root):
+    """Ten grey images of two classes, which lie in no file."""
+    images = [(Image.fromarray(array), index % 2) for index, array in enumerate(pixels(10, channels=1))]
+    return sources.DataInfo(1, 8, 2, (0.5,), (0.25,)), images[:6], images[6:]
+
+
+def no_data(root):
+    return [root]
+
+
+def test_data_of_the_users_own(tmp_path):
+    config = Data(name=f"{__name__}:own_data", root=str(tmp_path))
+    sources.check(config)
+    assert sources.describe(config).std == (0.25,)
+    assert sources.count_images(config) == (6, 4)
+    images, labels = images_of(data.load(config, tmp_path / "cache").test)
+    assert torch.equal(images[:, 0], torch.from_numpy(pixels(10, channels=1)[6:]))
+    assert labels.tolist() == [0, 1, 0, 1]
+
+
+def test_data_of_the_users_own_is_keyed_by_its_source(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "from test_sources import own_data"
+    keys = []
+    for name, text in (("first_module", source), ("second_module", f"{source}  # changed")):
+        (tmp_path / f"{name}.py").write_text(text)
+        keys.append(sources.keyed(Data(name=f"{name}:own_data"))["code"]["name"])
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"name": f"{__name__}:no_data"},
+            r"data\.name: test_sources:no_data returned \['data'\], not a DataInfo, train",
+        ),
+        (
+            {"name": f"{__name__}:own_data", "source": "folder"},
+            "'folder' says .* which reads its own; remove it",
+        ),
+    ],
+)
+def test_data_of_the_users_own_that_does_not_fit(config, message):
+    with pytest.raises(ConfigError, match=message):
+        sources.describe(Data(**config))
 
 
 def test_custom_needs_a_source():

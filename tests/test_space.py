@@ -38,6 +38,16 @@ def test_a_parameter_applies_only_where_its_condition_holds(tmp_path):
     assert [s.latent_noise for s in settings] == [0, 0, 0, 0.1, 0.1]
 
 
+def test_generators_vary_with_the_fields_that_one_of_them_has(tmp_path):
+    latent_dim = {"choice": [2, 3], "when": {"generator.name": "latent_diffusion"}}
+    parameters = {"generator.name": ["gaussian", "latent_diffusion"], "generator.autoencoder.latent_dim": latent_dim}
+    file = load(tmp_path, {"parameters": parameters})
+    found = [file.vary(assignment).generator for assignment in file.sweep.grid()]
+    assert [settings.name for settings in found] == ["gaussian", "latent_diffusion", "latent_diffusion"]
+    assert [settings.autoencoder.latent_dim for settings in found[1:]] == [2, 3]
+    assert found[1].autoencoder.steps == file.experiment.generator.autoencoder.steps
+
+
 def test_mappings_are_values_and_have_short_labels(tmp_path):
     file = load(tmp_path, {"parameters": {"zoo.subset": [{"last_norm_layers": 2}, {"names": ["classifier*"]}, "all"]}})
     labels = [a["zoo.subset"] for a in file.sweep.grid()]

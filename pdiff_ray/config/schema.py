@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -98,8 +98,9 @@ class Section(BaseModel):
 
 
 def known(field: FieldInfo) -> Known | None:
-    """Returns the mark of a field that names an entry of a registry."""
-    return next((mark for mark in field.metadata if isinstance(mark, Known)), None)
+    """Returns the mark of a field that names an entry of a registry, also of one that may be missing."""
+    alternatives = (mark for kind in get_args(field.annotation) for mark in getattr(kind, "__metadata__", ()))
+    return next((mark for mark in (*field.metadata, *alternatives) if isinstance(mark, Known)), None)
 
 
 class Data(Section):
@@ -107,7 +108,9 @@ class Data(Section):
 
     unkeyed = frozenset({"root", "download", "max_cache_gib", "loader_workers"})
 
-    name: str = Field("digits", description="a data set of the table in pdiff_ray/data/sources.py, or 'custom'")
+    name: Annotated[str, Known("pdiff_ray.data.sources:DATASETS")] = Field(
+        "digits", description="which images; custom: those under root, read as source says"
+    )
     source: Literal["auto", "torchvision", "parquet", "folder"] = Field(
         "auto", description="where images are read from; auto: torchvision's own format, scikit-learn for digits"
     )
@@ -159,12 +162,17 @@ class Training(Section):
 class SubsetRule(Section):
     """Which parameters are generated: exactly one of the fields."""
 
+    added = frozenset({"function"})
+
     all: Literal[True] | None = Field(None, description="every parameter")
     last_norm_layers: int | None = Field(None, ge=1, description="the last n normalization layers")
     norm_layers: tuple[int, int] | None = Field(
         None, description="normalization layers start to stop - 1 of the main path, counted from 1"
     )
     names: tuple[str, ...] | None = Field(None, min_length=1, description="globs on parameter names")
+    function: Annotated[str, Known("pdiff_ray.networks.subset:FUNCTIONS")] | None = Field(
+        None, description="module:attribute of a function of the network that returns names of parameters"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -176,7 +184,7 @@ class SubsetRule(Section):
         given = self.model_dump(exclude_none=True)
         if len(given) != 1:
             raise ValueError(
-                f"a subset takes exactly one of all, last_norm_layers, norm_layers, names; this one has "
+                f"a subset takes exactly one of {', '.join(type(self).model_fields)}; this one has "
                 f"{', '.join(given) or 'none'}"
             )
         if self.norm_layers and not 1 <= self.norm_layers[0] < self.norm_layers[1]:
@@ -184,13 +192,20 @@ class SubsetRule(Section):
                              f"{self.norm_layers[1]}] holds no layer")  # fmt: skip
         return self
 
+    @property
+    def chosen(self) -> tuple[str, Any]:
+        """The field that is given, and its value."""
+        return next((name, value) for name, value in self if value is not None)
+
     def __str__(self) -> str:
-        (rule, value), *_ = self.model_dump(exclude_none=True).items()
+        rule, value = self.chosen
         if rule == "all":
             return "all parameters"
         if rule == "norm_layers":
             return f"norm layers {value[0]} to {value[1] - 1}"
-        return f"last {value} norm layers" if rule == "last_norm_layers" else ", ".join(value)
+        if rule == "last_norm_layers":
+            return f"last {value} norm layers"
+        return ", ".join(value) if rule == "names" else value
 
 
 class Zoo(Section):

@@ -104,7 +104,7 @@ def default_cache() -> Path:
 def open_source(config: Data, info: DataInfo, split: str, cache: Path, progress: Progress | None) -> Cached | Streamed:
     files = parquet_files(config, split) if config.source == "parquet" else []
     states = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    determining = ("name", "source", "fingerprint", "pixel_noise", "seed")
+    determining = ("name", "source", "fingerprint", "code", "pixel_noise", "seed")
     what = {
         "data": {name: value for name, value in keyed(config).items() if name in determining},
         "info": [info.channels, info.image_size, info.mean, info.std],

@@ -11,11 +11,12 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from pdiff_ray.common.errors import ConfigError, PdiffError, did_you_mean
+from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.common.registry import Registry, imported
 from pdiff_ray.config.schema import Data
 
 if TYPE_CHECKING:
@@ -44,35 +45,40 @@ class DataInfo:
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _TRAIN_TEST = ({"split": "train"}, {"split": "test"})
-DATASETS = {
-    "digits": DataInfo(1, 8, 10, (0.3076,), (0.3771,), images=(900, 897)),
-    "mnist": DataInfo(1, 28, 10, (0.1307,), (0.3081,), "MNIST", images=(60_000, 10_000)),
-    "fashion_mnist": DataInfo(1, 28, 10, (0.2860,), (0.3530,), "FashionMNIST", images=(60_000, 10_000)),
-    "cifar10": DataInfo(
-        3, 32, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR10", images=(50_000, 10_000)
-    ),
-    "cifar100": DataInfo(
-        3, 32, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "CIFAR100", images=(50_000, 10_000)
-    ),
-    "stl10": DataInfo(
-        3, 96, 10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), "STL10", _TRAIN_TEST, images=(5000, 8000)
-    ),
-    "flowers102": DataInfo(3, 224, 102, *_IMAGENET, "Flowers102", _TRAIN_TEST, images=(1020, 6149)),
-    "pets": DataInfo(
-        3, 224, 37, *_IMAGENET, "OxfordIIITPet", ({"split": "trainval"}, {"split": "test"}), images=(3680, 3669)
-    ),
-    "food101": DataInfo(3, 224, 101, *_IMAGENET, "Food101", _TRAIN_TEST, images=(75_750, 25_250)),
-    "imagenet": DataInfo(
-        3, 224, 1000, *_IMAGENET, "ImageNet", ({"split": "train"}, {"split": "val"}), images=(1_281_167, 50_000)
-    ),
-}
+DATASETS: Registry[DataInfo] = Registry(
+    "data set",
+    {
+        "digits": DataInfo(1, 8, 10, (0.3076,), (0.3771,), images=(900, 897)),
+        "mnist": DataInfo(1, 28, 10, (0.1307,), (0.3081,), "MNIST", images=(60_000, 10_000)),
+        "fashion_mnist": DataInfo(1, 28, 10, (0.2860,), (0.3530,), "FashionMNIST", images=(60_000, 10_000)),
+        "cifar10": DataInfo(
+            3, 32, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR10", images=(50_000, 10_000)
+        ),
+        "cifar100": DataInfo(
+            3, 32, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "CIFAR100", images=(50_000, 10_000)
+        ),
+        "stl10": DataInfo(
+            3, 96, 10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), "STL10", _TRAIN_TEST, images=(5000, 8000)
+        ),
+        "flowers102": DataInfo(3, 224, 102, *_IMAGENET, "Flowers102", _TRAIN_TEST, images=(1020, 6149)),
+        "pets": DataInfo(
+            3, 224, 37, *_IMAGENET, "OxfordIIITPet", ({"split": "trainval"}, {"split": "test"}), images=(3680, 3669)
+        ),
+        "food101": DataInfo(3, 224, 101, *_IMAGENET, "Food101", _TRAIN_TEST, images=(75_750, 25_250)),
+        "imagenet": DataInfo(
+            3, 224, 1000, *_IMAGENET, "ImageNet", ({"split": "train"}, {"split": "val"}), images=(1_281_167, 50_000)
+        ),
+    },
+    also=["custom"],
+)
 
 Sample = tuple[Any, int]  # a PIL image and its label
 Progress = Callable[[int, int], None]  # done, total
 
 
+@runtime_checkable
 class Samples(Protocol):
-    """A sequence of undecoded samples: torchvision's data sets, or `ParquetImages`."""
+    """A sequence of undecoded samples: torchvision's data sets, `ParquetImages`, or the user's own."""
 
     def __len__(self) -> int: ...
 
@@ -80,10 +86,10 @@ class Samples(Protocol):
 
 
 def describe(config: Data) -> DataInfo:
-    """Channels, size, classes, mean and std of the configured data.
+    """Returns channels, size, classes, mean and std of the configured data.
 
     Raises:
-        ConfigError: the name is not in the table, or a custom set cannot be read.
+        ConfigError: a custom set cannot be read, or the user's own function does not give what it should.
     """
     if config.name == "custom":
         if config.source not in ("parquet", "folder"):
@@ -97,12 +103,8 @@ def describe(config: Data) -> DataInfo:
         size = config.image_size or min(image.size)
         # Pixels in -1..1, the usual choice where nothing is known about a data set.
         info = DataInfo(channels, size, _num_classes(samples), (0.5,) * channels, (0.5,) * channels)
-    elif config.name not in DATASETS:
-        known = [*DATASETS, "custom"]
-        raise ConfigError(
-            f"data.name: unknown data set {config.name!r}"
-            + (did_you_mean(config.name, known) or f"; known: {', '.join(known)}")
-        )
+    elif ":" in config.name:
+        info = _own(config)[0]
     else:
         info = DATASETS[config.name]
     channels = config.channels or info.channels
@@ -146,8 +148,28 @@ def check(config: Data) -> None:
             )
 
 
+def _own(config: Data) -> tuple[DataInfo, Samples, Samples]:
+    """Returns what the user's own function gives for data.root: the data's description, training and test samples."""
+    if config.source != "auto":
+        raise ConfigError(
+            f"data.source: {config.source!r} says nothing about {config.name}, which reads its own; remove it"
+        )
+    found = _called(imported(config.name), config.root)
+    kinds = [DataInfo, Samples, Samples]
+    if not (isinstance(found, tuple) and len(found) == 3 and all(map(isinstance, found, kinds))):
+        raise ConfigError(
+            f"data.name: {config.name} returned {found!r:.100}, not a DataInfo, training samples and test samples"
+        )
+    return found
+
+
+@functools.lru_cache(maxsize=4)  # a description is asked for often
+def _called(function: Callable[[str], Any], root: str) -> Any:
+    return function(root)
+
+
 def count_images(config: Data) -> tuple[int, int] | None:
-    """Training and test images; of custom data that cannot be read, None."""
+    """Returns the numbers of training and test images; None of custom data that cannot be read."""
     if config.name in DATASETS:
         return DATASETS[config.name].images
     try:
@@ -169,6 +191,9 @@ def open_samples(config: Data, split: str) -> Samples:
             return ImageFolder(str(folder))
         except FileNotFoundError as error:
             raise ConfigError(f"data.root: {folder} has to hold a folder of images per class: {error}") from None
+    if ":" in config.name:
+        _, train, test = _own(config)
+        return train if split == "train" else test
     if config.name == "digits":
         return _Digits(split)
     from torchvision import datasets

@@ -8,14 +8,15 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pdiff_ray.common.errors import ConfigError, did_you_mean
+from pdiff_ray.common.registry import Registry
 from pdiff_ray.config.schema import SubsetRule
 
 NORM_TYPES = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -114,19 +115,15 @@ def resolve(rule: SubsetRule, network: nn.Module, batchnorm: str = "frozen") -> 
         ConfigError: the rule matches nothing or goes beyond the network's layers.
     """
     parameters = dict(network.named_parameters())
-    if rule.all:
-        chosen = set(parameters)
-    elif rule.names is not None:
-        chosen = set()
-        for pattern in rule.names:
-            matched = fnmatch.filter(parameters, pattern)
-            if not matched:
-                near = did_you_mean(pattern, parameters) or f"; it has {_some(list(parameters))}"
-                raise ConfigError(f"zoo.subset.names: {pattern!r} matches no parameter of the network{near}")
-            chosen.update(matched)
-    else:
-        chosen = {f"{layer}.{kind}" for layer in _norm_rule(rule, network) for kind in ("weight", "bias")}
-        chosen &= set(parameters)
+    name, value = rule.chosen
+    try:
+        chosen = set(RULES[name](network, value))
+        if odd := chosen - set(parameters):
+            raise ConfigError(f"{min(odd)!r} is no parameter of the network{did_you_mean(min(odd), parameters)}")
+        if not chosen:
+            raise ConfigError(f"{value!r} chooses no parameter of the network")
+    except ConfigError as error:
+        raise ConfigError(f"zoo.subset.{name}: {error}") from None
     tensors: dict[str, tuple[Tensor, str]] = {
         name: (p, "parameter") for name, p in parameters.items() if name in chosen
     }
@@ -143,23 +140,61 @@ def resolve(rule: SubsetRule, network: nn.Module, batchnorm: str = "frozen") -> 
     return Subset(tuple(entries))
 
 
-def _norm_rule(rule: SubsetRule, network: nn.Module) -> list[str]:
-    if rule.last_norm_layers is not None:
-        layers, field = norm_layers(network), "last_norm_layers"
-        start, stop = len(layers) - rule.last_norm_layers, len(layers)
-        value: object = rule.last_norm_layers
-    else:
-        assert rule.norm_layers is not None
-        layers, field, value = main_path_norm_layers(network), "norm_layers", list(rule.norm_layers)
-        start, stop = rule.norm_layers[0] - 1, rule.norm_layers[1] - 1
+def _all(network: nn.Module, value: bool) -> list[str]:
+    return [name for name, _ in network.named_parameters()]
+
+
+def _names(network: nn.Module, patterns: Sequence[str]) -> Iterator[str]:
+    parameters = [name for name, _ in network.named_parameters()]
+    for pattern in patterns:
+        matched = fnmatch.filter(parameters, pattern)
+        if not matched:
+            near = did_you_mean(pattern, parameters) or f"; it has {_some(parameters)}"
+            raise ConfigError(f"{pattern!r} matches no parameter of the network{near}")
+        yield from matched
+
+
+def _last_norm_layers(network: nn.Module, count: int) -> list[str]:
+    layers = norm_layers(network)
+    return _weights_and_biases(network, layers, len(layers) - count, len(layers), count)
+
+
+def _norm_layers(network: nn.Module, bounds: tuple[int, int]) -> list[str]:
+    layers, (start, stop) = main_path_norm_layers(network), bounds
+    return _weights_and_biases(network, layers, start - 1, stop - 1, list(bounds), " of the main path")
+
+
+def _weights_and_biases(
+    network: nn.Module, layers: list[str], start: int, stop: int, value: object, which: str = ""
+) -> list[str]:
     if not layers:
-        raise ConfigError(f"zoo.subset.{field}: the network has no normalization layer; choose by names: instead")
+        raise ConfigError("the network has no normalization layer; choose by names: instead")
     if start < 0 or stop > len(layers):
         raise ConfigError(
-            f"zoo.subset.{field}: {value} goes beyond the network's {len(layers)} normalization layers"
-            f"{' of the main path' if field == 'norm_layers' else ''}: {_some(layers)}"
+            f"{value} goes beyond the network's {len(layers)} normalization layers{which}: {_some(layers)}"
         )
-    return layers[start:stop]
+    names = [f"{layer}.{kind}" for layer in layers[start:stop] for kind in ("weight", "bias")]
+    parameters = dict(network.named_parameters())
+    return [name for name in names if name in parameters]
+
+
+def _function(network: nn.Module, name: str) -> Iterable[str]:
+    return FUNCTIONS[name](network)
+
+
+# Functions of a network and of the value of a rule's field in `SubsetRule`; they give names of parameters.
+RULES: Registry[Callable[[nn.Module, Any], Iterable[str]]] = Registry(
+    "subset rule",
+    {
+        "all": _all,
+        "last_norm_layers": _last_norm_layers,
+        "norm_layers": _norm_layers,
+        "names": _names,
+        "function": _function,
+    },
+)
+# Functions of a network alone, the user's own; they give names of parameters.
+FUNCTIONS: Registry[Callable[[nn.Module], Iterable[str]]] = Registry("function of a network", {})
 
 
 def _some(names: list[str]) -> str:
