@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.harness import Result, compare
 from pdiff_ray.config.schema import Evaluation, Optimizer, Sampling
+from pdiff_ray.generators import samplers
 from pdiff_ray.generators.diffusion import Diffusion, DiffusionSettings
 from pdiff_ray.generators.interface import Fitting
 from pdiff_ray.generators.latent_diffusion import LatentDiffusion, LatentDiffusionSettings
@@ -35,11 +36,11 @@ def sampling(samples: int = 100, steps: int = 1000) -> Iterator[Result]:
         model = Diffusion(settings, LATENT_DIM).to(DEVICE).eval()
 
         def batch(model: Diffusion = model) -> Tensor:
-            return model.sample(samples, schedule, DEVICE)
+            return samplers.sample(model, samples, schedule, DEVICE)
 
         def in_turn(model: Diffusion = model, singles: int = singles) -> None:
             for _ in range(singles):
-                model.sample(1, schedule, DEVICE)
+                samplers.sample(model, 1, schedule, DEVICE)
 
         def plain(model: Diffusion = model, singles: int = singles) -> None:
             for _ in range(singles):
@@ -80,10 +81,12 @@ def _check_sampling(model: Diffusion, singles: int, schedule: Sampling) -> None:
     """The first samples of a batch are those that the same noise gives one at a time."""
     x, *noise = torch.randn(model.settings.num_timesteps + 1, 32, LATENT_DIM, device=DEVICE).unbind()
     together = iter(noise)
-    batch = model.denoise(x, schedule, lambda: next(together))
+    batch = samplers.denoise(model, x, schedule, lambda: next(together))
     for row in range(singles):
         drawn = iter(noise)
-        one = model.denoise(x[row : row + 1], schedule, lambda drawn=drawn, row=row: next(drawn)[row : row + 1])
+        one = samplers.denoise(
+            model, x[row : row + 1], schedule, lambda drawn=drawn, row=row: next(drawn)[row : row + 1]
+        )
         torch.testing.assert_close(one[0], batch[row], rtol=1e-2, atol=1e-2 * float(batch.std()))
 
 
@@ -96,10 +99,10 @@ def few_step(samples: int = 100, train_steps: int = 600) -> Iterator[Result]:
     optimizer = Optimizer(lr=1e-3, schedule="cosine")
     fit_model("diffusion", model, latents, model.loss, optimizer, train_steps, 50, Fitting(DEVICE, 0), ema_decay=0.999)
     whole = Sampling(seed=0)
-    expected = model.sample(500, whole, DEVICE)
+    expected = samplers.sample(model, 500, whole, DEVICE)
     for sampler, steps in (("ddim", 50), ("dpmsolver++", 20)):
         few = Sampling(sampler=sampler, steps=steps, seed=0)
-        found = model.sample(500, few, DEVICE)
+        found = samplers.sample(model, 500, few, DEVICE)
         assert (found.mean(0) - expected.mean(0)).abs().max() < 0.4, "the few-step samples lie elsewhere"
         spreads = [float(x.std(0).mean()) for x in (found, expected, latents)]
         assert 0.8 < spreads[0] / spreads[1] < 1.25, "the few-step samples vary more or less"
@@ -107,9 +110,9 @@ def few_step(samples: int = 100, train_steps: int = 600) -> Iterator[Result]:
         yield compare(
             "few_step",
             f"{samples} samples, {sampler} with {steps} steps",
-            lambda few=few: model.sample(samples, few, DEVICE),
+            lambda few=few: samplers.sample(model, samples, few, DEVICE),
             "ddpm with 1000 steps",
-            lambda: model.sample(samples, whole, DEVICE),
+            lambda: samplers.sample(model, samples, whole, DEVICE),
             target=10.0,
             note=f"spread {spreads[0]:.2f} against {spreads[1]:.2f} (of the learned latents {spreads[2]:.2f}), "
             f"distance to the nearest of these {distances[0]:.2f} against {distances[1]:.2f}",

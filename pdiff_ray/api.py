@@ -28,7 +28,8 @@ from pdiff_ray.config import sweep as sweeps
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.config.sweep import SweepFile
 from pdiff_ray.evaluation.judge import JUDGED_SPLITS
-from pdiff_ray.generators.interface import Fitting, make_generator
+from pdiff_ray.generators.interface import Fitting
+from pdiff_ray.generators.table import make_generator
 from pdiff_ray.networks.subset import Entry, Subset
 from pdiff_ray.running import experiment as experiments
 from pdiff_ray.running import sweep as running_sweeps

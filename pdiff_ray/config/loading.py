@@ -183,7 +183,7 @@ def _fields_at(model: type[BaseModel], raw: Any, location: Sequence[str]) -> lis
 
 def _type_at(model: type[BaseModel], raw: Any, location: Sequence[str]) -> Any:
     """Returns the type of what is at a path of a mapping; None where no path can lead."""
-    found: Any = model
+    found: Any = _chosen(model, raw)
     for part in location:
         if get_origin(found) is dict:
             found = get_args(found)[1]
@@ -192,9 +192,13 @@ def _type_at(model: type[BaseModel], raw: Any, location: Sequence[str]) -> Any:
         else:
             return None
         raw = raw.get(part) if isinstance(raw, dict) else None
-        if isinstance(found, type) and issubclass(found, Choice):
-            found = found.type_of(raw) or found
+        found = _chosen(found, raw)
     return found
+
+
+def _chosen(found: Any, raw: Any) -> Any:
+    """Returns the type that the name in a mapping chooses, if it chooses any."""
+    return found.type_of(raw) or found if isinstance(found, type) and issubclass(found, Choice) else found
 
 
 def _has_keys(found: Any) -> bool:

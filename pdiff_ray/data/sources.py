@@ -45,32 +45,29 @@ class DataInfo:
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _TRAIN_TEST = ({"split": "train"}, {"split": "test"})
-DATASETS: Registry[DataInfo] = Registry(
-    "data set",
-    {
-        "digits": DataInfo(1, 8, 10, (0.3076,), (0.3771,), images=(900, 897)),
-        "mnist": DataInfo(1, 28, 10, (0.1307,), (0.3081,), "MNIST", images=(60_000, 10_000)),
-        "fashion_mnist": DataInfo(1, 28, 10, (0.2860,), (0.3530,), "FashionMNIST", images=(60_000, 10_000)),
-        "cifar10": DataInfo(
-            3, 32, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR10", images=(50_000, 10_000)
-        ),
-        "cifar100": DataInfo(
-            3, 32, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "CIFAR100", images=(50_000, 10_000)
-        ),
-        "stl10": DataInfo(
-            3, 96, 10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), "STL10", _TRAIN_TEST, images=(5000, 8000)
-        ),
-        "flowers102": DataInfo(3, 224, 102, *_IMAGENET, "Flowers102", _TRAIN_TEST, images=(1020, 6149)),
-        "pets": DataInfo(
-            3, 224, 37, *_IMAGENET, "OxfordIIITPet", ({"split": "trainval"}, {"split": "test"}), images=(3680, 3669)
-        ),
-        "food101": DataInfo(3, 224, 101, *_IMAGENET, "Food101", _TRAIN_TEST, images=(75_750, 25_250)),
-        "imagenet": DataInfo(
-            3, 224, 1000, *_IMAGENET, "ImageNet", ({"split": "train"}, {"split": "val"}), images=(1_281_167, 50_000)
-        ),
-    },
-    also=["custom"],
-)
+_TABLE = {
+    "digits": DataInfo(1, 8, 10, (0.3076,), (0.3771,), images=(900, 897)),
+    "mnist": DataInfo(1, 28, 10, (0.1307,), (0.3081,), "MNIST", images=(60_000, 10_000)),
+    "fashion_mnist": DataInfo(1, 28, 10, (0.2860,), (0.3530,), "FashionMNIST", images=(60_000, 10_000)),
+    "cifar10": DataInfo(
+        3, 32, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR10", images=(50_000, 10_000)
+    ),
+    "cifar100": DataInfo(
+        3, 32, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "CIFAR100", images=(50_000, 10_000)
+    ),
+    "stl10": DataInfo(
+        3, 96, 10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), "STL10", _TRAIN_TEST, images=(5000, 8000)
+    ),
+    "flowers102": DataInfo(3, 224, 102, *_IMAGENET, "Flowers102", _TRAIN_TEST, images=(1020, 6149)),
+    "pets": DataInfo(
+        3, 224, 37, *_IMAGENET, "OxfordIIITPet", ({"split": "trainval"}, {"split": "test"}), images=(3680, 3669)
+    ),
+    "food101": DataInfo(3, 224, 101, *_IMAGENET, "Food101", _TRAIN_TEST, images=(75_750, 25_250)),
+    "imagenet": DataInfo(
+        3, 224, 1000, *_IMAGENET, "ImageNet", ({"split": "train"}, {"split": "val"}), images=(1_281_167, 50_000)
+    ),
+}
+DATASETS: Registry[DataInfo] = Registry("data set", _TABLE, also=["custom"])
 
 Sample = tuple[Any, int]  # a PIL image and its label
 Progress = Callable[[int, int], None]  # done, total

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pdiff_ray.common.registry import Registry
-from pdiff_ray.common.seeds import generator
-from pdiff_ray.config.schema import Known, Sampling, Section
-from pdiff_ray.generators.samplers import SAMPLERS, spaced_timesteps
+from pdiff_ray.config.schema import Known, Section
 
 ONEDNN, ONEDNN_BATCH = torch.backends.mkldnn.is_available(), 16  # for fewer rows MKL takes less time
 
@@ -137,7 +135,7 @@ class Diffusion(nn.Module):
     def __init__(self, settings: DiffusionSettings, latent_dim: int) -> None:
         super().__init__()
         self.settings, self.latent_dim = settings, latent_dim
-        self.prediction = settings.prediction
+        self.prediction, self.num_timesteps = settings.prediction, settings.num_timesteps
         self.denoiser = DENOISERS[settings.denoiser](latent_dim, settings.width, settings.depth)
         betas = torch.linspace(settings.beta_start, settings.beta_end, settings.num_timesteps)
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
@@ -156,25 +154,10 @@ class Diffusion(nn.Module):
 
     def loss(self, x_start: Tensor, random: torch.Generator) -> Tensor:
         """Mean squared error of the denoiser at random timesteps; x_start (B, Z)."""
-        t = torch.randint(self.settings.num_timesteps, (len(x_start),), generator=random, device=x_start.device)
+        t = torch.randint(self.num_timesteps, (len(x_start),), generator=random, device=x_start.device)
         eps = torch.randn(x_start.shape, generator=random, device=x_start.device)
         prediction = self.denoiser(self.q_sample(x_start, t, eps), self.denoiser.embedding(t))
         return functional.mse_loss(prediction, self.target(x_start, t, eps))
-
-    @torch.inference_mode()
-    def sample(self, count: int, sampling: Sampling, device: torch.device) -> Tensor:
-        """New latents (count, Z) from noise, all in one batch, determined by `sampling.seed`."""
-        random = generator(device, sampling.seed or 0, "samples")
-        x = torch.randn(count, self.latent_dim, generator=random, device=device)
-        draw = lambda: torch.randn(x.shape, generator=random, device=device)  # noqa: E731
-        return self.denoise(x, sampling, draw)
-
-    @torch.inference_mode()
-    def denoise(self, x: Tensor, sampling: Sampling, draw: Callable[[], Tensor]) -> Tensor:
-        """Turns noise x (B, Z) into latents (B, Z); `draw` gives more noise (B, Z), for samplers that add some."""
-        num_timesteps = self.settings.num_timesteps
-        timesteps = spaced_timesteps(num_timesteps, sampling.steps or num_timesteps)
-        return SAMPLERS[sampling.sampler](self, timesteps, x, draw)
 
     def predict(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Returns x_0 and eps (B, Z) as the denoiser sees them in x_t (B, Z)."""

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config import schema
 from pdiff_ray.config.schema import Optimizer
+from pdiff_ray.generators import samplers
 from pdiff_ray.generators.autoencoder import Autoencoder, AutoencoderSettings
 from pdiff_ray.generators.diffusion import Diffusion, DiffusionSettings
 from pdiff_ray.generators.interface import NUM_RUNGS, Fitting, Generator, State
@@ -176,7 +177,7 @@ class LatentDiffusion(Generator):
 
     def sample(self, count: int, sampling: schema.Sampling, device: torch.device) -> Tensor:
         self._to(device)
-        latents = self.diffusion.sample(count, sampling, device)
+        latents = samplers.sample(self.diffusion, count, sampling, device)
         with torch.inference_mode():
             return self.normalizer.unnormalize(_in_chunks(self.autoencoder.decode, self.latents.unnormalize(latents)))
 

@@ -8,36 +8,33 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pdiff_ray.common.registry import Registry
+from pdiff_ray.common.seeds import generator
+from pdiff_ray.config.schema import Sampling
+from pdiff_ray.generators.diffusion import Diffusion
 from pdiff_ray.generators.graphs import capture
 
-
-class Model(Protocol):
-    """What a sampler is given of a diffusion model."""
-
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        """Of the forward process (num_timesteps,), float32."""
-
-    @property
-    def prediction(self) -> str:
-        """What the denoiser predicts: "v" or "epsilon"."""
-
-    @property
-    def denoiser(self) -> Any:
-        """Predicts from x_t (B, Z) and `denoiser.embedding(t)`, (B, width) or (1, width)."""
-
-    def predict(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """Returns x_0 and eps (B, Z) as the denoiser sees them in x_t."""
+Draw = Callable[[], Tensor]
 
 
-Sampler = Callable[[Model, Tensor, Tensor, Callable[[], Tensor]], Tensor]  # model, timesteps, noise, draw
+@torch.inference_mode()
+def sample(model: Diffusion, count: int, sampling: Sampling, device: torch.device) -> Tensor:
+    """Draws latents (count, Z) from noise, all in one batch, determined by `sampling.seed`."""
+    random = generator(device, sampling.seed or 0, "samples")
+    x = torch.randn(count, model.latent_dim, generator=random, device=device)
+    return denoise(model, x, sampling, lambda: torch.randn(x.shape, generator=random, device=device))
+
+
+@torch.inference_mode()
+def denoise(model: Diffusion, x: Tensor, sampling: Sampling, draw: Draw) -> Tensor:
+    """Turns noise x (B, Z) into latents (B, Z); `draw` gives more noise (B, Z), for samplers that add some."""
+    timesteps = spaced_timesteps(model.num_timesteps, sampling.steps or model.num_timesteps)
+    return SAMPLERS[sampling.sampler](model, timesteps, x, draw)
 
 
 def spaced_timesteps(num_timesteps: int, num_steps: int) -> Tensor:
@@ -50,7 +47,7 @@ def spaced_timesteps(num_timesteps: int, num_steps: int) -> Tensor:
     return torch.from_numpy(np.round(steps).astype(np.int64) - 1)
 
 
-def ddpm(model: Model, timesteps: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+def ddpm(model: Diffusion, timesteps: Tensor, x: Tensor, draw: Draw) -> Tensor:
     """Follows the reverse process with the posterior's variance (Ho et al. 2020, equation 7)."""
     following = torch.cat([timesteps[1:], timesteps.new_tensor([-1])])
     a, a_next, x_start, _ = _factors(model, timesteps, following)
@@ -61,15 +58,15 @@ def ddpm(model: Model, timesteps: Tensor, x: Tensor, draw: Callable[[], Tensor])
     return _follow(model, timesteps, x, torch.cat([mean, noise[None]]).T, draw)
 
 
-def ddim(model: Model, timesteps: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+def ddim(model: Diffusion, timesteps: Tensor, x: Tensor, draw: Draw) -> Tensor:
     """Follows the deterministic process with the same marginals, eta 0 (Song et al. 2020, equation 12)."""
-    following = timesteps - len(model.alphas_cumprod) // len(timesteps)
+    following = timesteps - model.num_timesteps // len(timesteps)
     _, a_next, x_start, eps = _factors(model, timesteps, following)
     mean = a_next.sqrt() * x_start + (1 - a_next).sqrt() * eps
     return _follow(model, timesteps, x, torch.cat([mean, torch.zeros_like(mean[:1])]).T, draw)
 
 
-def dpmsolver(model: Model, timesteps: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+def dpmsolver(model: Diffusion, timesteps: Tensor, x: Tensor, draw: Draw) -> Tensor:
     """Solves the probability flow with DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
 
     Its first and last steps are of first order.
@@ -97,10 +94,12 @@ def dpmsolver(model: Model, timesteps: Tensor, x: Tensor, draw: Callable[[], Ten
     return x
 
 
-SAMPLERS: Registry[Sampler] = Registry("sampler", {"ddpm": ddpm, "ddim": ddim, "dpmsolver++": dpmsolver})
+SAMPLERS: Registry[Callable[[Diffusion, Tensor, Tensor, Draw], Tensor]] = Registry(
+    "sampler", {"ddpm": ddpm, "ddim": ddim, "dpmsolver++": dpmsolver}
+)
 
 
-def _factors(model: Model, timesteps: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _factors(model: Diffusion, timesteps: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns, in float64 on the CPU, alphas_cumprod of the timesteps and of those that follow them (num_steps,), and
     the factors of x_t and the prediction in x_0 and in eps (2, num_steps)."""
     alphas_cumprod = model.alphas_cumprod.cpu().double()
@@ -112,7 +111,7 @@ def _factors(model: Model, timesteps: Tensor, following: Tensor) -> tuple[Tensor
     return a, a_next, torch.stack([a.sqrt(), -(1 - a).sqrt()]), torch.stack([(1 - a).sqrt(), a.sqrt()])
 
 
-def _follow(model: Model, timesteps: Tensor, x: Tensor, factors: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+def _follow(model: Diffusion, timesteps: Tensor, x: Tensor, factors: Tensor, draw: Draw) -> Tensor:
     """Takes steps that are sums of x_t, the prediction and fresh noise, with these factors (num_steps, 3).
 
     To compute the factors from the schedule at each step would take longer than a small denoiser.

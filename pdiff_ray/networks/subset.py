@@ -140,10 +140,6 @@ def resolve(rule: SubsetRule, network: nn.Module, batchnorm: str = "frozen") -> 
     return Subset(tuple(entries))
 
 
-def _all(network: nn.Module, value: bool) -> list[str]:
-    return [name for name, _ in network.named_parameters()]
-
-
 def _names(network: nn.Module, patterns: Sequence[str]) -> Iterator[str]:
     parameters = [name for name, _ in network.named_parameters()]
     for pattern in patterns:
@@ -178,23 +174,19 @@ def _weights_and_biases(
     return [name for name in names if name in parameters]
 
 
-def _function(network: nn.Module, name: str) -> Iterable[str]:
-    return FUNCTIONS[name](network)
-
-
-# Functions of a network and of the value of a rule's field in `SubsetRule`; they give names of parameters.
+# The user's own functions of a network, which give names of parameters.
+FUNCTIONS: Registry[Callable[[nn.Module], Iterable[str]]] = Registry("function of a network", {})
+# Functions of a network and of the value of a field of `SubsetRule`, which give names of parameters.
 RULES: Registry[Callable[[nn.Module, Any], Iterable[str]]] = Registry(
     "subset rule",
     {
-        "all": _all,
+        "all": lambda network, value: dict(network.named_parameters()),
         "last_norm_layers": _last_norm_layers,
         "norm_layers": _norm_layers,
         "names": _names,
-        "function": _function,
+        "function": lambda network, name: FUNCTIONS[name](network),
     },
 )
-# Functions of a network alone, the user's own; they give names of parameters.
-FUNCTIONS: Registry[Callable[[nn.Module], Iterable[str]]] = Registry("function of a network", {})
 
 
 def _some(names: list[str]) -> str:

@@ -13,32 +13,16 @@ from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.common.registry import Registry
 from pdiff_ray.config.schema import Optimizer
 
-
-def _sgd(parameters: Sequence[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
-
-
-def _adam(parameters: Sequence[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay)
-
-
-def _adamw(parameters: Sequence[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, settings.lr, weight_decay=settings.weight_decay)
-
-
 # Functions of the parameters and the settings. What an optimizer keeps of a parameter has the parameter's shape, but
 # for the number of steps ("step"): networks that are trained as one program share one optimizer.
 OPTIMIZERS: Registry[Callable[[Sequence[nn.Parameter], Optimizer], torch.optim.Optimizer]] = Registry(
-    "optimizer", {"adamw": _adamw, "adam": _adam, "sgd": _sgd}
+    "optimizer",
+    {
+        "adamw": lambda parameters, s: torch.optim.AdamW(parameters, s.lr, weight_decay=s.weight_decay),
+        "adam": lambda parameters, s: torch.optim.Adam(parameters, s.lr, weight_decay=s.weight_decay),
+        "sgd": lambda parameters, s: torch.optim.SGD(parameters, s.lr, s.momentum, weight_decay=s.weight_decay),
+    },
 )
-
-
-def _constant(step: int, num_steps: int) -> float:
-    return 1.0
-
-
-def _cosine(step: int, num_steps: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * (step / max(1, num_steps))))
 
 
 def _onecycle(step: int, num_steps: int) -> float:
@@ -51,7 +35,12 @@ def _onecycle(step: int, num_steps: int) -> float:
 
 # The learning rate at a step (of 0 to num_steps - 1), relative to its peak.
 SCHEDULES: Registry[Callable[[int, int], float]] = Registry(
-    "schedule", {"constant": _constant, "cosine": _cosine, "onecycle": _onecycle}
+    "schedule",
+    {
+        "constant": lambda step, num_steps: 1.0,
+        "cosine": lambda step, num_steps: 0.5 * (1 + math.cos(math.pi * (step / max(1, num_steps)))),
+        "onecycle": _onecycle,
+    },
 )
 
 
