@@ -1,1 +1,1 @@
-"""What every layer uses: errors, seeds, devices, progress. Imports nothing of the package."""
+"""What every layer uses: errors, names, seeds, devices, progress. Imports nothing of the package."""

@@ -17,7 +17,7 @@ S = TypeVar("S", bound=Section)
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), preset: str | None = None) -> Experiment:
-    """The experiment of a file; of a sweep's, what it varies is as the file has it.
+    """Loads the experiment of a file; of a sweep's, what it varies is as the file has it.
 
     Raises:
         ConfigError: naming the file, the dotted path of the field, its value and the remedy.
@@ -28,7 +28,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), preset: str | None = N
 
 
 def read(path: str | Path, overrides: Sequence[str] = (), preset: str | None = None) -> dict[str, Any]:
-    """The content of an experiment file and those it inherits from, with a preset of theirs, the site's file, and
+    """Reads an experiment file and those it inherits from, with a preset of theirs, the site's file, and
     `path=value` overrides laid over it, in this order.
 
     The site's file (PDIFF_SITE) says what is so on this machine or cluster whatever the experiment: resources, storage,
@@ -142,7 +142,7 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
-    """The mapping that holds `value` at a dotted path."""
+    """Returns the mapping that holds `value` at a dotted path."""
     for key in reversed(path.split(".")):
         value = {key: value}
     return value

@@ -27,7 +27,7 @@ from pdiff_ray.common.registry import Registry, fingerprint, imported
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` laid over it, mapping by mapping."""
+    """Lays `changes` over `base`, mapping by mapping."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)

@@ -114,7 +114,7 @@ def describe(config: Data) -> DataInfo:
 
 
 def keyed(config: Data) -> dict[str, Any]:
-    """What of the configuration, the table, and custom files determines the images."""
+    """Returns what of the configuration, the table, the files and the user's own code determines the images."""
     info = describe(config)
     content = {**config.keyed(), "mean": info.mean, "std": info.std}
     if config.source in ("parquet", "folder"):
@@ -177,7 +177,7 @@ def count_images(config: Data) -> tuple[int, int] | None:
 
 
 def open_samples(config: Data, split: str) -> Samples:
-    """The undecoded samples of a split ("train" or "test")."""
+    """Opens the undecoded samples of a split ("train" or "test")."""
     if config.source == "parquet":
         return ParquetImages(parquet_files(config, split))
     if config.source == "folder":
@@ -315,7 +315,7 @@ def _num_classes(samples: Samples) -> int:
 
 
 def parquet_files(config: Data, split: str) -> list[Path]:
-    """The Parquet files of a split under the root."""
+    """Returns the Parquet files of a split under the root."""
     root = Path(config.root)
     names = ("test", "validation", "valid") if split == "test" else ("train",)
     for name in names:
@@ -333,7 +333,7 @@ def _first_folder(config: Data, split: str) -> Path:
 
 
 def _fingerprint(config: Data) -> str:
-    """A cheap hash of custom files: names, sizes, and of Parquet files the end, whose footer changes with the data."""
+    """Hashes custom files cheaply: names, sizes, and of Parquet files the end, whose footer changes with the data."""
     sha = hashlib.sha256()
     for split in SPLITS:
         if config.source == "parquet":
@@ -360,7 +360,7 @@ def decoded(samples: Samples, index: int, info: DataInfo) -> tuple[np.ndarray, i
 
 
 def decode(image: Any, info: DataInfo) -> np.ndarray:
-    """A PIL image to uint8 (C, S, S): shorter edge resized to S, centre cropped."""
+    """Turns a PIL image into uint8 (C, S, S): shorter edge resized to S, centre cropped."""
     image = image.convert("L" if info.channels == 1 else "RGB")
     size = info.image_size
     if image.size != (size, size):

@@ -79,15 +79,15 @@ class Autoencoder(nn.Module):
         )
 
     def encode(self, vectors: Tensor) -> Tensor:
-        """Normalized vectors (B, D) to latents (B, Z)."""
+        """Encodes normalized vectors (B, D) as latents (B, Z)."""
         return self.encoder(functional.pad(vectors, (0, self.padding))[:, None])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, Z) to normalized vectors (B, D)."""
+        """Decodes latents (B, Z) to normalized vectors (B, D)."""
         return self.decoder(latents)[:, 0, : self.dimension]
 
     def loss(self, vectors: Tensor, random: torch.Generator) -> Tensor:
-        """Mean squared error of the clean vectors (B, D), reconstructed from noised ones through noised latents."""
+        """Computes the mean squared error of vectors (B, D), reconstructed from noised ones through noised latents."""
         noised = vectors + self.settings.parameter_noise * _normal_like(vectors, random)
         latents = self.encode(noised)
         decoded = self.decode(latents + self.settings.latent_noise * _normal_like(latents, random))

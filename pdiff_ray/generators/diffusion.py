@@ -141,19 +141,19 @@ class Diffusion(nn.Module):
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
 
     def q_sample(self, x_start: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t (B, Z) given x_0: Ho et al., equation 4."""
+        """Returns x_t (B, Z) given x_0: Ho et al., equation 4."""
         a = self.alphas_cumprod[t][:, None]
         return a.sqrt() * x_start + (1 - a).sqrt() * eps
 
     def target(self, x_start: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the denoiser should predict: eps, or v = sqrt(a) eps - sqrt(1 - a) x_0 (Salimans and Ho 2022)."""
+        """Returns what should be predicted: eps, or v = sqrt(a) eps - sqrt(1 - a) x_0 (Salimans and Ho 2022)."""
         if self.prediction == "epsilon":
             return eps
         a = self.alphas_cumprod[t][:, None]
         return a.sqrt() * eps - (1 - a).sqrt() * x_start
 
     def loss(self, x_start: Tensor, random: torch.Generator) -> Tensor:
-        """Mean squared error of the denoiser at random timesteps; x_start (B, Z)."""
+        """Computes the mean squared error of the denoiser at random timesteps; x_start (B, Z)."""
         t = torch.randint(self.num_timesteps, (len(x_start),), generator=random, device=x_start.device)
         eps = torch.randn(x_start.shape, generator=random, device=x_start.device)
         prediction = self.denoiser(self.q_sample(x_start, t, eps), self.denoiser.embedding(t))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def capture(step: Callable[[], Tensor | None]) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
-    """The graph of a step that works on the same memory each time, and its result, which a replay overwrites.
+    """Captures the graph of a step that works on the same memory each time, and its result, which a replay overwrites.
 
     The step runs once before it is captured. Generators that it draws from go on with each replay.
 
@@ -31,7 +31,7 @@ def capture(step: Callable[[], Tensor | None]) -> tuple[torch.cuda.CUDAGraph, Te
 def graphed(
     backward: Callable[[], Tensor], parameters: Sequence[nn.Parameter], random: torch.Generator
 ) -> Callable[[], Tensor]:
-    """`backward` as the replay of a graph; as it is, with a warning, if its loss or gradients would be others.
+    """Returns `backward` as the replay of a graph; as it is, with a warning, if its loss or gradients would be others.
 
     Args:
         backward: makes the gradients of `parameters` anew and returns the loss, with numbers from `random`.

@@ -22,7 +22,7 @@ class Normalizer:
 
     @staticmethod
     def fit(vectors: Tensor, mode: str, subset: Subset) -> Normalizer:
-        """Statistics of vectors (K, D).
+        """Takes the statistics of vectors (K, D).
 
         Args:
             mode: "dimension": mean and standard deviation of each value over the zoo; "tensor": of each tensor, over

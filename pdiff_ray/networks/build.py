@@ -74,7 +74,7 @@ NETWORKS: Registry[Callable[..., nn.Module]] = Registry(
 
 
 def build_network(config: Network, info: DataInfo, *seed: int | str) -> nn.Module:
-    """A new network on the CPU, initialised from `seed`, mapping (B, C, S, S) to logits (B, num_classes).
+    """Builds a new network on the CPU, initialised from `seed`, mapping (B, C, S, S) to logits (B, num_classes).
 
     Raises:
         ConfigError: unknown name, arguments that its constructor refuses, or data that it cannot take.
@@ -100,7 +100,7 @@ def build_network(config: Network, info: DataInfo, *seed: int | str) -> nn.Modul
 
 
 def check_network(config: Network, info: DataInfo) -> nn.Module:
-    """A new network that has taken two blank images in training mode, as its first step will.
+    """Builds a network that has taken two blank images in training mode, as its first step will.
 
     Raises:
         ConfigError: it cannot be built, or cannot take the data.

@@ -53,7 +53,7 @@ class Subset:
         return [entry.name for entry in self.entries]
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Tensors by name (a state dict will do) to one float32 vector (D,).
+        """Joins tensors by name (a state dict will do) to one float32 vector (D,).
 
         Raises:
             ConfigError: a tensor is missing or has another shape.
@@ -68,7 +68,7 @@ class Subset:
         return torch.cat([tensors[entry.name].detach().reshape(-1).float() for entry in self.entries])
 
     def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Vectors (..., D) to tensors (..., *shape) by name, as views where possible.
+        """Cuts vectors (..., D) into tensors (..., *shape) by name, as views where possible.
 
         A generator may put a running variance below zero; it is clamped, since no network can use it.
         """
@@ -90,7 +90,7 @@ class Subset:
 
 
 def norm_layers(network: nn.Module) -> list[str]:
-    """Names of the normalization layers with a weight, in order of definition."""
+    """Returns the names of the normalization layers with a weight, in order of definition."""
     return [
         name
         for name, module in network.named_modules()
@@ -99,13 +99,16 @@ def norm_layers(network: nn.Module) -> list[str]:
 
 
 def main_path_norm_layers(network: nn.Module) -> list[str]:
-    """`norm_layers` without those on projection shortcuts: a ResNet-18 has 17, and 'BN-layer 16 to 18' of the paper
-    is `layer4.1.bn1` and `layer4.1.bn2`, the layers 16 and 17 counted from 1."""
+    """Returns `norm_layers` without those on projection shortcuts.
+
+    A ResNet-18 has 17, and 'BN-layer 16 to 18' of the paper is `layer4.1.bn1` and `layer4.1.bn2`, the layers 16 and 17
+    counted from 1.
+    """
     return [name for name in norm_layers(network) if not SHORTCUTS & set(name.split("."))]
 
 
 def resolve(rule: SubsetRule, network: nn.Module, batchnorm: str = "frozen") -> Subset:
-    """The subset of `network` that `rule` describes.
+    """Returns the subset of `network` that `rule` describes.
 
     Args:
         batchnorm: with "included", the running statistics of the subset's BatchNorm layers belong to it; with the rule

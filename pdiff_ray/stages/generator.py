@@ -1,4 +1,4 @@
-"""Stages `generator` and `samples`: learn the distribution of the zoo's vectors, and draw new ones from it."""
+"""Stage `generator`: learns the distribution of the zoo's vectors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def build(
 
 
 def load_generator(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Generator:
-    """The fitted generator, on the CPU."""
+    """Loads the fitted generator, on the CPU."""
     generator = make_generator(experiment.generator, ParameterStore(artifacts["zoo"]).subset())
     generator.load_state(load_tree(artifacts["generator"].read(GENERATOR_FILE), artifacts["generator"].location))
     return generator

@@ -83,9 +83,10 @@ class Trainer:
             )
 
     def state(self) -> dict[str, Any]:
-        """The optimizer's state, for `artifacts.save_tree`."""
+        """Returns the optimizer's state, for `trees.save_tree`."""
         return {str(index): dict(state) for index, state in self.optimizer.state_dict()["state"].items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Takes up a state that `state` returned."""
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": {int(i): s for i, s in state.items()}, "param_groups": groups})
