@@ -12,12 +12,14 @@ from torch import nn
 from pdiff_ray.cli import printing
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.config import sweep as space
-from pdiff_ray.config.schema import Generator, Network, Sampling, SubsetRule, Zoo
+from pdiff_ray.config.schema import Network, Sampling, SubsetRule, Zoo
 from pdiff_ray.data import sources
 from pdiff_ray.data.sources import DataInfo
 from pdiff_ray.estimates import estimate
 from pdiff_ray.estimates.estimate import Estimator
-from pdiff_ray.estimates.flops import count, generator_flops
+from pdiff_ray.estimates.flops import count
+from pdiff_ray.generators.gaussian import GaussianSettings
+from pdiff_ray.generators.latent_diffusion import LatentDiffusionSettings
 from pdiff_ray.networks.build import build_network
 from pdiff_ray.networks.split import split_network
 from pdiff_ray.networks.subset import resolve
@@ -71,16 +73,16 @@ def test_recalibrated_statistics_reach_from_the_first_batchnorm_on():
 
 
 def test_a_wider_generator_takes_more_in_proportion_to_its_steps():
-    settings, sampling = Generator(), Sampling(samples=10)
-    fit, sample, memory = generator_flops(settings, 1000, 200, sampling)
+    settings, sampling = LatentDiffusionSettings(), Sampling(samples=10)
+    fit, sample, memory = settings.cost(1000, 200, sampling)
     longer = settings.model_copy(update={"diffusion": settings.diffusion.model_copy(update={"steps": 1200})})
     # A denoising MLP's weights, used once per latent and three times in training.
     z, width, depth = settings.autoencoder.latent_dim, settings.diffusion.width, settings.diffusion.depth
-    weights = 2 * z * width + depth * 2 * width**2 + 2 * width**2
-    assert generator_flops(longer, 1000, 200, sampling)[0] - fit == pytest.approx(3 * 600 * 50 * 2 * weights, rel=0.1)
+    weights, embedding = 2 * z * width + depth * 2 * width**2, 2 * width**2
+    assert longer.cost(1000, 200, sampling)[0] - fit == pytest.approx(3 * 600 * 50 * 2 * (weights + embedding), rel=0.1)
     assert sample == pytest.approx(10 * 1000 * 2 * weights, rel=0.1)
-    assert generator_flops(settings, 2000, 200, sampling)[2] > memory
-    assert generator_flops(Generator(name="gaussian"), 1000, 200, sampling)[0] < fit
+    assert settings.cost(2000, 200, sampling)[2] > memory
+    assert GaussianSettings().cost(1000, 200, sampling)[0] < fit
 
 
 # --- experiments ------------------------------------------------------------------------------------------------------

@@ -337,7 +337,7 @@ def test_what_cannot_be_learned_is_refused_before_work_starts():
 
 def test_operations_are_those_that_pytorch_counts_while_they_run():
     sampling, vectors = Sampling(samples=5, seed=0), draw(16, 14)
-    fit, sample = small().flops(14, 16, sampling)
+    fit, sample, memory = small().cost(14, 16, sampling)
     with FlopCounterMode(display=False) as fitting:
         generator, _ = fitted(small(), vectors)
     with FlopCounterMode(display=False) as drawing:
@@ -345,4 +345,6 @@ def test_operations_are_those_that_pytorch_counts_while_they_run():
         generator.encode(generator.sample(5, sampling, CPU))
     assert fitting.get_total_flops() == pytest.approx(fit, rel=0.15)
     assert drawing.get_total_flops() == pytest.approx(sample, rel=0.15)
-    assert GaussianSettings().flops(14, 16, sampling)[1] == 2 * 5 * 16 * 14
+    parameters = sum(parameter.numel() for parameter in generator.autoencoder.parameters())
+    assert memory > 16 * parameters
+    assert GaussianSettings().cost(14, 16, sampling)[1] == 2 * 5 * 16 * 14

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +18,8 @@ from pdiff_ray.common.errors import ConfigError, did_you_mean
 T = TypeVar("T")
 
 
-class Registry(Mapping[str, T]):
-    """Things of one kind by name; iterating gives the names of the package's own.
+class Registry(dict[str, T]):
+    """Things of one kind by name; to look up "module:attribute" imports it.
 
     Args:
         kind: what the things are, for messages, such as "optimizer".
@@ -28,35 +28,24 @@ class Registry(Mapping[str, T]):
     """
 
     def __init__(self, kind: str, entries: Mapping[str, T], also: Sequence[str] = ()) -> None:
-        self.kind, self.entries = kind, entries
-        self.names = [*also, *entries]
+        super().__init__(entries)
+        self.kind, self.also = kind, also
+
+    @property
+    def names(self) -> list[str]:
+        """All names without a colon."""
+        return [*self.also, *self]
 
     def check(self, name: str) -> None:
         """Raises ConfigError unless there is such a name, or it can be imported."""
-        if name not in self.names:
+        if name not in self.also:
             self[name]
 
-    def __getitem__(self, name: str) -> T:
-        """Returns what a name stands for.
-
-        Raises:
-            ConfigError: the name is not in the table, or what it leads to cannot be imported.
-        """
+    def __missing__(self, name: str) -> T:
         if ":" in name:
             return imported(name)
-        if name not in self.entries:
-            known, near = ", ".join([*self.names, "module:attribute"]), did_you_mean(name, self.names)
-            raise ConfigError(f"there is no {self.kind} {name!r} (known: {known}){near}")
-        return self.entries[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
+        known, near = ", ".join([*self.names, "module:attribute"]), did_you_mean(name, self.names)
+        raise ConfigError(f"there is no {self.kind} {name!r} (known: {known}){near}")
 
 
 def imported(name: str) -> Any:

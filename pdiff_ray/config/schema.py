@@ -315,14 +315,17 @@ class Generator(Choice):
     def check(self, dimension: int) -> None:
         """Raises ConfigError if the generator cannot learn vectors with this number of values."""
 
-    def flops(self, values: int, members: int, sampling: Sampling) -> tuple[float, float]:
-        """Estimates the floating-point operations of fitting and of sampling.
+    def cost(self, values: int, members: int, sampling: Sampling) -> tuple[float, float, float]:
+        """Estimates what learning vectors (K, D) and drawing new ones takes.
 
         Args:
             values: D, numbers in a vector.
             members: K, vectors to learn.
+
+        Returns:
+            FLOPs of fitting and of drawing all samples, and bytes that fitting holds beside the vectors.
         """
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
 
 
 # Sections, by the key that they stand under, that are of another kind when a later layer changes their name.

@@ -19,7 +19,7 @@ from pdiff_ray.common.errors import StorageError
 from pdiff_ray.config.schema import Experiment, Training, Zoo
 from pdiff_ray.data import sources
 from pdiff_ray.data.dataset import steps_per_epoch
-from pdiff_ray.estimates.flops import Counts, count, generator_flops
+from pdiff_ray.estimates.flops import Counts, count
 from pdiff_ray.evaluation.judge import CALIBRATION_IMAGES
 from pdiff_ray.generators.latent_diffusion import GATE_MEMBERS
 from pdiff_ray.stages.evaluation import made_networks
@@ -118,7 +118,7 @@ class Estimator:
         """Returns, for each stage, seconds of a core or GPU, and bytes of a process beside its libraries, at most."""
         training, zoo, evaluation, members = e.training, e.zoo, e.evaluation, e.num_members
         whole, prefix, suffix = counts.flops, counts.flops - counts.suffix_flops, counts.suffix_flops
-        fit, sample, fitting = generator_flops(e.generator, counts.subset.size, members, e.sampling)
+        fit, sample, fitting = e.generator.cost(counts.subset.size, members, e.sampling)
 
         def seconds(flops: float, precision: str = "float32") -> float:
             return flops / EFFICIENCY / self._rate(precision)

@@ -21,8 +21,8 @@ class GaussianSettings(schema.Generator):
 
     name: schema.GeneratorName = "gaussian"
 
-    def flops(self, values: int, members: int, sampling: schema.Sampling) -> tuple[float, float]:
-        return 3.0 * members * values, 2.0 * sampling.samples * members * values
+    def cost(self, values: int, members: int, sampling: schema.Sampling) -> tuple[float, float, float]:
+        return 2.0 * members * values, 2.0 * sampling.samples * members * values, 4.0 * members * values
 
 
 class Gaussian(Generator):

@@ -5,14 +5,15 @@ Shapes: K vectors of D values, Z latent dimensions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from pdiff_ray.common.operations import Operations
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config import schema
 from pdiff_ray.config.schema import Optimizer
@@ -83,21 +84,17 @@ class LatentDiffusionSettings(schema.Generator):
         with torch.device("meta"):
             Autoencoder(self.autoencoder, dimension)
 
-    def flops(self, values: int, members: int, sampling: schema.Sampling) -> tuple[float, float]:
+    def cost(self, values: int, members: int, sampling: schema.Sampling) -> tuple[float, float, float]:
         ae, diffusion = self.autoencoder, self.diffusion
-        with torch.device("meta"):
-            model, process = Autoencoder(ae, values), Diffusion(diffusion, ae.latent_dim)
-            latents = torch.zeros(1, ae.latent_dim)
-            encode = count_flops(lambda: model.encode(torch.zeros(1, values)))
-            decode = count_flops(lambda: model.decode(latents))
-            time = process.denoiser.embedding(torch.zeros(1))
-            denoise = count_flops(lambda: process.denoiser(latents, time))
-            embed = count_flops(lambda: process.denoiser.embedding(torch.zeros(1)))
-        # A training step is a pass forward, and one backward at twice the cost.
-        fit = 3 * ae.steps * min(ae.batch_size, members) * (encode + decode) + members * (encode + decode)
-        fit += 3 * diffusion.steps * min(diffusion.batch_size, members) * (embed + denoise)
-        steps = sampling.steps or diffusion.num_timesteps
-        return fit, steps * embed + sampling.samples * (steps * denoise + decode + encode) + members * encode
+        shapes = [section.model_copy(update={"steps": 1}) for section in (ae, diffusion)]
+        coded, kept, parameters, denoised, embedded = _counts(*shapes, values)
+        rows, steps = min(ae.batch_size, members), sampling.steps or diffusion.num_timesteps
+        trained = ae.steps * rows * coded
+        trained += diffusion.steps * min(diffusion.batch_size, members) * (denoised + embedded)
+        drawn = steps * (embedded + sampling.samples * denoised) + (sampling.samples + members / 2) * coded
+        # The backward pass takes twice the forward one. Values, gradients, and an optimizer's two moments are kept, and
+        # what the backward pass of a batch reads.
+        return 3 * trained + members * coded, drawn, 16 * parameters + rows * kept
 
 
 class LatentDiffusion(Generator):
@@ -213,11 +210,20 @@ def _spread(count: int) -> Tensor:
     return torch.linspace(0, count - 1, min(GATE_MEMBERS, count)).round().long()
 
 
-def count_flops(run: Callable[[], Any]) -> int:
-    """Returns the floating-point operations of a computation, as PyTorch counts them."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+@functools.cache
+def _counts(ae: AutoencoderSettings, diffusion: DiffusionSettings, values: int) -> tuple[int, int, int, int, int]:
+    """Returns FLOPs and bytes of a vector's way to its latent and back, the autoencoder's parameters, and FLOPs of
+    denoising a latent and of embedding a timestep."""
+    with torch.device("meta"):
+        model, denoiser = Autoencoder(ae, values), Diffusion(diffusion, ae.latent_dim).denoiser
+        with Operations() as coding:
+            model.decode(model.encode(torch.zeros(1, values)))
+        with Operations() as embedding:
+            time = denoiser.embedding(torch.zeros(1))
+        with Operations() as denoising:
+            denoiser(torch.zeros(1, ae.latent_dim), time)
+    parameters = sum(p.numel() for p in model.parameters())
+    return coding.flops.total(), coding.bytes, parameters, denoising.flops.total(), embedding.flops.total()
 
 
 def _in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
