@@ -145,6 +145,26 @@ def test_vectors_however_their_pages_were_written(store, artifact, written):
     assert_same(opened.records([3, 1], vectors=True), [records[3], records[1]])
 
 
+def test_vectors_read_before_are_not_decoded_again(store, monkeypatch):
+    records = make_records(range(6))
+    store.append(records[:4], SUBSET)
+    store.append(records[4:], SUBSET)
+    store.vectors([1, 2, 3, 5])
+    monkeypatch.setattr(parameters._Part, "read", lambda *_: pytest.fail("Parquet was decoded"))
+    vectors = store.vectors([5, 1, 5, 2])
+    np.testing.assert_array_equal(vectors, np.stack([records[i].vector for i in (5, 1, 5, 2)]))
+    assert vectors.flags.writeable
+
+
+def test_a_part_cut_off_after_it_was_read_is_named(store, artifact):
+    store.append(make_records(range(3)), SUBSET)
+    store.vectors()
+    (part,) = parts_of(artifact)
+    os.truncate(part, 100)
+    with pytest.raises(StorageError, match=f"{re.escape(str(part))}: damaged Parquet file"):
+        store.vectors([2])
+
+
 def test_more_parts_than_files_are_kept_open(store, artifact, monkeypatch):
     monkeypatch.setattr(parameters, "MAX_OPEN_FILES", 2)
     records = make_records(range(6))

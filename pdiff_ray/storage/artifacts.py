@@ -9,6 +9,7 @@ a crash leaves behind is never mistaken for a result.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import platform
@@ -31,7 +32,7 @@ WORK = "work"  # folder of an artifact that is being made
 
 
 def artifact_key(stage: str, config: dict[str, Any], inputs: dict[str, str]) -> str:
-    """The hash that names an artifact: of its configuration, its inputs' keys and the format version."""
+    """Returns the hash that names an artifact: of its configuration, its inputs' keys and the format version."""
     text = json.dumps([FORMAT, stage, config, inputs], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -45,26 +46,39 @@ class Artifact:
     config: dict[str, Any] = field(hash=False)
     inputs: dict[str, str] = field(hash=False)
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
+        """The hash of all that determines the artifact, 16 hexadecimal digits."""
         return artifact_key(self.stage, self.config, self.inputs)
 
     @property
     def folder(self) -> str:
+        """Where it is in storage, as `stage/key`."""
         return f"{self.stage}/{self.key}"
 
     @property
     def location(self) -> str:
+        """Where a user finds it."""
         return self.storage.location(self.folder)
 
     def exists(self) -> bool:
-        return self.storage.exists(f"{self.folder}/manifest.json")
+        """Returns whether the artifact is finished."""
+        return is_finished(self.storage, self.folder)
 
     def manifest(self) -> dict[str, Any]:
+        """Returns the manifest, which is not to be changed.
+
+        Raises:
+            StorageError: the artifact is not finished, or its manifest is damaged.
+        """
         return read_manifest(self.storage, self.folder)
 
     def read(self, name: str) -> bytes:
-        """The content of the file that the manifest lists under `name`, checked against its digest."""
+        """Returns the content of the file that the manifest lists under `name`, after comparing it with its digest.
+
+        Raises:
+            StorageError: the file is missing, damaged or not listed.
+        """
         entry = self.manifest()["files"].get(name)
         if entry is None:
             raise StorageError(f"{self.location}: its manifest lists no file {name!r}")
@@ -80,13 +94,13 @@ class Artifact:
         seconds: float,
         parts: dict[str, dict[str, Any]] | None = None,
     ) -> None:
-        """Makes the artifact exist.
+        """Writes the artifact's files and, last, its manifest, with which it is finished.
 
         Args:
             files: content by name.
-            info: what a reader wants to know at a glance; JSON values.
-            seconds: time that building it took.
-            parts: entries of part files that are there already (`ParameterStore.manifest_entries`).
+            info: what a reader wants to know at a glance, as JSON values.
+            seconds: that building it took.
+            parts: entries of part files that are there already, as `ParameterStore.manifest_entries` returns them.
         """
         entries = dict(parts or {})
         for name, content in files.items():
@@ -116,9 +130,11 @@ class Artifact:
     # State of work in progress: replaced again and again, gone once the artifact exists.
 
     def save_work(self, name: str, content: bytes) -> None:
+        """Writes a file of the unfinished artifact, in place of an earlier one of this name."""
         self.storage.write(self._work(name), content)
 
     def load_work(self, name: str) -> bytes | None:
+        """Returns what was saved under `name`, None if there is nothing."""
         path = self._work(name)
         try:
             return self.storage.read(path)
@@ -131,18 +147,37 @@ class Artifact:
         return f"{self.folder}/{WORK}/{name}"
 
 
+def is_finished(storage: Storage, folder: str) -> bool:
+    """Returns whether the artifact in `folder` is finished. One that is stays so: it is looked for until it is seen."""
+    if folder not in storage.manifests and storage.exists(f"{folder}/manifest.json"):
+        storage.manifests[folder] = None
+    return folder in storage.manifests
+
+
 def read_manifest(storage: Storage, folder: str) -> dict[str, Any]:
-    name = f"{folder}/manifest.json"
-    content = storage.read(name)
-    try:
-        return json.loads(content)
-    except ValueError as error:  # not JSON, or not even text
-        where = storage.location(name)
-        raise StorageError(f"{where}: damaged ({error}); delete its folder to build it again") from None
+    """Returns the manifest of a finished artifact. It never changes, so that it is read once.
+
+    Raises:
+        StorageError: there is none, or it is damaged.
+    """
+    manifest = storage.manifests.get(folder)
+    if manifest is None:
+        name = f"{folder}/manifest.json"
+        content = storage.read(name)
+        try:
+            manifest = storage.manifests[folder] = json.loads(content)
+        except ValueError as error:  # not JSON, or not even text
+            where = storage.location(name)
+            raise StorageError(f"{where}: damaged ({error}); delete its folder to build it again") from None
+    return manifest
 
 
 def find(storage: Storage, prefix: str) -> tuple[str, dict[str, Any]]:
-    """The folder and manifest of the one finished artifact whose key (or stage/key) starts with `prefix`."""
+    """Returns folder and manifest of the one finished artifact whose key, or `stage/key`, starts with `prefix`.
+
+    Raises:
+        StorageError: there is none, or several.
+    """
     stage, slash, key = prefix.rpartition("/")
     split = [folder.split("/") for folder in finished(storage)]
     found = ["/".join(f) for f in split if f[1].startswith(key) and (not slash or f[0] == stage)]
@@ -153,13 +188,12 @@ def find(storage: Storage, prefix: str) -> tuple[str, dict[str, Any]]:
 
 
 def finished(storage: Storage) -> list[str]:
-    """Folders (`stage/key`) of all finished artifacts."""
-    folders = [folder for kind in KINDS for folder in storage.list(kind)]
-    return [folder for folder in folders if storage.exists(f"{folder}/manifest.json")]
+    """Returns the folders, as `stage/key`, of all finished artifacts."""
+    return [folder for kind in KINDS for folder in storage.list(kind) if is_finished(storage, folder)]
 
 
 def verify(storage: Storage, folder: str) -> list[str]:
-    """Messages about files of an artifact that are missing or differ from their digest; empty if it is whole."""
+    """Returns messages about files of an artifact that are missing or differ from their digest."""
     problems = []
     for entry in read_manifest(storage, folder)["files"].values():
         name = f"{folder}/{entry['path']}"
@@ -182,11 +216,12 @@ def _damaged(storage: Storage, name: str) -> str:
 
 
 def digest(content: bytes | pa.Buffer) -> str:
+    """Returns the SHA-256 of `content` in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 
 def versions() -> dict[str, str]:
-    """Versions of what numbers depend on."""
+    """Returns the versions of the packages that numbers depend on."""
     found = {"pdiff_ray": pdiff_ray.__version__, "python": platform.python_version()}
     for package in ("torch", "torchvision", "timm", "numpy", "ray", "pyarrow"):
         with contextlib.suppress(metadata.PackageNotFoundError):

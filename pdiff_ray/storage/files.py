@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -25,6 +26,12 @@ class Storage:
 
     Args:
         uri: a local path, or any URI that `pyarrow.fs.FileSystem.from_uri` takes (`s3://bucket/prefix`, `gs://`, ...).
+
+    Attributes:
+        manifests: of finished artifacts that were seen, by folder; None of one that has not been read. For `artifacts`.
+
+    Raises:
+        StorageError: there can be no such folder or store.
     """
 
     def __init__(self, uri: str) -> None:
@@ -42,6 +49,10 @@ class Storage:
         except (pa.ArrowInvalid, OSError) as error:
             reason = _without_secrets(f"{uri!r} is not a folder or a URI that pyarrow.fs knows: {error}")
             raise StorageError(f"storage: {reason}") from None
+        self.manifests: dict[str, dict[str, Any] | None] = {}
+
+    def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
+        return Storage, (self.uri,)  # another process looks for itself
 
     @property
     def local(self) -> Path | None:
@@ -54,10 +65,11 @@ class Storage:
         return _without_secrets(self.uri.split("?")[0]) if self.local is None else self.root
 
     def path(self, name: str) -> str:
+        """Returns `name` as a path of the file system `fs`."""
         return f"{self.root.rstrip('/')}/{name}"
 
     def location(self, name: str) -> str:
-        """Where a user finds `name`."""
+        """Returns where a user finds `name`."""
         return f"{self.place}/{name}"
 
     def check_writable(self) -> None:
@@ -68,14 +80,17 @@ class Storage:
         self._remove_stale_temporaries()
 
     def exists(self, name: str) -> bool:
+        """Returns whether there is a file `name`."""
         with self._translated(name):
             return self.fs.get_file_info(self.path(name)).type == pafs.FileType.File
 
     def read(self, name: str) -> bytes:
+        """Returns the content of a file."""
         with self._translated(name), self.open(name) as file:
             return file.read()
 
     def open(self, name: str) -> pa.NativeFile:
+        """Opens a file for random access."""
         with self._translated(name):
             return self.fs.open_input_file(self.path(name))
 
@@ -111,11 +126,12 @@ class Storage:
             return True
 
     def delete(self, name: str) -> None:
+        """Deletes a file if it is there."""
         with self._translated(name), contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self.path(name))
 
     def list(self, folder: str, *, recursive: bool = False) -> list[str]:
-        """Names of the files (`recursive`: at any depth; else: and folders) in `folder`, sorted."""
+        """Returns the names of the files and folders in `folder` or, if `recursive`, of its files at any depth, sorted."""
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
         with self._translated(folder):
             infos = self.fs.get_file_info(selector)
@@ -144,7 +160,7 @@ class Storage:
 
 
 def _place_new(temporary: Path, target: Path) -> bool:
-    """Gives a file its name unless that is taken."""
+    """Renames a file unless the name is taken; returns whether it was free."""
     try:
         os.link(temporary, target)
     except FileExistsError:
@@ -157,5 +173,5 @@ def _place_new(temporary: Path, target: Path) -> bool:
 
 
 def _without_secrets(text: str) -> str:
-    """The text without the user and password of the URI in it."""
+    """Returns the text without the user and password of the URI in it."""
     return re.sub("://[^/]*@", "://", text)

@@ -1,22 +1,19 @@
 """The parameter store: networks as rows of Parquet part files, their flattened parameters beside what is known of them.
 
-One format serves zoos, generated samples and evaluations (which leave the vectors out). A row with a vector has a row
-group of its own, so that one network, or one column, is read without the rest; pages carry checksums. Part files are
-written whole, under a name that holds their digest, by any number of workers at once. A store keeps the files that it
-has read open, their footers parsed.
+One format serves zoos, generated samples and evaluations, which leave the vectors out. A row with a vector has a row
+group of its own, so that one network, or one column, is read without the rest. Pages carry checksums, which pyarrow
+compares. Any number of workers may write part files at once: each is written whole, under a name that holds its digest.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import os
 import platform
 import resource
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -87,12 +84,12 @@ COLUMNS = tuple(_TYPES)
 
 
 def stamp() -> dict[str, Any]:
-    """When and where a row is made."""
+    """Returns when and where a row is made, by column."""
     return {"created_at": datetime.now(UTC), "worker": f"{platform.node()}:{os.getpid()}"}
 
 
 def encode(records: Sequence[Record], subset: Subset, about: dict[str, Any]) -> bytes:
-    """A Parquet file of `records`; with vectors if the first has one.
+    """Returns a Parquet file of `records`, with their vectors if the first has one.
 
     Args:
         about: what else a lone file should say of its networks; JSON values.
@@ -105,7 +102,7 @@ def encode(records: Sequence[Record], subset: Subset, about: dict[str, Any]) -> 
     table = pa.table(columns).replace_schema_metadata(metadata)
     sink = io.BytesIO()
     # Random floats neither repeat nor compress: a dictionary makes them larger, a codec only slower. Statistics of so
-    # few rows say nothing, and a vector in one page can be read without Parquet's machinery.
+    # few rows say nothing. A vector that is one plain page can be read again without decoding.
     pq.write_table(
         table,
         sink,
@@ -119,80 +116,36 @@ def encode(records: Sequence[Record], subset: Subset, about: dict[str, Any]) -> 
     return sink.getvalue()
 
 
-_Page = tuple[Callable[[int, int], bytes], int, int]  # reads an open file; bytes of a vector, and where they begin
-
-
 class _Part:
-    """An open part file."""
+    """An open part file, its footer parsed."""
 
     def __init__(self, storage: Storage, name: str) -> None:
-        self.stream = storage.open(name)
-        self._remote = storage.local is None
-
-    @functools.cached_property
-    def file(self) -> pq.ParquetFile:
+        self.stream, remote = storage.open(name), storage.local is None
         # An object store answers few large requests sooner than many small ones.
-        return pq.ParquetFile(self.stream, page_checksum_verification=True, pre_buffer=self._remote)
+        self.file = pq.ParquetFile(self.stream, page_checksum_verification=True, pre_buffer=remote)
+        self.separate = self.file.num_row_groups == self.file.metadata.num_rows  # a row group for each row
 
     def read(self, rows: list[int], columns: list[str]) -> pa.Table:
-        """Columns of some rows."""
-        if self.file.num_row_groups == self.file.metadata.num_rows:
+        """Returns columns of some rows, after comparing their pages with their checksums."""
+        if self.separate:
             return self.file.read_row_groups(rows, columns=columns)
         return self.file.read(columns=columns).take(rows)
 
-    @functools.cached_property
-    def _floats(self) -> int:
-        return self.file.schema_arrow.field("vector").type.list_size
-
-    def first(self, row: int) -> tuple[_Page, np.ndarray]:
-        """Where a vector is, and itself (D,), straight from its page, which takes a tenth of pyarrow's time.
-
-        Raises:
-            ArrowException, OSError, IndexError: it does not fit its checksum, or is not as `encode` writes it.
-        """
-        metadata = self.file.metadata
-        group = metadata.row_group(row)
-        if group.num_rows != 1:
-            raise OSError("not a row group of its own")
-        column = group.column(metadata.num_columns - 1)
-        offset, length, size = column.data_page_offset, column.total_compressed_size, 4 * self._floats
-        chunk = self.stream.read_at(length, offset)
-        if size > length or len(chunk) < length or not _whole_page(chunk):
-            raise OSError("not a whole page")
-        begin = length - size
-        return (self.stream.read_at, size, offset + begin), np.frombuffer(chunk, np.float32, offset=begin)
-
-
-def _whole_page(chunk: bytes) -> bool:
-    """Whether a column chunk is one uncompressed data page that fits its checksum.
-
-    Its header, in Thrift's compact encoding, begins with four 32-bit integers, each after a byte 0x15: the page's kind
-    (0), its size uncompressed and compressed, and its CRC-32. Its data end the chunk.
-    """
-    if not chunk.startswith(b"\x15\x00\x15"):
-        return False
-    size, end = _zigzag(chunk, 3)
-    again = end + 1 + end - 3
-    if chunk[end : again + 1] != b"\x15" + chunk[3:end] + b"\x15":
-        return False
-    checksum, _ = _zigzag(chunk, again + 1)
-    return zlib.crc32(memoryview(chunk)[-size:]) == checksum & 0xFFFFFFFF
-
-
-def _zigzag(chunk: bytes, position: int) -> tuple[int, int]:
-    """A signed integer of variable length, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = chunk[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value >> 1 ^ -(value & 1), position
-        shift += 7
+    def find(self, row: int, vector: np.ndarray) -> int | None:
+        """Returns where in the file a vector that was read begins; None unless it stands there as it is in memory."""
+        if not self.separate:
+            return None
+        chunk = self.file.metadata.row_group(row).column(self.file.metadata.num_columns - 1)
+        offset = chunk.data_page_offset + chunk.total_compressed_size - vector.nbytes  # a page's values end it
+        same = offset > 0 and self.stream.read_at(vector.nbytes, offset) == vector.tobytes()
+        return offset if same else None
 
 
 class ParameterStore:
     """The part files of one artifact, finished or still growing.
+
+    A store keeps the files that it has read open, and remembers where in them the vectors are: pyarrow takes ten times
+    as long to read one as the file system does.
 
     Args:
         artifact: whose networks these are. If it is finished, the parts are those of its manifest; else all whole files
@@ -202,11 +155,11 @@ class ParameterStore:
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self.storage: Storage = artifact.storage
-        self._local = self.storage.local is not None
         self._rows: dict[int, tuple[str, int]] = {}  # id to part and row
         self._parts: dict[str, list[int]] = {}  # part to ids
         self._opened: dict[str, _Part] = {}
-        self._pages: dict[int, _Page] = {}  # by id, of vectors that have been read from files that are open
+        # By id, of vectors that have been read: the open file, and how many bytes to read from where.
+        self._found: dict[int, tuple[pa.NativeFile, int, int]] = {}
         if artifact.exists():
             for name, entry in artifact.manifest()["files"].items():
                 if name.startswith(f"{PARTS}/"):
@@ -224,10 +177,11 @@ class ParameterStore:
 
     @property
     def ids(self) -> list[int]:
+        """The ids of all networks, sorted."""
         return sorted(self._rows)
 
     def append(self, records: Sequence[Record], subset: Subset, about: Mapping[str, Any] | None = None) -> None:
-        """Writes one part file; networks that are there already are left out, as they have the same content.
+        """Writes one part file. Networks that are there already are left out, as they have the same content.
 
         Args:
             about: what else is to be known of the part; JSON values.
@@ -241,7 +195,7 @@ class ParameterStore:
         self._add(name, [r.id for r in records])
 
     def manifest_entries(self, ids: Iterable[int]) -> dict[str, dict[str, Any]]:
-        """What `Artifact.commit` takes as parts: the fewest files that hold each of `ids`."""
+        """Returns what `Artifact.commit` takes as `parts`: entries of the files that hold the networks `ids`."""
         needed = {self._rows[id_][0] for id_ in ids}
         return {
             name: {"path": name, "sha256": name.removesuffix(".parquet").rpartition("-")[2], "ids": self._parts[name]}
@@ -249,94 +203,77 @@ class ParameterStore:
         }
 
     def subset(self) -> Subset:
-        """The manifest of the vectors, from a file's own metadata."""
+        """Returns which parameters the vectors hold, as the metadata of a part file tells."""
         part = next(iter(self._parts), None)
         if part is None:
             raise StorageError(f"{self.artifact.location}: holds no networks")
         return Subset.from_json(json.dumps(self.about(part)["subset"]))
 
     def about(self, part: str) -> dict[str, Any]:
-        """What a part file says of its networks beside their rows."""
+        """Returns what a part file says of its networks beside their rows."""
         with self._naming(part):
             return json.loads(self._open(part).file.schema_arrow.metadata[METADATA_KEY])
 
     def records(self, ids: Sequence[int] | None = None, *, vectors: bool = False) -> list[Record]:
-        """Rows in the order of `ids` (default: all, by id)."""
-        table, order = self._read(self._places(ids), [*COLUMNS, "vector"] if vectors else list(COLUMNS))
-        rows = table.drop_columns(["vector"]).to_pylist() if vectors else table.to_pylist()
-        if vectors:
-            for row, vector in zip(rows, _matrix(table), strict=True):
-                row["vector"] = vector
-        records = [Record(**row) for row in rows]
-        return [records[position] for position in order]
+        """Returns rows in the order of `ids` (default: all, by id)."""
+        ids = self.ids if ids is None else ids
+        table, read = self._read(ids, [*COLUMNS, "vector"] if vectors else list(COLUMNS))
+        rows = table.select(COLUMNS).to_pylist()
+        parameters = _matrix(table) if vectors else [None] * len(rows)
+        records = {id_: Record(**row, vector=v) for id_, row, v in zip(read, rows, parameters, strict=True)}
+        return [records[id_] for id_ in ids]
 
     def vectors(self, ids: Sequence[int] | None = None) -> np.ndarray:
-        """Flattened parameters (len(ids), D), float32, in the order of `ids` (default: all, by id)."""
+        """Returns flattened parameters (len(ids), D), float32, in the order of `ids` (default: all, by id)."""
         ids = self.ids if ids is None else ids
-        if self._local and len(ids):
-            try:
-                if len(ids) == 1:  # sooner than through a list of one
-                    return self._vector(ids[0]).copy()[None]
-                return np.concatenate([self._vector(id_) for id_ in ids]).reshape(len(ids), -1)
-            except (pa.ArrowException, OSError, LookupError):
-                pass  # pyarrow reads it, or it is said what is wrong
-        places = self._places(ids)
-        table, order = self._read(places, ["vector"])
-        return _matrix(table)[order]
+        if len(ids) and all(id_ in self._found for id_ in ids):
+            with contextlib.suppress(OSError, ValueError):  # cut off meanwhile: pyarrow says what is wrong
+                return self._read_again(ids)
+        table, read = self._read(ids, ["vector"])
+        matrix = _matrix(table)
+        if self.storage.local is not None:  # elsewhere each look would be a request
+            for id_, vector in zip(read, matrix, strict=True):
+                part, row = self._rows[id_]
+                file = self._opened.get(part)
+                if file and (offset := file.find(row, vector)):
+                    self._found[id_] = file.stream, vector.nbytes, offset
+        position = {id_: index for index, id_ in enumerate(read)}
+        return matrix[[position[id_] for id_ in ids]]
 
-    def _vector(self, id_: int) -> np.ndarray:
-        """One vector (D,); its checksum is compared when it is read for the first time.
+    def _read_again(self, ids: Sequence[int]) -> np.ndarray:
+        """Returns vectors (len(ids), D) from where they are; their checksums were compared when they were found."""
+        places = [self._found[id_] for id_ in ids]
+        content = bytearray().join([file.read_at(size, offset) for file, size, offset in places])
+        return np.frombuffer(content, np.float32).reshape(len(ids), places[0][1] // 4)
 
-        Raises:
-            ArrowException, OSError, LookupError: it is damaged, not there, or not as `encode` writes it.
-        """
-        page = self._pages.get(id_)
-        if page is None:
-            part, row = self._rows[id_]
-            self._pages[id_], vector = self._open(part).first(row)
-            return vector
-        read_at, size, offset = page
-        content = read_at(size, offset)
-        if len(content) < size:
-            raise OSError("cut off")
-        return np.frombuffer(content, np.float32)
-
-    def _places(self, ids: Sequence[int] | None) -> list[tuple[str, int]]:
-        """Part and row of each network."""
-        try:
-            places = [self._rows[id_] for id_ in (self.ids if ids is None else ids)]
-        except KeyError as error:
-            raise StorageError(
-                f"{self.artifact.location}: holds no network {error}; its ids are {_span(self.ids)}"
-            ) from None
-        if not places:
+    def _read(self, ids: Sequence[int], columns: list[str]) -> tuple[pa.Table, list[int]]:
+        """Returns the rows of `ids`, each once and part by part, and whose they are."""
+        if not len(ids):
             raise StorageError(f"{self.artifact.location}: holds no networks")
-        return places
-
-    def _read(self, places: Sequence[tuple[str, int]], columns: list[str]) -> tuple[pa.Table, list[int]]:
-        """The rows at `places`, each once, and which of them each place is."""
-        wanted: dict[str, set[int]] = {}
-        for part, row in places:
-            wanted.setdefault(part, set()).add(row)
-        tables: list[pa.Table] = []
-        positions: dict[tuple[str, int], int] = {}
+        wanted: dict[str, dict[int, int]] = {}  # by part: rows and their ids
+        for id_ in ids:
+            if id_ not in self._rows:
+                known = f"{self.ids[0]} to {self.ids[-1]}" if self.ids else "none"
+                raise StorageError(f"{self.artifact.location}: holds no network {id_}; its ids are {known}")
+            part, row = self._rows[id_]
+            wanted.setdefault(part, {})[row] = id_
+        tables = []
         for part, rows in wanted.items():
             with self._naming(part):
-                tables.append(self._open(part).read(sorted(rows), columns))
-            positions.update({(part, row): len(positions) + i for i, row in enumerate(sorted(rows))})
-        return pa.concat_tables(tables), [positions[place] for place in places]
+                tables.append(self._open(part).read(list(rows), columns))
+        return pa.concat_tables(tables), [id_ for rows in wanted.values() for id_ in rows.values()]
 
     def _open(self, part: str) -> _Part:
         if part not in self._opened:
             if len(self._opened) == MAX_OPEN_FILES:
                 del self._opened[next(iter(self._opened))]
-                self._pages.clear()  # which keep files open
+                self._found.clear()  # which keeps files open
             self._opened[part] = _Part(self.storage, f"{self.artifact.folder}/{part}")
         return self._opened[part]
 
     @contextlib.contextmanager
     def _naming(self, part: str) -> Iterator[None]:
-        """Says of an error which file it is about, and what to do."""
+        """Turns an error of pyarrow or the file system into one that names the file and the remedy."""
         try:
             yield
         except StorageError:
@@ -355,10 +292,6 @@ def _matrix(table: pa.Table) -> np.ndarray:
     return column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), -1)
 
 
-def _span(ids: list[int]) -> str:
-    return f"{ids[0]} to {ids[-1]}" if ids else "none"
-
-
 def without_vector(record: Record) -> dict[str, Any]:
-    """The record's columns as a dict, the vector left out."""
+    """Returns a record's columns by name, without its vector."""
     return {f.name: getattr(record, f.name) for f in fields(record) if f.name != "vector"}

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from pdiff_ray.common.errors import StorageError
 
-if TYPE_CHECKING:
-    import torch
-
 
 def save_tree(tree: dict[str, Any]) -> bytes:
-    """A nested dict of tensors and JSON values as safetensors: data without code.
+    """Returns a nested dict of tensors and JSON values as the content of a safetensors file.
 
     Keys must not contain `|`. Lists, scalars and empty dicts travel as JSON in the file's metadata. The order of keys
     is not kept.
     """
-    import torch
-    from safetensors.torch import save
-
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
 
@@ -39,10 +37,14 @@ def save_tree(tree: dict[str, Any]) -> bytes:
 
 
 def load_tree(content: bytes, where: str = "state") -> dict[str, Any]:
-    """The inverse of `save_tree`; keys are text."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    """Returns the nested dict that `save_tree` was given; keys are text.
 
+    Args:
+        where: what the content is, for messages.
+
+    Raises:
+        StorageError: it is no whole safetensors file.
+    """
     try:
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
