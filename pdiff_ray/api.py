@@ -34,7 +34,8 @@ from pdiff_ray.networks.subset import Entry, Subset
 from pdiff_ray.running import experiment as experiments
 from pdiff_ray.running import sweep as running_sweeps
 from pdiff_ray.running.experiment import Plan, here
-from pdiff_ray.running.results import Result, open_result
+from pdiff_ray.running.results import Result
+from pdiff_ray.running.results import open_result as open_result
 from pdiff_ray.running.sweep import SweepResult
 from pdiff_ray.stages.judging import base_judge
 from pdiff_ray.stages.stored import Networks
@@ -100,8 +101,9 @@ def run(what: Experiment | SweepFile, *, in_process: bool = False, track: bool =
     """
     if isinstance(what, SweepFile):
         return running_sweeps.run(Ledger(what), in_process=in_process, track=track)
-    experiments.run(experiments.make_plan(what), in_process=in_process, track=track)
-    return open_result(what)
+    plan = experiments.make_plan(what)
+    experiments.run(plan, in_process=in_process, track=track)
+    return Result(what.name, plan.artifacts)
 
 
 def open_networks(storage: str, key: str) -> Networks:

@@ -1,18 +1,22 @@
 """Artifacts and their storage, in a folder and in an object store: whole, found again, and checked."""
 
+import pickle
 import re
 import resource
 import subprocess
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import TINY
 from test_store import SUBSET, assert_same, finish, make_records
 from torch import nn
 
+import pdiff_ray
 from pdiff_ray.common.errors import StorageError
 from pdiff_ray.storage import artifacts
 from pdiff_ray.storage.artifacts import Artifact, artifact_key
@@ -107,6 +111,54 @@ def test_find_by_the_start_of_a_key(artifact):
         artifacts.find(artifact.storage, "zzz")
     with pytest.raises(StorageError, match="2 artifacts"):
         artifacts.find(artifact.storage, "")
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """How often each manifest is read in this process."""
+    counts, read = Counter(), Storage.read
+
+    def counted(storage, name):
+        counts[name] += name.endswith("manifest.json")
+        return read(storage, name)
+
+    monkeypatch.setattr(Storage, "read", counted)
+    return counts
+
+
+def test_a_manifest_is_looked_for_until_it_is_there_and_read_once(artifact, reads):
+    assert not artifact.exists()
+    with pytest.raises(StorageError, match="no such file"):
+        artifact.manifest()
+    replace(artifact, storage=Storage(artifact.storage.uri)).commit(
+        {"a": b"1", "b": b"2"}, {}, 1.0
+    )  # by another process
+    reads.clear()
+    assert artifact.exists()
+    assert (artifact.read("a"), artifact.read("b")) == (b"1", b"2")
+    assert artifacts.find(artifact.storage, artifact.key)[1] == artifact.manifest()
+    assert artifacts.verify(artifact.storage, artifact.folder) == []
+    assert reads.total() == 1
+
+
+def test_another_process_looks_for_itself(artifact):
+    artifact.commit({}, {}, 1.0)
+    artifact.manifest()
+    elsewhere = pickle.loads(pickle.dumps(artifact))
+    assert elsewhere == replace(artifact, storage=elsewhere.storage)
+    assert elsewhere.exists()
+    Path(artifact.location, "manifest.json").unlink()
+    assert not pickle.loads(pickle.dumps(artifact)).exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"sweep": {"parameters": {"generator.members": [6, 12]}, "repeats": 2}}])
+def test_an_experiment_and_a_sweep_read_each_manifest_once(tmp_path, reads, changes):
+    load = pdiff_ray.load_sweep if changes else pdiff_ray.load_experiment
+    result = pdiff_ray.run(load(TINY, storage=str(tmp_path), **changes), in_process=True)
+    assert result.to_dict()
+    finished = artifacts.finished(Storage(str(tmp_path)))
+    assert {name for name, count in reads.items() if count} == {f"{folder}/manifest.json" for folder in finished}
+    assert set(reads.values()) <= {0, 1}
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])

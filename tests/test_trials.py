@@ -9,6 +9,7 @@ from helpers import TINY, tiny
 
 from pdiff_ray.cli import experiments as commands
 from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.config import loading
 from pdiff_ray.config import sweep as space
 from pdiff_ray.distributed.tune import _Claims
 from pdiff_ray.running.sweep import run_trials
@@ -79,6 +80,21 @@ def test_a_search_goes_on_after_a_kill_in_a_trial_that_cannot_be(tmp_path):
     assert needs(again).counts["zoo"] == (1, 0)
     assert run(again) == [0]
     assert again.done()[0].state == "failed"
+
+
+def test_experiments_of_a_trial_are_parsed_once(copy, monkeypatch):
+    parsed, parse = [], loading.parse_experiment
+    ledger = ledger_of(copy, GRID)
+    monkeypatch.setattr(loading, "parse_experiment", lambda *given: parsed.append(given) or parse(*given))
+    for _ in range(2):
+        assert not needs(ledger).jobs
+        assert len(sweep_table.table(ledger)) == 2
+    assert not parsed, "they were parsed when it was looked what is left to be run"
+    again = ledger_of(copy, GRID)
+    parsed.clear()
+    assert again.experiments(again.done()[0]) == ledger.experiments(ledger.done()[0])
+    assert ledger.experiments(Trial(9, {"sampling.sampler": "ddim"}, (1,))) != ledger.experiments(ledger.done()[1])
+    assert len(parsed) == 2
 
 
 @pytest.mark.parametrize("stage", ["evaluation", "report"])

@@ -62,13 +62,16 @@ class Plan:
         return [stage for stage in self.missing if STAGES[stage].place in places]
 
 
-def make_plan(experiment: Experiment, target: str = "report") -> Plan:
-    """The plan to have the artifact of stage `target`.
+def make_plan(experiment: Experiment, target: str = "report", storage: Storage | None = None) -> Plan:
+    """Returns the plan to have the artifact of stage `target`.
+
+    Args:
+        storage: the experiment's, where it is open already.
 
     Raises:
         ConfigError: something the configuration names does not exist or does not fit together.
     """
-    storage = Storage(experiment.storage_uri)
+    storage = storage or Storage(experiment.storage_uri)
     artifacts = artifacts_of(experiment, storage)
     missing: list[str] = []
     # The result table is read from samples and evaluation as well.

@@ -37,7 +37,7 @@ def check(ledger: Ledger) -> None:
             zoo = experiment.zoo.model_dump(include={"subset", "batchnorm", "imported", "members"})
             same = repr((experiment.data, experiment.network, zoo))
             if same not in sizes:
-                sizes[same] = check_plan(make_plan(experiment))
+                sizes[same] = check_plan(make_plan(experiment, storage=ledger.storage))
             experiment.generator.check(sizes[same])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pdiff_ray.common.errors import ConfigError, PdiffError, StorageError
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.base import NETWORK_FILE
-from pdiff_ray.storage.artifacts import Artifact, find, read_manifest
+from pdiff_ray.storage.artifacts import Artifact, find, is_finished, read_manifest
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.storage.parameters import ParameterStore, without_vector
 from pdiff_ray.storage.trees import load_tree, save_tree
@@ -125,7 +125,7 @@ def lineage(storage: Storage, folder: str) -> list[tuple[str, dict[str, Any] | N
     """Returns the artifact's folder and those it was made from, with their manifests (None: no longer there)."""
     chain: list[tuple[str, dict[str, Any] | None]] = []
     while True:
-        if not storage.exists(f"{folder}/manifest.json"):
+        if not is_finished(storage, folder):
             return [*chain, (folder, None)]
         manifest = read_manifest(storage, folder)
         chain.append((folder, manifest))

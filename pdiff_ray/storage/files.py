@@ -131,7 +131,7 @@ class Storage:
             self.fs.delete_file(self.path(name))
 
     def list(self, folder: str, *, recursive: bool = False) -> list[str]:
-        """Returns the names of the files and folders in `folder` or, if `recursive`, of its files at any depth, sorted."""
+        """Returns the sorted names of files and folders in `folder`; if `recursive`, of files alone, at any depth."""
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
         with self._translated(folder):
             infos = self.fs.get_file_info(selector)

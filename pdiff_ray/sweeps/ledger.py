@@ -27,11 +27,17 @@ SETTING, AS_IN_THE_FILE = "setting", "as in the file"  # what a search's confirm
 
 
 class Ledger:
-    """All trials of a sweep, in storage."""
+    """All trials of a sweep, in storage.
 
-    def __init__(self, file: SweepFile) -> None:
+    Args:
+        storage: the experiment's, where it is open already.
+    """
+
+    def __init__(self, file: SweepFile, storage: Storage | None = None) -> None:
         self.file, self.sweep = file, file.sweep
-        self.storage = Storage(file.experiment.storage_uri)
+        self.storage = storage or Storage(file.experiment.storage_uri)
+        self._experiments: dict[str, list[Experiment]] = {}  # by what varies
+        self._confirmations: dict[int, Ledger] = {}  # by the trial that is compared
         plain = artifacts_of(file.experiment, self.storage)["report"].key
         text = json.dumps([plain, file.sweep.keyed()], sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -94,11 +100,17 @@ class Ledger:
         self.storage.write(f"{self.folder}/trials/{trial.number:05d}.json", content)
 
     def experiments(self, trial: Trial) -> list[Experiment]:
-        """The experiments of a trial, one per repeat.
+        """Returns the experiments of a trial, one per repeat; they are parsed once.
 
         Raises:
             ConfigError: a search has combined values that do not fit together.
         """
+        key = repr((trial.assignment, trial.repeats))
+        if key not in self._experiments:
+            self._experiments[key] = self._vary(trial)
+        return self._experiments[key]
+
+    def _vary(self, trial: Trial) -> list[Experiment]:
         found = [self.file.vary(trial.assignment, repeat) for repeat in trial.repeats]
         if self.varies_zoos and self.sweep.search != "grid":
             # A trial trains its zoo alone, and a base's key says how many workers trained it.
@@ -130,6 +142,12 @@ class Ledger:
         best, sweep = self.best(), self.sweep
         if sweep.search == "grid" or not sweep.confirm or best is None or len(self.done()) < self.total:
             return None
+        if best.number not in self._confirmations:
+            self._confirmations[best.number] = self._confirm(best)
+        return self._confirmations[best.number]
+
+    def _confirm(self, best: Trial) -> Ledger:
+        sweep = self.sweep
         raw = self.file.with_seeds(self.file.raw, sweep.repeats)
         settings = {AS_IN_THE_FILE: {}, f"trial {best.number}": self.file.fields(best.assignment)}
         shared = {
@@ -137,7 +155,7 @@ class Ledger:
         }
         compared = Sweep(parameters={SETTING: Parameter(variants=settings)}, repeats=sweep.confirm, **shared)
         experiment = loading.parse_experiment(raw, self.file.path)
-        return Ledger(SweepFile(experiment, compared, raw, self.file.path))
+        return Ledger(SweepFile(experiment, compared, raw, self.file.path), self.storage)
 
     def best(self) -> Trial | None:
         """The finished trial with the best objective."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.config.sweep import OBJECTIVES, Assignment, describe
+from pdiff_ray.config.sweep import Assignment, describe
+from pdiff_ray.evaluation.summary import named_metrics
 from pdiff_ray.generators.interface import NUM_RUNGS
 from pdiff_ray.stages import generator, report, zoo
 from pdiff_ray.stages.context import Context
@@ -78,9 +79,7 @@ def run_trial(
     objectives = []
     for experiment in experiments:
         artifacts = artifacts_of(experiment, storage)
-        for stage in STAGES:
-            if has_results(artifacts):
-                break
+        for stage in () if has_results(artifacts) else STAGES:
             build = None
             if stage == "generator" and report_rung and len(experiments) == 1:
                 preview = _preview(experiment, artifacts, context, metric, report_rung)
@@ -94,14 +93,13 @@ def run_trial(
 
 
 def has_results(artifacts: Mapping[str, Artifact]) -> bool:
-    """Whether an experiment has been evaluated and reported."""
+    """Returns whether an experiment has been evaluated and reported."""
     return artifacts["evaluation"].exists() and artifacts["report"].exists()
 
 
 def objective(artifacts: Mapping[str, Artifact], metric: str) -> float:
-    """The metric of a finished evaluation."""
-    groups = {g["group"]: g for g in report.load_summary(artifacts)["groups"]}
-    return float(groups["generated"][OBJECTIVES[metric]])
+    """Returns the metric of a finished evaluation."""
+    return named_metrics(report.load_summary(artifacts))[metric]
 
 
 def _preview(
