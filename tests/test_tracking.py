@@ -1,6 +1,7 @@
 """What MLflow is told, on real databases and servers."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.request
 from dataclasses import replace
+from urllib.parse import parse_qs
 
 import mlflow
 import pytest
@@ -92,6 +94,36 @@ def test_a_dead_server_is_one_error_without_secrets(recorded):
     assert "127.0.0.1:1" in str(caught.value)
 
 
+def conditions(links):
+    """What the pages of runs show, by the links' names: condition, what they are sorted by, and whether ascending."""
+    queries = {name: parse_qs(address.partition("?")[2]) for name, address in links.items()}
+    return {
+        name: tuple(query[key][0] for key in ("searchFilter", "orderByKey", "orderByAsc"))
+        for name, query in queries.items()
+        if "searchFilter" in query
+    }
+
+
+def found_by(client, name, condition):
+    experiment = client.get_experiment_by_name(name).experiment_id
+    return {run.info.run_id for run in client.search_runs([experiment], condition)}
+
+
+def test_links_of_an_experiment_without_a_sweep(recorded):
+    experiment, artifacts, client = recorded
+    uri = tracking.tracking_uri(experiment, artifacts["zoo"].storage)
+    other = client.create_experiment("of something else")
+    client.create_run(other, tags={"kind": "trial"})
+    (name,), (links,) = zip(*tracking.links(uri, "http://me:secret@host:1").items(), strict=True)
+    assert (name, list(links)) == ("tiny", ["latest", "trials", "charts"])
+    trial = runs(client)["trial"].info
+    assert links["latest"].startswith(f"http://host:1/#/experiments/{trial.experiment_id}/runs/{trial.run_id}?")
+    for condition, order, ascending in conditions(links).values():
+        assert found_by(client, "tiny", condition) == {trial.run_id}
+        assert (order, ascending) == ("metrics.`generated/best_test_accuracy`", "false")
+    assert "compareRunsMode=CHART" in links["charts"]
+
+
 # Sweeps. One is run; the others find its artifacts, so that they take no time.
 
 GRID = """# How many members does it take?
@@ -147,7 +179,7 @@ def by_kind(client, name="tiny"):
     found = {"sweep": [], "trial": [], "zoo": []}
     for run in client.search_runs([client.get_experiment_by_name(name).experiment_id]):
         found[run.data.tags["kind"]].append(run)
-    found["trial"].sort(key=lambda run: int(run.data.tags["pdiff.trial"]))
+    found["trial"].sort(key=lambda run: int(run.data.tags.get("pdiff.trial", -1)))
     return found
 
 
@@ -184,6 +216,29 @@ def test_a_sweep_is_a_parent_and_its_trials(swept):
     assert all(k == keys[0] for k in keys), "the compare page needs the same parameters everywhere"
     differ = {k for k in keys[0] if len({run.data.params[k] for run in found["trial"]}) > 1}
     assert differ == {"generator.members", "generator.seed", "sampling.seed"}
+
+
+def test_links_of_a_sweep_lead_to_its_trials(swept):
+    """Whatever an earlier version has left in the experiment's tags."""
+    _folder, ledger = swept
+    client = client_of(ledger)
+    experiment = client.get_experiment_by_name("tiny")
+    client.set_experiment_tag(experiment.experiment_id, "mlflow.sharedViewState.pdiff-runs", "{}")
+    alone = client.create_run(experiment.experiment_id, tags={"kind": "trial", "pdiff.key": "x"}).info.run_id
+    links = tracking.links(tracking.tracking_uri(ledger.file.experiment, ledger.storage), "")["tiny"]
+    found = by_kind(client)
+    objective = {r.info.run_id: r.data.metrics["objective"] for r in found["trial"] if r.info.run_id != alone}
+    trials = set(objective)
+    assert links["sweep"].startswith(f"/#/experiments/{experiment.experiment_id}/runs/{found['sweep'][0].info.run_id}?")
+    shown = {name: found_by(client, "tiny", condition) for name, (condition, *_) in conditions(links).items()}
+    assert shown == {"trials": trials, "charts": trials, "all": trials | {alone}}
+    assert conditions(links)["trials"][1:] == ("metrics.`objective`", "false")
+    query = parse_qs(links["compare"].partition("?")[2])
+    compared = json.loads(query["runs"][0])
+    assert set(compared) == trials
+    assert [objective[run] for run in compared] == sorted(objective.values(), reverse=True)
+    assert json.loads(query["experiments"][0]) == [experiment.experiment_id]
+    client.delete_run(alone)
 
 
 def test_a_trial_says_what_its_artifacts_do(swept):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,25 +140,33 @@ def export(key: str, folder: Path, ids: str | None, subset_only: bool, storage_u
 @click.option("--tracking-uri", help="MLflow database, if it is elsewhere.")
 @click.option("--port", default=5000, show_default=True, help="On the loopback interface.")
 def ui(storage_uri: str | None, tracking_uri: str | None, port: int) -> None:
-    """Open MLflow's pages on the recorded runs; prints links to them."""
-    from pathlib import Path
-
+    """Serve MLflow's pages of the recorded runs, and print links to them."""
     from pdiff_ray import tracking
     from pdiff_ray.config.schema import Experiment, Tracking
     from pdiff_ray.storage.files import Storage
 
     experiment = Experiment(name="ui", storage=storage_uri, tracking=Tracking(uri=tracking_uri))
     uri = tracking.tracking_uri(experiment, Storage(experiment.storage_uri))
-    remote = uri.startswith(("http://", "https://"))
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise ConfigError(
-            f"{uri.removeprefix('sqlite:///')}: nothing is recorded yet; run `pdiff sweep FILE`, or name --storage"
-        )
+    file = tracking.database(uri)
+    if file and not file.exists():
+        raise ConfigError(f"{file}: nothing is recorded yet; run `pdiff sweep FILE`, or name --storage")
     tracking.reachable(uri)
-    for links in tracking.links(uri, uri.rstrip("/") if remote else f"http://127.0.0.1:{port}"):
-        click.echo(links.experiment)
-        for name, address in links.pages.items():
-            click.echo(f"  {name:8} {address}")
-    if not remote:
+    if uri.startswith(("http://", "https://")):
+        _print_links(tracking.links(uri, uri.rstrip("/")))
+        return
+    with contextlib.suppress(KeyboardInterrupt), tracking.Server(uri, port) as server:
+        click.echo(f"starting MLflow at {server.address}, which can take a minute")
+        links = tracking.links(uri, server.address)
+        server.wait_until_ready()
+        _print_links(links)
         click.echo("serving until Ctrl-C")
-        tracking.serve(uri, port)
+        server.wait()
+
+
+def _print_links(links: Mapping[str, Mapping[str, str]]) -> None:
+    for experiment, pages in links.items():
+        click.echo(experiment)
+        for name, address in pages.items():
+            click.echo(f"  {name:8} {address}")
+    if not links:
+        click.echo("no experiment of pdiff is recorded here yet")

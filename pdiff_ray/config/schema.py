@@ -40,6 +40,9 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+SEEDED = ("training", "zoo", "generator", "sampling")  # sections that follow the experiment's seed
+
+
 @dataclass(frozen=True)
 class Known:
     """Marks a text field as the name of an entry of a registry, or of the user's own thing ("module:attribute").
@@ -414,7 +417,7 @@ class Experiment(Section):
         """Hands the experiment's seed to the sections that state none, so that their keys are complete."""
         if not isinstance(value, dict) or not isinstance(value.get("seed", 0), int):
             return value
-        for section in ("training", "zoo", "generator", "sampling"):
+        for section in SEEDED:
             content = value.get(section) or {}
             if isinstance(content, dict) and content.get("seed") is None:
                 value = {**value, section: {**content, "seed": value.get("seed", 0)}}

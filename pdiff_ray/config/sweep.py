@@ -77,8 +77,12 @@ class Parameter(Section):
         """The values of a choice or of variants as they are shown."""
         return list(self.variants) if self.variants else [label(value) for value in self.choice or ()]
 
+    def paths(self, name: str) -> list[str]:
+        """Returns the dotted paths of the fields that a parameter of this name can change."""
+        return [path for fields in self.variants.values() for path in fields] if self.variants else [name]
+
     def fields(self, name: str, chosen: Label) -> dict[str, Any]:
-        """The fields that a value changes, by dotted path."""
+        """Returns the fields that a value changes, by dotted path."""
         if self.variants:
             return self.variants[str(chosen)]
         if self.choice:
@@ -289,8 +293,7 @@ def _check(file: SweepFile) -> None:
         if path.rpartition(".")[2] != "seed" or not isinstance(_at(plain, path), int):
             raise ConfigError(f"{file.path}: sweep.seeds: {path!r} is not the path of a seed, such as seed or zoo.seed")
     for name, parameter in sweep.parameters.items():
-        variants = parameter.variants.values() if parameter.variants else [[name]]
-        for path in (path for fields in variants for path in fields):
+        for path in parameter.paths(name):
             if path.split(".")[0] in FIXED:
                 raise ConfigError(
                     f"{file.path}: sweep.parameters.{name}: {path!r} is the same in all of a sweep's trials"

@@ -37,12 +37,10 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     summary = load_summary(artifacts)
     records = ParameterStore(artifacts["evaluation"]).records()
     num_test = artifacts["evaluation"].manifest()["info"]["test_images"]
-    samples, generator = artifacts["samples"], artifacts["generator"]
+    samples = artifacts["samples"]
     latents = {k: v.numpy() for k, v in load_tree(samples.read(LATENTS_FILE), samples.location).items()}
-    base = artifacts["base"]
-    history = load_tree(base.read(HISTORY_FILE), base.location) if HISTORY_FILE in base.manifest()["files"] else {}
-    losses = {"base": history["loss"].tolist()} if len(history.get("loss", ())) else {}
-    losses |= {k: v.tolist() for k, v in load_tree(generator.read(HISTORY_FILE), generator.location).items()}
+    base_loss = load_history(artifacts["base"]).get("loss")
+    losses = ({"base": base_loss} if base_loss else {}) | load_history(artifacts["generator"])
     pngs = {
         "accuracy": figures.accuracy_by_group(records),
         "similarity": figures.similarity_bars(summary),
@@ -60,8 +58,15 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
 
 
 def load_summary(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    """The evaluation's summary, as `summary.summarize` made it."""
+    """Returns the evaluation's summary, as `summary.summarize` made it."""
     return json.loads(artifacts["evaluation"].read(SUMMARY_FILE))
+
+
+def load_history(artifact: Artifact) -> dict[str, list[float]]:
+    """Returns what the training of a base or a generator has noted, by name; nothing of an imported base."""
+    if HISTORY_FILE not in artifact.manifest()["files"]:
+        return {}
+    return {name: values.tolist() for name, values in load_tree(artifact.read(HISTORY_FILE), artifact.location).items()}
 
 
 def report_location(artifacts: Mapping[str, Artifact]) -> str:

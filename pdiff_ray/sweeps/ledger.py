@@ -128,7 +128,7 @@ class Ledger:
     @property
     def varies_zoos(self) -> bool:
         """Whether trials may need different zoos, repeats apart."""
-        paths = [p for name, q in self.sweep.parameters.items() for p in _paths(name, q)]
+        paths = [path for name, parameter in self.sweep.parameters.items() for path in parameter.paths(name)]
         return any(path.split(".")[0] in ("seed", "data", "network", "training", "zoo") for path in paths)
 
     def artifacts(self, experiment: Experiment) -> dict[str, Artifact]:
@@ -177,11 +177,6 @@ def _combinations(file: SweepFile) -> Iterator[tuple[Assignment, tuple[int, ...]
     for repeat in range(file.sweep.repeats):
         for assignment in file.sweep.grid():
             yield assignment, (repeat,)
-
-
-def _paths(name: str, parameter: Parameter) -> list[str]:
-    """The fields that a parameter changes."""
-    return [path for fields in parameter.variants.values() for path in fields] if parameter.variants else [name]
 
 
 @dataclass(frozen=True)

@@ -1,232 +1,151 @@
-"""MLflow's pages made useful: links that lead to the right columns and charts, and descriptions in Markdown.
-
-A view is a state of the runs page that MLflow keeps in a tag of the experiment and shows where a link names it. Only so
-can columns and charts be chosen for whoever opens the page.
-"""
+"""Links to MLflow's pages, by the routes of its UI, and descriptions in Markdown."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from pdiff_ray.config.sweep import Sweep
 from pdiff_ray.sweeps.ledger import Ledger
-from pdiff_ray.tracking.runs import MAX_NOTE, PARENT
+from pdiff_ray.tracking.runs import MAX_NOTE, OBJECTIVE, PARENT
 from pdiff_ray.tracking.server import Connection, translated, without_secret
 
-VIEW = "mlflow.sharedViewState."
-TRAINING = "workflowType=machine_learning"  # MLflow's pages for it, not those for language models
+TRAINING = {"workflowType": "machine_learning"}  # MLflow's pages for it, not those for language models
 MAX_COMPARED = 100  # runs on a compare page: the best
-RESULTS = ("objective", "generated/best_test_accuracy", "generated/mean_test_accuracy", "generated/similarity")
+TRIALS = "tags.kind = 'trial'"
+BEST = "generated/best_test_accuracy"  # what trials of no sweep are sorted by
 
 
-def columns(kind: str, names: Sequence[str]) -> list[str]:
-    """Columns of the runs table: of params, metrics or tags."""
-    return [f"{kind}.`{name}`" for name in names]
-
-
-def view(condition: str, order: str, ascending: bool, shown: Sequence[str], **more: Any) -> dict[str, Any]:
-    """A state of the runs page."""
-    return {
-        "searchFilter": condition,
-        "orderByKey": order,
-        "orderByAsc": ascending,
-        "startTime": "ALL",
-        "lifecycleFilter": "Active",
-        "modelVersionFilter": "All Runs",
-        "datasetsFilter": [],
-        "selectedColumns": shown,
-        "columnOrder": shown,
-        "columnWidths": {column: max(90, 60 + 6 * len(column.split("`")[1])) for column in shown},  # pixels
-        "runsHiddenMode": "SHOW_ALL",
-        **more,
-    }
-
-
-def general_views() -> dict[str, str]:
-    """Tags of an experiment: views of all its runs, which MLflow lists by name."""
-    best = "metrics.`generated/best_test_accuracy`"
-    shown = columns("metrics", ("ensemble/best_test_accuracy", "original/best_test_accuracy", *RESULTS[1:]))
-    states = {
-        "runs": ("pdiff: runs", view("", best, False, shown)),
-        "sweeps": (
-            "pdiff: trials by sweep",
-            view(
-                "tags.kind = 'trial'",
-                "metrics.`objective`",
-                False,
-                columns("metrics", RESULTS),
-                **_charts((), curves=("diffusion/loss", "rung/objective")),
-                **_grouped("tag", ["sweep"]),
-            ),
-        ),
-    }
-    made = int(time.time() * 1000)
-    return {
-        f"{VIEW}pdiff-{key}": json.dumps({"name": name, "createdAt": made, "state": json.dumps(state)})
-        for key, (name, state) in states.items()
-    }
-
-
-def sweep_views(ledger: Ledger) -> dict[str, str]:
-    """Tags of an experiment: views of one sweep, which links lead to: its table of trials, and its charts."""
-    sweep = ledger.sweep
-    varied = [*sweep.parameters, *(sweep.seeds if sweep.repeats > 1 and sweep.search == "grid" else ())]
-    shown = [
-        *columns("params", varied),
-        *columns("metrics", (*RESULTS, "seconds/trial")),
-        *columns("tags", ["state"]),
-    ]
-    condition = f"tags.kind = 'trial' and tags.`pdiff.sweep` = '{ledger.key}'"
-    curves = ("diffusion/loss", *(("rung/objective",) if sweep.scheduler == "asha" else ()))
-    charts = _charts(varied, curves)
-    if sweep.repeats > 1 and sweep.search == "grid":  # means over seeds
-        charts |= _grouped("param", list(sweep.parameters))
-    common = (condition, "metrics.`objective`", not sweep.maximize, shown)
-    states = {"trials": view(*common), "charts": view(*common, **charts)}
-    return {f"{VIEW}{ledger.key}-{name}": json.dumps(state) for name, state in states.items()}
-
-
-def _grouped(mode: str, names: Sequence[str]) -> dict[str, Any]:
-    keys = [{"mode": mode, "groupByData": name} for name in names]
-    return {"groupBy": {"aggregateFunction": "average", "groupByKeys": keys}}
-
-
-def _charts(varied: Sequence[str], curves: Sequence[str]) -> dict[str, Any]:
-    """Parallel coordinates of what varies, bars of the results, lines of the curves."""
-    section = "pdiff"
-    cards: list[dict[str, Any]] = [{"type": "BAR", "metricKey": name} for name in RESULTS]
-    if varied:
-        cards.insert(0, {"type": "PARALLEL", "selectedParams": list(varied), "selectedMetrics": [RESULTS[0]],
-                         "showAllRuns": True})  # fmt: skip
-    cards += [{"type": "LINE", "metricKey": name, "selectedMetricKeys": [name], "xAxisKey": "step",
-               "xAxisScaleType": "linear", "scaleType": "linear", "lineSmoothness": 0,
-               "useGlobalXaxisKey": True, "useGlobalLineSmoothing": True} for name in curves]  # fmt: skip
-    common = {"metricSectionId": section, "deleted": False, "isGenerated": False, "runsCountToCompare": 100}
-    return {
-        "compareRunCharts": [{"uuid": f"{section}-{n}", **common, **card} for n, card in enumerate(cards)],
-        "compareRunSections": [
-            {"uuid": section, "name": "Sweep", "display": True, "isReordered": False, "deleted": False,
-             "isGenerated": False}
-        ],
-        "isAccordionReordered": True,  # else the section comes after MLflow's own
-    }  # fmt: skip
+def trials_of(sweep: str) -> str:
+    """Returns the condition that the trials of a sweep meet, which it names by the ledger's key."""
+    return f"{TRIALS} and tags.`pdiff.sweep` = '{sweep}'"
 
 
 # Addresses, from the `#` on: they hold on any server.
 
 
-def view_address(experiment_id: str, name: str, *, charts: bool = False) -> str:
-    mode = "&compareRunsMode=CHART" if charts else ""
-    return f"#/experiments/{experiment_id}/runs?{TRAINING}&viewStateShareKey={name}{mode}"
+def _address(path: str, **query: str) -> str:
+    return f"#/{path}?{urlencode({**query, **TRAINING}, quote_via=quote, safe='')}"
 
 
-def sweep_addresses(experiment_id: str, key: str, parent: str, children: Sequence[str]) -> dict[str, str]:
-    """Pages of a sweep.
+def addresses(
+    experiment_id: str, condition: str, metric: str, ascending: bool, runs: Sequence[str] = ()
+) -> dict[str, str]:
+    """Returns the pages of the trials that meet a condition, by what they show.
 
     Args:
-        key: the ledger's.
-        parent: its run.
-        children: runs of trials with a result, the best first.
+        metric: that the tables are sorted by.
+        runs: of trials with a result, the best first, for the page that compares them.
     """
-    found = {
-        "sweep": f"#/experiments/{experiment_id}/runs/{parent}?{TRAINING}",
-        "trials": view_address(experiment_id, f"{key}-trials"),
-        "charts": view_address(experiment_id, f"{key}-charts", charts=True),
-    }
-    if len(children) > 1:
-        runs = quote(json.dumps(list(children[:MAX_COMPARED]), separators=(",", ":")), safe="")
-        found["compare"] = (
-            f"#/compare-runs?runs={runs}&experiments={quote(json.dumps([experiment_id]), safe='')}&{TRAINING}"
-        )
+    order = {"orderByKey": f"metrics.`{metric}`", "orderByAsc": json.dumps(ascending)}
+    table, query = f"experiments/{experiment_id}/runs", {"searchFilter": condition, **order}
+    found = {"trials": _address(table, **query), "charts": _address(table, **query, compareRunsMode="CHART")}
+    if len(runs) > 1:
+        chosen = {"runs": list(runs[:MAX_COMPARED]), "experiments": [experiment_id]}
+        lists = {name: json.dumps(ids, separators=(",", ":")) for name, ids in chosen.items()}
+        found["compare"] = _address("compare-runs", **lists)
     return found
 
 
-@dataclass(frozen=True)
-class Links:
-    """Pages of an experiment.
+def run_address(experiment_id: str, run: str) -> str:
+    """Returns the page of a run."""
+    return _address(f"experiments/{experiment_id}/runs/{run}")
 
-    Attributes:
-        pages: addresses by what they show; those of a sweep are of the latest.
+
+def sweep_addresses(
+    experiment_id: str, sweep: str, parent: str, ascending: bool, runs: Sequence[str]
+) -> dict[str, str]:
+    """Returns the pages of a sweep, by what they show.
+
+    Args:
+        sweep: the ledger's key.
+        parent: the sweep's run.
+        ascending: whether the smallest objective is the best.
+        runs: of trials with a result, the best first.
     """
+    trials = addresses(experiment_id, trials_of(sweep), OBJECTIVE, ascending, runs)
+    return {"sweep": run_address(experiment_id, parent), **trials}
 
-    experiment: str
-    pages: dict[str, str]
 
+def links(uri: str, server: str) -> dict[str, dict[str, str]]:
+    """Returns the pages of all experiments of an MLflow by the experiment's name and by what they show.
 
-def links(uri: str, server: str) -> Iterator[Links]:
-    """The pages of all experiments of an MLflow, on a server at `server`.
+    An experiment that has been swept has the pages of its latest sweep, and a table of all trials (`all`); another one
+    has those of its trials, and its latest run.
+
+    Args:
+        server: whose pages they are.
 
     Raises:
         TrackingError
     """
     import mlflow
 
+    base, found = without_secret(server), {}
     with translated(uri):
         client = mlflow.MlflowClient(tracking_uri=uri)
         for experiment in client.search_experiments():
-            if f"{VIEW}pdiff-runs" not in experiment.tags:
-                continue  # of something else
-            at = Connection(client, experiment.experiment_id)
-            pages = {"runs": view_address(at.experiment_id, "pdiff-runs")}
-            if sweeps := at.search("tags.kind = 'sweep'", order_by=["start_time DESC"], max_results=1):
-                (parent,) = sweeps
-                ascending = parent.data.params["sweep.metric"].endswith("loss")
-                children = [run.info.run_id for run in children_of(at, parent.info.run_id, ascending)]
-                key = parent.data.tags["pdiff.key"]
-                pages |= sweep_addresses(at.experiment_id, key, parent.info.run_id, children)
-                pages["sweeps"] = view_address(at.experiment_id, "pdiff-sweeps", charts=True)
-            base = without_secret(server)
-            yield Links(experiment.name, {name: f"{base}/{address}" for name, address in pages.items()})
+            if pages := _pages(Connection(client, experiment.experiment_id)):
+                found[experiment.name] = {name: f"{base}/{address}" for name, address in pages.items()}
+    return found
 
 
-def children_of(at: Connection, parent: str, ascending: bool) -> list[Any]:
-    """The trials of a sweep that have a result, the best first."""
-    order = f"metrics.objective {'ASC' if ascending else 'DESC'}"
-    condition = f"tags.`{PARENT}` = '{parent}' and tags.state = 'finished'"
-    return at.search(condition, order_by=[order], max_results=MAX_COMPARED)
+def _pages(at: Connection) -> dict[str, str]:
+    """Returns the pages of an experiment; none of one that holds no runs of ours."""
+    latest = {"order_by": ["start_time DESC"], "max_results": 1}
+    if sweeps := at.search("tags.kind = 'sweep' and tags.`pdiff.key` LIKE '%'", **latest):
+        (parent,) = sweeps
+        ascending = parent.data.params["sweep.metric"].endswith("loss")
+        condition = f"tags.`{PARENT}` = '{parent.info.run_id}' and tags.state = 'finished'"
+        key, ranked = parent.data.tags["pdiff.key"], _ranked(at, condition, OBJECTIVE, ascending)
+        everything = addresses(at.experiment_id, TRIALS, BEST, False)["trials"]
+        return {**sweep_addresses(at.experiment_id, key, parent.info.run_id, ascending, ranked), "all": everything}
+    if trials := at.search(f"{TRIALS} and tags.`pdiff.key` LIKE '%'", **latest):
+        pages = addresses(at.experiment_id, TRIALS, BEST, False, _ranked(at, TRIALS, BEST, False))
+        return {"latest": run_address(at.experiment_id, trials[0].info.run_id), **pages}
+    return {}
 
 
-def describe_sweep(ledger: Ledger, counts: dict[str, int], best: str, addresses: dict[str, str], table: str) -> str:
-    """A sweep's description: its question, how far it is, links, and the summary's table.
+def _ranked(at: Connection, condition: str, metric: str, ascending: bool) -> list[str]:
+    """Returns the runs that meet a condition, the best first."""
+    order = [f"metrics.`{metric}` {'ASC' if ascending else 'DESC'}"]
+    return [run.info.run_id for run in at.search(condition, order_by=order, max_results=MAX_COMPARED)]
+
+
+def describe_sweep(ledger: Ledger, counts: dict[str, int], best: str, links: dict[str, str], table: str) -> str:
+    """Returns a sweep's description: its question, how far it is, links, and the summary's table.
 
     Args:
         counts: of trials by state.
         best: a few words on the best trial.
+        links: addresses by what they show.
+        table: in Markdown; as many of its rows are kept as MLflow takes.
     """
     states = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
     parts = [
         f"**{ledger.file.question}**" if ledger.file.question else "",
         f"{ledger.total} trials: {states or 'none has ended yet'}.{' ' if best else ''}{best}",
-        " · ".join(f"[{name}]({address})" for name, address in addresses.items()),
+        " · ".join(f"[{name}]({address})" for name, address in links.items()),
         table,
     ]
-    lines = "\n\n".join(part for part in parts if part).splitlines(keepends=True)
-    kept, size = [], 0
-    for line in lines:  # whole lines, as half a row would break the table
-        size += len(line)
-        if size > MAX_NOTE:
-            break
-        kept.append(line)
-    return "".join(kept)
+    note = "\n\n".join(part for part in parts if part)
+    if len(note) <= MAX_NOTE:
+        return note
+    return note[: note.rfind("\n", 0, MAX_NOTE) + 1]  # half a row would break the table
 
 
 def settings(sweep: Sweep) -> dict[str, str]:
-    """What a sweep varies and how, as parameters of its run: all that makes it another sweep if it changes."""
-    described = {
-        f"sweep.{name}": str(getattr(sweep, name))
+    """Returns what a sweep varies and how, as parameters of its run: all that makes it another sweep if it changes."""
+    described: dict[str, Any] = {
+        f"sweep.{name}": getattr(sweep, name)
         for name in ("search", "metric", "repeats", "scheduler", "reduction_factor", "seed")
     }
     described["sweep.seeds"] = ", ".join(sweep.seeds)
     for name, parameter in sweep.parameters.items():
+        values = ", ".join(map(str, parameter.labels))
         if parameter.range:
-            low, high = parameter.range
-            scale = ", logarithmic" if parameter.loguniform else ""
-            described[f"sweep.parameters.{name}"] = f"{low} to {high}{scale}"
-        else:
-            described[f"sweep.parameters.{name}"] = ", ".join(map(str, parameter.labels))
-    return described
+            values = "{} to {}".format(*parameter.range) + (", logarithmic" if parameter.loguniform else "")
+        described[f"sweep.parameters.{name}"] = values
+    return {name: str(value) for name, value in described.items()}

@@ -1,8 +1,7 @@
-"""What runs say of zoos and trials, and how one is written."""
+"""What runs say of zoos and experiments, and how a run is written."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,27 +12,37 @@ from typing import Any
 
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.evaluation.summary import named_metrics
-from pdiff_ray.stages.base import HISTORY_FILE
-from pdiff_ray.stages.evaluation import SUMMARY_FILE
+from pdiff_ray.stages.report import load_history, load_summary
 from pdiff_ray.stages.table import STAGES
 from pdiff_ray.storage.artifacts import Artifact
-from pdiff_ray.storage.trees import load_tree
 from pdiff_ray.tracking.server import Connection, Mark, connect, experiment_name, tracking_uri, translated
 
 MAX_METRICS, MAX_PARAMS = 1000, 100  # per call, MLflow's limits
 MAX_POINTS = 500  # of a curve
 MAX_NOTE = 8000  # characters of a description, MLflow's limit
+MAX_VALUE = 500  # characters of a parameter
 UNTRACKED = ("resources", "tracking", "storage")  # sections that say where things run
 PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"  # MLflow's tags
+OBJECTIVE = "objective"  # the metric that a sweep's trials are compared by, whatever it is
 
 Curve = Sequence[tuple[int, float]]  # step, value
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run says. Times are in milliseconds since 1970, as MLflow has them."""
+    """What a run says.
 
-    kind: str  # zoo, trial or sweep
+    Attributes:
+        kind: zoo or trial.
+        key: of what it describes.
+        started, ended: milliseconds since 1970, as MLflow has them.
+        curves: metrics over steps.
+        files: contents by name.
+        note: its description, in Markdown.
+        status: one of MLflow's.
+    """
+
+    kind: str
     key: str
     name: str
     started: int
@@ -43,7 +52,7 @@ class Run:
     metrics: Mapping[str, float]
     curves: Mapping[str, Curve] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
-    note: str = ""  # its description, in Markdown
+    note: str = ""
     status: str = "FINISHED"
 
 
@@ -51,7 +60,7 @@ def record(experiment: Experiment, artifacts: Mapping[str, Artifact], *, anew: b
     """Writes the runs of a finished experiment that are not there yet.
 
     Args:
-        anew: look at MLflow even if they were written once.
+        anew: looks at MLflow even if they were written once.
 
     Returns:
         Whether there was anything to write.
@@ -73,7 +82,7 @@ def record(experiment: Experiment, artifacts: Mapping[str, Artifact], *, anew: b
 
 
 def ensure(at: Connection, run: Run) -> bool:
-    """Writes a run of its own, no sweep's, unless it is there; gives whether it was written."""
+    """Writes a run that belongs to no sweep unless it is there; returns whether it was written."""
     for old in at.search(f"tags.`pdiff.key` = '{run.key}' and tags.kind = '{run.kind}'"):
         if old.info.status == "FINISHED":
             return False
@@ -84,17 +93,15 @@ def ensure(at: Connection, run: Run) -> bool:
 
 
 def write(at: Connection, run: Run) -> str:
-    """Writes a run and gives its id. It is RUNNING until all of it is there, so that what a crash leaves is known."""
-    from mlflow.entities import Metric, Param
+    """Writes a run and returns its id. It is RUNNING until all of it is there, so that what a crash leaves is known."""
+    from mlflow.entities import Metric
 
     tags = {"kind": run.kind, "pdiff.key": run.key, **run.tags}
     if run.note:
         tags[NOTE] = run.note[:MAX_NOTE]
     created = at.client.create_run(at.experiment_id, run_name=run.name, tags=tags, start_time=run.started)
     run_id: str = created.info.run_id
-    params = [Param(path, value[:500]) for path, value in run.params.items()]
-    for start in range(0, len(params), MAX_PARAMS):
-        at.client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
+    write_params(at, run_id, run.params)
     points = [Metric(name, float(value), run.ended, 0) for name, value in run.metrics.items()]
     for name, curve in run.curves.items():
         every = max(1, len(curve) // MAX_POINTS)
@@ -104,6 +111,15 @@ def write(at: Connection, run: Run) -> str:
     write_files(at, run_id, run.files)
     at.client.set_terminated(run_id, run.status, end_time=run.ended)
     return run_id
+
+
+def write_params(at: Connection, run_id: str, values: Mapping[str, str]) -> None:
+    """Writes a run's parameters."""
+    from mlflow.entities import Param
+
+    params = [Param(path, value[:MAX_VALUE]) for path, value in values.items()]
+    for start in range(0, len(params), MAX_PARAMS):
+        at.client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
 
 
 def write_files(at: Connection, run_id: str, files: Mapping[str, bytes]) -> None:
@@ -119,13 +135,10 @@ def write_files(at: Connection, run_id: str, files: Mapping[str, bytes]) -> None
 
 
 def zoo_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Run:
-    """A zoo and the base that it was trained from."""
+    """Returns the run of a zoo and the base that it was trained from."""
     zoo, base = artifacts["zoo"], artifacts["base"]
-    trained = base.manifest()
     metrics = {k: v for k, v in zoo.manifest()["info"].items() if k.endswith("_test_accuracy")}
-    metrics |= {f"base/{k}": v for k, v in trained["info"].items() if k.endswith("_accuracy")}
-    # An imported base has no history.
-    history = load_tree(base.read(HISTORY_FILE), base.location) if HISTORY_FILE in trained["files"] else {}
+    metrics |= {f"base/{k}": v for k, v in base.manifest()["info"].items() if k.endswith("_accuracy")}
     configuration = experiment.model_dump(mode="json", include={"data", "network", "training", "zoo"})
     return Run(
         kind="zoo",
@@ -134,19 +147,18 @@ def zoo_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Run:
         **_made(experiment, artifacts, ("base", "zoo")),
         params={path: str(value) for path, value in flat(configuration) if value is not None},
         metrics=metrics,
-        curves={f"base/{name}": list(enumerate(values.tolist())) for name, values in history.items()},
+        curves={f"base/{name}": list(enumerate(values)) for name, values in load_history(base).items()},
     )
 
 
 def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Run:
-    """A finished experiment, from its generator to its report."""
-    report, generator, evaluation = (artifacts[stage] for stage in ("report", "generator", "evaluation"))
-    summary = json.loads(evaluation.read(SUMMARY_FILE))
+    """Returns the run of a finished experiment, from its generator to its report."""
+    report, evaluation = artifacts["report"], artifacts["evaluation"]
+    summary = load_summary(artifacts)
     seconds = {f"seconds/{stage}": artifacts[stage].manifest()["seconds"] for stage in STAGES}
-    history = load_tree(generator.read(HISTORY_FILE), generator.location)
-    pages = report.manifest()["files"]
-    tables = [name for name in evaluation.manifest()["files"] if name.endswith(".parquet")]
-    table = report.read("table.md").decode() if "table.md" in pages else ""
+    files = [(report, name) for name in report.manifest()["files"]]
+    files += [(evaluation, name) for name in evaluation.manifest()["files"] if name.endswith(".parquet")]
+    contents = {name: artifact.read(name) for artifact, name in files}
     return Run(
         kind="trial",
         key=report.key,
@@ -154,14 +166,14 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Run:
         **_made(experiment, artifacts, ("generator", "samples", "evaluation", "report")),
         params={path: str(value) for path, value in flat(tracked(experiment)) if value is not None},
         metrics=named_metrics(summary) | seconds,
-        curves={f"{name}/loss": list(enumerate(losses.tolist())) for name, losses in history.items()},
-        files={name: report.read(name) for name in pages} | {name: evaluation.read(name) for name in tables},
-        note=f"{table}\n{summary['verdict']['text']}",
+        curves={f"{name}/loss": list(enumerate(v)) for name, v in load_history(artifacts["generator"]).items()},
+        files=contents,
+        note=f"{contents.get('table.md', b'').decode()}\n{summary['verdict']['text']}",
     )
 
 
 def _made(experiment: Experiment, artifacts: Mapping[str, Artifact], stages: Sequence[str]) -> dict[str, Any]:
-    """When the last of some stages was made, how long they took, and where it is."""
+    """Returns when some stages were made, and tags: where the last of them is, its version and seed."""
     artifact = artifacts[stages[-1]]
     manifest = artifact.manifest()
     ended = int(datetime.fromisoformat(manifest["created_at"]).timestamp() * 1000)
@@ -175,12 +187,12 @@ def _made(experiment: Experiment, artifacts: Mapping[str, Artifact], stages: Seq
 
 
 def tracked(experiment: Experiment) -> dict[str, Any]:
-    """The configuration without where things run."""
+    """Returns the configuration without the sections that say where things run."""
     return experiment.model_dump(mode="json", exclude=set(UNTRACKED))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted paths and values of a configuration."""
+    """Yields the dotted paths and values of a configuration."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{key}.")
@@ -189,4 +201,5 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def now() -> int:
+    """Returns the time in MLflow's milliseconds."""
     return int(time.time() * 1000)

@@ -8,8 +8,13 @@ import json
 import logging
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +22,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import console
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.storage.files import Storage
@@ -28,6 +33,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 SQLITE = "sqlite:///"
+START_S, STOP_S = 300.0, 10.0  # that a server may take to start, on a busy machine, and to stop
 
 
 class TrackingError(PdiffError):
@@ -35,17 +41,18 @@ class TrackingError(PdiffError):
 
 
 def tracking_uri(experiment: Experiment, storage: Storage) -> str:
-    """The configured MLflow, or a SQLite file in the storage folder (beside it, in the current folder, if remote)."""
+    """Returns the configured MLflow, or a SQLite file in the storage folder (in `pdiff-storage` if that is remote)."""
     uri = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     return uri or f"{SQLITE}{_folder(storage) / 'mlflow.db'}"
 
 
 def experiment_name(experiment: Experiment) -> str:
+    """Returns the name of the experiment on MLflow."""
     return experiment.tracking.experiment or experiment.name
 
 
 def database(uri: str) -> Path | None:
-    """The file, if MLflow's database is one of this machine."""
+    """Returns the file of an MLflow whose database is one of this machine, else None."""
     return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
 
 
@@ -54,12 +61,12 @@ def _folder(storage: Storage) -> Path:
 
 
 def without_secret(text: str) -> str:
-    """The text, its URIs without user names and passwords."""
+    """Returns the text, its URIs without user names and passwords."""
     return re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def warn(error: PdiffError) -> None:
-    """Tells that runs could not be written, and what to do."""
+    """Prints that runs could not be written, and what to do."""
     console.print(
         f"[bold yellow]warning:[/] {escape(str(error))}\n  results are safe in storage; `pdiff log`, or the same "
         "command again, logs them later"
@@ -86,7 +93,7 @@ class Connection:
     experiment_id: str
 
     def search(self, condition: str, **options: Any) -> list[Any]:
-        """All runs that meet a condition; `max_results` and `order_by` as MLflow has them."""
+        """Returns all runs that meet a condition; `max_results` and `order_by` are MLflow's."""
         found: list[Any] = []
         token = None
         while True:
@@ -98,7 +105,7 @@ class Connection:
 
 
 def connect(uri: str, name: str, storage: Storage) -> Connection:
-    """Opens the experiment `name`, or makes it; call it within `translated`."""
+    """Opens the experiment `name`, or creates it. To be called within `translated`."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -142,19 +149,21 @@ class Mark:
         return f"tracking/{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
     def is_there(self) -> bool:
+        """Returns whether it was left, and MLflow's database has not gone since."""
         file = database(self.uri)
         return self.storage.exists(self._file) and (file is None or file.exists())
 
     def leave(self) -> None:
+        """Writes it."""
         note = {"uri": without_secret(self.uri), "experiment": self.experiment, "content": self.content}
         self.storage.write(self._file, json.dumps(note).encode())
 
 
 def reachable(uri: str) -> str:
-    """A few words on the MLflow at `uri`.
+    """Returns a few words on the MLflow at `uri`.
 
     Raises:
-        TrackingError
+        TrackingError: it does not answer.
     """
     if file := database(uri):
         return "there" if file.exists() else "created by the first run"
@@ -168,10 +177,84 @@ def reachable(uri: str) -> str:
     return "answers"
 
 
-def serve(uri: str, port: int) -> None:
-    """Runs MLflow's own server on `uri` until interrupted, on the loopback interface."""
-    # One worker without a job queue takes a quarter of the memory of MLflow's defaults.
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port",
-               str(port), "--workers", "1"]  # fmt: skip
-    subprocess.run(command, env=environment, check=False)
+class Server:
+    """MLflow's own server on the loopback interface, for as long as the context is entered.
+
+    It ends with the context, whatever ends that: SIGTERM and SIGHUP become SystemExit while it is there.
+
+    Args:
+        uri: MLflow's database.
+
+    Attributes:
+        address: of its pages.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+
+    def __init__(self, uri: str, port: int) -> None:
+        self.address = f"http://127.0.0.1:{port}"
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            try:
+                probe.bind(("127.0.0.1", port))
+            except (OSError, OverflowError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise ConfigError(f"port {port} of 127.0.0.1: {reason}; name another one with --port") from None
+        command = ["mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+        # One worker without a job queue takes a quarter of the memory of MLflow's defaults.
+        self.command = [sys.executable, "-m", *command, "--workers", "1"]
+        self.environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+
+    def __enter__(self) -> Server:
+        self._log = tempfile.TemporaryFile()
+        self._handlers = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGHUP)}
+        self._process = subprocess.Popen(
+            self.command, env=self.environment, stdout=self._log, stderr=self._log, start_new_session=True
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in self._handlers:
+            signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGKILL):  # to the server and its workers
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_S)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._log.close()
+
+    def wait_until_ready(self) -> None:
+        """Waits until the server answers.
+
+        Raises:
+            TrackingError: it has ended, or does not answer for minutes.
+        """
+        until = time.monotonic() + START_S
+        while time.monotonic() < until and self._process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.address}/health", timeout=5):
+                return
+            time.sleep(0.2)
+        ended = self._process.poll() is not None
+        raise self._error("has ended" if ended else f"does not answer after {START_S:.0f} s")
+
+    def wait(self) -> None:
+        """Waits for the server to end, which only a signal or an error makes it do.
+
+        Raises:
+            TrackingError: it has ended.
+        """
+        self._process.wait()
+        raise self._error("has ended")
+
+    def _error(self, what: str) -> TrackingError:
+        """Returns an error with the server's last line of output."""
+        self._log.seek(0)
+        *_, last = ["no output", *self._log.read().decode(errors="replace").strip().splitlines()]
+        return TrackingError(without_secret(f"MLflow's server at {self.address} {what}: {last}"))
+
+
+def _exit(number: int, _: object) -> None:
+    sys.exit(128 + number)
