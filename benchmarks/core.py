@@ -148,8 +148,9 @@ def training(members: int = 200, dimension: int = 2048, steps: int = 300) -> Ite
 def store(count: int = 10_000, k: int = 200, dimension: int = 2048) -> Iterator[Result]:
     """Reading members from Parquet parts as the zoo writes them, against a `.pth` file per member.
 
-    All files are in the page cache, and all members have been read once, when their checksums were compared, which
-    `.pth` files do not have. The members are others each time.
+    All files are in the page cache. The open store has read all members once, through pyarrow, which compared their
+    checksums (`.pth` files have none), and reads them again from where it found them. A store not yet open reads them
+    through pyarrow alone. The members are others each time.
     """
     subset = Subset((Entry("weight", (dimension,), 0, "parameter"),))
     vectors = np.random.default_rng(0).standard_normal((count, dimension), dtype=np.float32)
@@ -191,6 +192,7 @@ def store(count: int = 10_000, k: int = 200, dimension: int = 2048) -> Iterator[
             (f"{some}, in a row", in_a_row, opened.vectors, from_files, 20.0),
             (f"{some}, at random", at_random, opened.vectors, from_files, 20.0),
             (f"{some}, in a row, from a store not yet open", in_a_row, anew, from_files, None),
+            (f"{some}, at random, from a store not yet open", at_random, anew, from_files, None),
         ]
         for what, choose, ours, other, target in cases:
             ids = choose()
