@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -213,6 +213,7 @@ class SweepFile:
     sweep: Sweep
     raw: dict[str, Any]
     path: str
+    _varied: dict[str, Experiment] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def question(self) -> str:
@@ -230,23 +231,26 @@ class SweepFile:
         return dict(itertools.chain.from_iterable(part.items() for part in parts))
 
     def vary(self, assignment: Assignment, repeat: int = 0) -> Experiment:
-        """The experiment of an assignment; `repeat` is added to its seeds.
+        """Returns the experiment of an assignment; `repeat` is added to its seeds. Each is parsed once.
 
         Raises:
             ConfigError: the values do not exist or do not fit together.
         """
-        raw = self.raw
-        for path, value in self.fields(assignment).items():
-            raw = merge(raw, loading.nested(path, value))
-        where = f"{self.path}: sweep: " + describe(assignment)
-        return loading.parse_experiment(self.with_seeds(raw, repeat, where), where)
+        key = repr((assignment, repeat))
+        if key not in self._varied:
+            raw = self.raw
+            for path, value in self.fields(assignment).items():
+                raw = merge(raw, loading.nested(path, value))
+            if repeat:
+                raw = self.with_seeds(raw, self.vary(assignment), repeat)
+            self._varied[key] = loading.parse_experiment(raw, f"{self.path}: sweep: {describe(assignment)}")
+        return self._varied[key]
 
-    def with_seeds(self, raw: dict[str, Any], repeat: int, where: str | None = None) -> dict[str, Any]:
-        """A mapping of the experiment with its seeds raised."""
-        if repeat:
-            plain = loading.parse_experiment(raw, where or self.path).model_dump()
-            for path in self.sweep.seeds:
-                raw = merge(raw, loading.nested(path, _at(plain, path) + repeat))
+    def with_seeds(self, raw: dict[str, Any], experiment: Experiment, repeat: int) -> dict[str, Any]:
+        """Returns the mapping `raw` of an experiment with `repeat` added to its seeds."""
+        values = experiment.model_dump()
+        for path in self.sweep.seeds:
+            raw = merge(raw, loading.nested(path, _at(values, path) + repeat))
         return raw
 
 

@@ -36,7 +36,6 @@ class Ledger:
     def __init__(self, file: SweepFile, storage: Storage | None = None) -> None:
         self.file, self.sweep = file, file.sweep
         self.storage = storage or Storage(file.experiment.storage_uri)
-        self._experiments: dict[str, list[Experiment]] = {}  # by what varies
         self._confirmations: dict[int, Ledger] = {}  # by the trial that is compared
         plain = artifacts_of(file.experiment, self.storage)["report"].key
         text = json.dumps([plain, file.sweep.keyed()], sort_keys=True)
@@ -100,17 +99,11 @@ class Ledger:
         self.storage.write(f"{self.folder}/trials/{trial.number:05d}.json", content)
 
     def experiments(self, trial: Trial) -> list[Experiment]:
-        """Returns the experiments of a trial, one per repeat; they are parsed once.
+        """Returns the experiments of a trial, one per repeat.
 
         Raises:
             ConfigError: a search has combined values that do not fit together.
         """
-        key = repr((trial.assignment, trial.repeats))
-        if key not in self._experiments:
-            self._experiments[key] = self._vary(trial)
-        return self._experiments[key]
-
-    def _vary(self, trial: Trial) -> list[Experiment]:
         found = [self.file.vary(trial.assignment, repeat) for repeat in trial.repeats]
         if self.varies_zoos and self.sweep.search != "grid":
             # A trial trains its zoo alone, and a base's key says how many workers trained it.
@@ -148,7 +141,7 @@ class Ledger:
 
     def _confirm(self, best: Trial) -> Ledger:
         sweep = self.sweep
-        raw = self.file.with_seeds(self.file.raw, sweep.repeats)
+        raw = self.file.with_seeds(self.file.raw, self.file.experiment, sweep.repeats)
         settings = {AS_IN_THE_FILE: {}, f"trial {best.number}": self.file.fields(best.assignment)}
         shared = {
             name: getattr(sweep, name) for name in ("seeds", "metric", "max_concurrent", "max_retries", "time_budget")
