@@ -234,7 +234,7 @@ def test_seeds_are_handed_down(load):
 
 def test_keys_leave_out_what_changes_no_result(load):
     first = load("")
-    second = load("data: {root: /elsewhere, loader_workers: 7}\nevaluation: {stack: 3}")
+    second = load("data: {root: /elsewhere, loader_workers: 7}\nevaluation: {networks_per_task: 3}")
     assert first.data.keyed() == second.data.keyed()
     assert first.evaluation.keyed() == second.evaluation.keyed()
     assert first.data.keyed() != load("data: {train_noise: 0.5}").data.keyed()

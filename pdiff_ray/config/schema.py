@@ -1,15 +1,18 @@
 """The typed schema of an experiment.
 
 A section is hashed into the key of the stage it determines (`keyed`), so fields that only say where or how fast things
-run are listed in `unkeyed`.
+run are listed in `unkeyed`, and fields that later versions brought in `added`.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pdiff_ray.common.progress import console
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -25,8 +28,18 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 class Section(BaseModel):
+    """A mapping of an experiment file.
+
+    Attributes:
+        unkeyed: fields that determine no result.
+        added: fields that determine none while they have their default, so that older results keep their keys.
+        renamed: old names of fields that are still read, each with the new one.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     unkeyed: ClassVar[frozenset[str]] = frozenset()
+    added: ClassVar[frozenset[str]] = frozenset()
+    renamed: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -34,13 +47,26 @@ class Section(BaseModel):
         """Lays mappings over the defaults that their fields have here: a new learning rate changes no schedule."""
         if not isinstance(value, dict):
             return value
+        for old, new in cls.renamed.items():
+            if old in value:
+                if new in value:
+                    raise ValueError(f"{new} is given twice, once by its old name {old}; remove {old}")
+                value = {new if name == old else name: content for name, content in value.items()}
+                _note(f"{cls.__name__.lower()}.{old} is called {cls.__name__.lower()}.{new} now")
         defaults = {name: field.default for name, field in cls.model_fields.items() if name in value}
         sections = {name: d.model_dump(exclude_unset=True) for name, d in defaults.items() if isinstance(d, Section)}
         return merge(sections, value)
 
     def keyed(self) -> dict[str, Any]:
         """The fields that determine a result, as JSON values with defaults filled in."""
-        return self.model_dump(mode="json", exclude=set(self.unkeyed))
+        unchanged = {name for name in self.added if getattr(self, name) == type(self).model_fields[name].default}
+        return self.model_dump(mode="json", exclude={*self.unkeyed, *unchanged})
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """Prints a note once."""
+    console.print("[bold yellow]note[/]:", text)
 
 
 class Data(Section):
@@ -135,7 +161,8 @@ class SubsetRule(Section):
 class Zoo(Section):
     """The zoo of networks that the generator learns from (stage `zoo`)."""
 
-    unkeyed = frozenset({"vmap"})
+    unkeyed = frozenset({"runs_per_program"})
+    renamed: ClassVar[dict[str, str]] = {"vmap": "runs_per_program"}
 
     members: int = Field(200, ge=1, description="K, the number of networks kept")
     regime: Literal["trajectory", "branches", "independent"] = Field(
@@ -149,8 +176,8 @@ class Zoo(Section):
     warmup_steps: int = Field(100, ge=0, description="steps before those of the first member")
     steps_per_member: int | Literal["epoch"] = Field(10, description="steps between members")
     batch_size: int = Field(128, ge=2, description="images per step of a run")
-    vmap: int | None = Field(
-        None, ge=1, description="branches that a worker trains as one program; default: by memory on a GPU, else 1"
+    runs_per_program: int | None = Field(
+        None, ge=1, description="branches that a worker trains at once by vmap; default: by memory on a GPU, else 1"
     )
     optimizer: Optimizer = Optimizer(lr=0.03, weight_decay=5e-4)
     precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast of forward and backward")
@@ -272,12 +299,16 @@ class Sampling(Section):
 class Evaluation(Section):
     """Judging the generated networks beside baselines (stage `evaluation`)."""
 
-    unkeyed = frozenset({"batch_size", "stack", "vmap"})
+    unkeyed = frozenset({"batch_size", "networks_per_task", "networks_per_program"})
+    added = frozenset({"baselines", "metrics"})
+    renamed: ClassVar[dict[str, str]] = {"stack": "networks_per_task", "vmap": "networks_per_program"}
 
     batch_size: int | None = Field(None, ge=1, description="images per forward pass; default: by memory")
-    stack: int = Field(20, ge=1, description="networks sent to an actor, or written, at a time; fewer toward the end")
-    vmap: int | None = Field(
-        None, ge=1, description="networks of a stack that run as one program; default: by memory on a GPU, else 1"
+    networks_per_task: int = Field(
+        20, ge=1, description="networks that an actor judges, or a file holds, at a time; fewer toward the end"
+    )
+    networks_per_program: int | None = Field(
+        None, ge=1, description="networks of a task that run at once by vmap; default: by memory on a GPU, else 1"
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="autocast of what is judged here; the predictions it changes are counted"
@@ -288,6 +319,8 @@ class Evaluation(Section):
     noise_networks: int = Field(20, ge=0, description="networks per sigma")
     fine_tuned_networks: int = Field(10, ge=0, description="members trained further")
     fine_tuned_steps: int = Field(50, ge=1, description="training steps of each of them")
+    baselines: tuple[str, ...] = Field((), description="your own, each as module:Class; see extending.md")
+    metrics: tuple[str, ...] = Field((), description="your own, each as module:function; see extending.md")
 
 
 class Resources(Section):

@@ -23,13 +23,13 @@ from pdiff_ray.config.schema import Experiment, Section, merge
 Label = int | float | bool | str | None
 Assignment = dict[str, Label]
 
-# What a search may optimize, by the field of the generated group's summary. Test labels choose nothing.
-OBJECTIVES = {
-    "generated/mean_train_accuracy": "train_mean",
-    "generated/mean_train_loss": "train_loss_mean",
-    "generated/mean_validation_accuracy": "validation_mean",
-    "generated/mean_validation_loss": "validation_loss_mean",
-}
+# What a search may optimize. Test labels choose nothing.
+OBJECTIVES = (
+    "generated/mean_train_accuracy",
+    "generated/mean_train_loss",
+    "generated/mean_validation_accuracy",
+    "generated/mean_validation_loss",
+)
 FIXED = ("name", "resources", "tracking", "storage", "sweep")  # sections that are the same in all trials
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 

@@ -15,6 +15,8 @@ from pdiff_ray.common.progress import Display, Progress, console, display
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data import sources
 from pdiff_ray.data.cache import default_cache
+from pdiff_ray.evaluation.groups import groups_of
+from pdiff_ray.evaluation.metrics import metrics_of
 from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.networks.build import check_network
 from pdiff_ray.stages import evaluation
@@ -84,13 +86,15 @@ def make_plan(experiment: Experiment, target: str = "report") -> Plan:
 
 
 def check(plan: Plan) -> None:
-    """Everything that can be found wrong before work starts: network, subset, data, storage.
+    """Finds everything that can be wrong before work starts: network, subset, baselines, metrics, data, storage.
 
     Raises:
         PdiffError
     """
     network = check_network(plan.experiment.network, sources.describe(plan.experiment.data))
     subset = subset_of(plan.experiment, network)
+    groups_of(plan.experiment.evaluation)
+    metrics_of(plan.experiment.evaluation)
     if plan.experiment.generator.name == "latent_diffusion":
         with torch.device("meta"):
             Autoencoder(plan.experiment.generator.autoencoder, subset.size)
@@ -168,7 +172,7 @@ def _run_on_pool(plan: Plan, progress: Display, actors: Pool) -> None:
     for stage in plan.missing_on("actor", "actors"):
         if stage == "evaluation":
             context = Context(torch.device("cpu"), default_cache(), progress=progress)
-            evaluation.judge_missing(plan.experiment, plan.artifacts, context, actors.map_stacks)
+            evaluation.judge_missing(plan.experiment, plan.artifacts, context, actors.evaluate, len(actors.actors))
         actors.build(stage)  # vectors do not pass through this process
         _announce(plan, stage)
 

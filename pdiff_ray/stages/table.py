@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pdiff_ray.common.registry import fingerprint
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data import sources
-from pdiff_ray.networks.build import fingerprint
 from pdiff_ray.stages import base, evaluation, generator, report, samples, zoo
 from pdiff_ray.stages.context import Context
 from pdiff_ray.storage.artifacts import KINDS, Artifact
@@ -51,7 +51,7 @@ def _base_config(experiment: Experiment) -> dict[str, Any]:
     training = experiment.training
     config: dict[str, Any] = {"data": data, "network": network, "training": training.keyed(), "seed": training.seed}
     if ":" in experiment.network.name:
-        config["code"] = fingerprint(experiment.network)
+        config["code"] = fingerprint(experiment.network.name)
     if experiment.resources.workers > 1:  # their BatchNorm layers see shares of the batches
         config["workers"] = experiment.resources.workers
     return config
@@ -70,6 +70,8 @@ def _generator_config(experiment: Experiment) -> dict[str, Any]:
 
 def _evaluation_config(experiment: Experiment) -> dict[str, Any]:
     config = experiment.evaluation.keyed()
+    if own := [*experiment.evaluation.baselines, *experiment.evaluation.metrics]:
+        config["code"] = {name: fingerprint(name) for name in own}
     if experiment.zoo.imported:
         zoo = experiment.zoo.keyed()
         config["fine_tuning"] = {name: zoo[name] for name in zoo if name not in IMPORTED_FIELDS}

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.config.sweep import OBJECTIVES, Assignment, describe
+from pdiff_ray.config.sweep import Assignment, describe
+from pdiff_ray.evaluation.metrics import named_metrics
 from pdiff_ray.generators.interface import NUM_RUNGS
 from pdiff_ray.stages import generator, report, zoo
 from pdiff_ray.stages.context import Context
@@ -99,9 +100,8 @@ def has_results(artifacts: Mapping[str, Artifact]) -> bool:
 
 
 def objective(artifacts: Mapping[str, Artifact], metric: str) -> float:
-    """The metric of a finished evaluation."""
-    groups = {g["group"]: g for g in report.load_summary(artifacts)["groups"]}
-    return float(groups["generated"][OBJECTIVES[metric]])
+    """Returns the metric of a finished evaluation."""
+    return float(named_metrics(report.load_summary(artifacts))[metric])
 
 
 def _preview(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.evaluation.summary import named_metrics
+from pdiff_ray.evaluation.metrics import named_metrics
 from pdiff_ray.stages.base import HISTORY_FILE
 from pdiff_ray.stages.evaluation import SUMMARY_FILE
 from pdiff_ray.stages.table import STAGES

@@ -1,0 +1,76 @@
+"""Tables of what a name in the configuration stands for.
+
+The package's own things have plain names. A name with a colon, "module:attribute", is the user's own: it is imported,
+and the source of its module becomes part of the keys of what is made with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pdiff_ray.common.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T]):
+    """Things of one kind by name; iterating gives the names of the package's own.
+
+    Args:
+        kind: what the things are, for messages, such as "optimizer".
+        entries: the package's own.
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, T]) -> None:
+        self.kind, self.entries = kind, entries
+
+    def __getitem__(self, name: str) -> T:
+        """Returns what a name stands for.
+
+        Raises:
+            ConfigError: the name is not in the table, or what it leads to cannot be imported.
+        """
+        if ":" in name:
+            return imported(name)
+        if name not in self.entries:
+            near = did_you_mean(name, self.entries) or f"; known: {', '.join([*self.entries, 'module:attribute'])}"
+            raise ConfigError(f"there is no {self.kind} {name!r}{near}")
+        return self.entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def imported(name: str) -> Any:
+    """Returns what "module:attribute" names.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{name!r} (module:attribute) cannot be imported: {error}") from None
+
+
+def fingerprint(name: str) -> str:
+    """Returns a hash of the source file of "module:attribute", or "missing": what it makes changes with its source."""
+    try:
+        spec = importlib.util.find_spec(name.partition(":")[0])
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.origin or not Path(spec.origin).is_file():
+        return "missing"  # importing it says so
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:16]
