@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pdiff_ray.common.errors import ConfigError
-from pdiff_ray.config import loading
+from pdiff_ray.config import loading, schema
 from pdiff_ray.config.schema import PAPER_RECIPE, Experiment
 
 SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("**/*.yaml"))
@@ -238,6 +238,26 @@ def test_keys_leave_out_what_changes_no_result(load):
     assert first.data.keyed() == second.data.keyed()
     assert first.evaluation.keyed() == second.evaluation.keyed()
     assert first.data.keyed() != load("data: {train_noise: 0.5}").data.keyed()
+
+
+def test_old_names_of_fields_are_read(load, capsys):
+    """With one note for each name."""
+    old = "evaluation: {stack: 7, vmap: 3}\nzoo: {vmap: 2}"
+    new = "evaluation: {networks_per_task: 7, networks_per_program: 3}\nzoo: {runs_per_program: 2}"
+    schema._note.cache_clear()
+    assert load(old) == load(old) == load(new)
+    assert capsys.readouterr().out.splitlines() == [
+        "note: zoo.vmap is called zoo.runs_per_program now",
+        "note: evaluation.stack is called evaluation.networks_per_task now",
+        "note: evaluation.vmap is called evaluation.networks_per_program now",
+    ]
+    with pytest.raises(ConfigError, match="evaluation: networks_per_task is given twice, once by its old name stack"):
+        load("evaluation: {stack: 7, networks_per_task: 7}")
+
+
+def test_fields_of_later_versions_are_keyed_once_they_are_set(load):
+    assert "metrics" not in load("").evaluation.keyed()
+    assert load("evaluation: {metrics: ['a:b']}").evaluation.keyed()["metrics"] == ["a:b"]
 
 
 def test_data_folder_becomes_absolute(load, monkeypatch, tmp_path):

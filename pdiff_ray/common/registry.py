@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +24,17 @@ class Registry(Mapping[str, T]):
     Args:
         kind: what the things are, for messages, such as "optimizer".
         entries: the package's own.
+        also: further names, which stand for no single thing, such as "auto".
     """
 
-    def __init__(self, kind: str, entries: Mapping[str, T]) -> None:
+    def __init__(self, kind: str, entries: Mapping[str, T], also: Sequence[str] = ()) -> None:
         self.kind, self.entries = kind, entries
+        self.names = [*also, *entries]
+
+    def check(self, name: str) -> None:
+        """Raises ConfigError unless there is such a name, or it can be imported."""
+        if name not in self.names:
+            self[name]
 
     def __getitem__(self, name: str) -> T:
         """Returns what a name stands for.
@@ -38,8 +45,8 @@ class Registry(Mapping[str, T]):
         if ":" in name:
             return imported(name)
         if name not in self.entries:
-            near = did_you_mean(name, self.entries) or f"; known: {', '.join([*self.entries, 'module:attribute'])}"
-            raise ConfigError(f"there is no {self.kind} {name!r}{near}")
+            known, near = ", ".join([*self.names, "module:attribute"]), did_you_mean(name, self.names)
+            raise ConfigError(f"there is no {self.kind} {name!r} (known: {known}){near}")
         return self.entries[name]
 
     def __contains__(self, name: object) -> bool:

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pdiff_ray.common.progress import console
 
+OwnName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # module:attribute
+
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with `changes` laid over it, mapping by mapping."""
@@ -319,8 +321,8 @@ class Evaluation(Section):
     noise_networks: int = Field(20, ge=0, description="networks per sigma")
     fine_tuned_networks: int = Field(10, ge=0, description="members trained further")
     fine_tuned_steps: int = Field(50, ge=1, description="training steps of each of them")
-    baselines: tuple[str, ...] = Field((), description="your own, each as module:Class; see extending.md")
-    metrics: tuple[str, ...] = Field((), description="your own, each as module:function; see extending.md")
+    baselines: tuple[OwnName, ...] = Field((), description="your own, each as module:Class; see extending.md")
+    metrics: tuple[OwnName, ...] = Field((), description="your own, each as module:function; see extending.md")
 
 
 class Resources(Section):
