@@ -246,7 +246,7 @@ def test_old_names_of_fields_are_read(load, capsys):
     new = "evaluation: {networks_per_task: 7, networks_per_program: 3}\nzoo: {runs_per_program: 2}"
     schema._note.cache_clear()
     assert load(old) == load(old) == load(new)
-    assert capsys.readouterr().out.splitlines() == [
+    assert capsys.readouterr().err.splitlines() == [
         "note: zoo.vmap is called zoo.runs_per_program now",
         "note: evaluation.stack is called evaluation.networks_per_task now",
         "note: evaluation.vmap is called evaluation.networks_per_program now",

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from pdiff_ray.common.progress import console
 
 OwnName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # module:attribute
 
@@ -67,8 +66,8 @@ class Section(BaseModel):
 
 @functools.cache
 def _note(text: str) -> None:
-    """Prints a note once."""
-    console.print("[bold yellow]note[/]:", text)
+    """Prints a note once, beside what a command prints."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 class Data(Section):

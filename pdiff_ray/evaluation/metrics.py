@@ -21,7 +21,7 @@ from pdiff_ray.storage.parameters import Record
 
 
 @dataclass(frozen=True)
-class Networks:
+class JudgedGroup:
     """The judged networks of a group, and what they are compared with.
 
     Attributes:
@@ -58,30 +58,30 @@ class Networks:
         return found
 
 
-def _mean(field: str) -> Callable[[Networks], float | None]:
-    """Returns the metric that is the mean of a field; None if no network has it."""
+def _of(field: str, statistic: Callable[[np.ndarray], Any] = np.mean) -> Callable[[JudgedGroup], float | None]:
+    """Returns the metric that is a statistic of a field; None if no network has it."""
 
-    def mean(networks: Networks) -> float | None:
+    def metric(networks: JudgedGroup) -> float | None:
         values = networks.values(field)
-        return float(values.mean()) if len(values) else None
+        return float(statistic(values)) if len(values) else None
 
-    return mean
+    return metric
 
 
-def failed(networks: Networks) -> float:
+def failed(networks: JudgedGroup) -> float:
     """Returns the share of networks whose validation accuracy is nearer to chance than to the originals'."""
     usual = float(np.mean([r.validation_accuracy for r in networks.originals]))
     halfway = (usual + 1 / networks.num_classes) / 2
     return float(np.mean([(r.validation_accuracy or 0) < halfway for r in networks.records]))
 
 
-def similarity_to_originals(networks: Networks) -> float | None:
+def similarity_to_originals(networks: JudgedGroup) -> float | None:
     """Returns the mean IoU of wrong predictions with all originals but itself; None for a lone original."""
     known = networks.similarities
     return None if np.isnan(known).all() else float(np.nanmean(known))
 
 
-def max_similarity(networks: Networks) -> float | None:
+def max_similarity(networks: JudgedGroup) -> float | None:
     """Returns the mean over networks of the largest IoU of wrong predictions with an original but itself."""
     known = networks.similarities
     return None if np.isnan(known).all() else float(np.nanmean(np.nanmax(known, axis=1)))
@@ -90,7 +90,7 @@ def max_similarity(networks: Networks) -> float | None:
 Table = Literal["experiment", "sweep"]
 
 
-def _unknown(networks: Networks) -> None:
+def _unknown(networks: JudgedGroup) -> None:
     """Returns nothing: a metric that is read from a summary has been computed."""
 
 
@@ -102,20 +102,20 @@ class Metric:
         field: its name in summaries and in `table.csv`.
         function: gives it; None if it is unknown.
         name: that it is tracked under, after `<group>/`; None if it is not.
-        heading: of its column in tables.
-        tables: those that have such a column.
+        heading: of its column in tables; empty if it has none.
         unit: "percent" shows a fraction in percent, "share" likewise without decimals, "plain" as it is.
         legend: says below tables what it is.
+        tables: those that have the column.
         least: networks of a group without which tables do not show it.
     """
 
     field: str
-    function: Callable[[Networks], float | None] = _unknown
+    function: Callable[[JudgedGroup], float | None] = _unknown
     name: str | None = None
     heading: str = ""
-    tables: tuple[Table, ...] = ()
     unit: Literal["percent", "share", "plain"] = "plain"
     legend: str = ""
+    tables: tuple[Table, ...] = ("experiment", "sweep")
     least: int = 1
 
     @property
@@ -135,68 +135,29 @@ class Metric:
         return f"{scale * value:.{digits}f}" + ("" if std is None else f"±{scale * std:.{digits}f}")
 
 
-BOTH: tuple[Table, ...] = ("experiment", "sweep")
+BEST = "*chosen on training images, reported on test images."
+IOU = "IoU: overlap of wrong test predictions within the group, with the originals, and with the most similar original."
+DISTANCE = "distance: to the nearest member in weight space, relative to the mean distance among members."
 
-# In the order of columns.
-METRICS: dict[str, Metric] = {
-    metric.field: metric
-    for metric in (
-        Metric("networks", lambda networks: len(networks.records), heading="n", tables=("experiment",)),
-        Metric(
-            "best",
-            lambda networks: networks.best.test_accuracy,
-            "best_test_accuracy",
-            "best*",
-            BOTH,
-            "percent",
-            "*chosen on training images, reported on test images.",
-        ),
-        Metric("best_id", lambda networks: networks.best.id),
-        Metric("mean", _mean("test_accuracy"), "mean_test_accuracy", "mean", BOTH, "percent"),
-        Metric(
-            "median",
-            lambda networks: float(np.median(networks.values("test_accuracy"))),
-            "median_test_accuracy",
-            "median",
-            BOTH,
-            "percent",
-        ),
-        Metric(
-            "std",
-            lambda networks: float(networks.values("test_accuracy").std()),
-            "std_test_accuracy",
-            "std",
-            ("experiment",),
-            "percent",
-            least=2,
-        ),
-        Metric("failed", failed, "failed", "failed", ("sweep",), "share"),
-        Metric("mean_loss", _mean("test_loss")),
-        Metric("train_loss_mean", _mean("train_loss"), "mean_train_loss"),
-        Metric("validation_loss_mean", _mean("validation_loss"), "mean_validation_loss"),
-        Metric("train_mean", _mean("train_accuracy"), "mean_train_accuracy", unit="percent"),
-        Metric("validation_mean", _mean("validation_accuracy"), "mean_validation_accuracy", unit="percent"),
-        Metric("similarity", lambda networks: mean_within(networks.wrong), "similarity", "IoU", BOTH),
-        Metric("similarity_to_originals", similarity_to_originals, "similarity_to_originals", "IoU orig.", BOTH),
-        Metric(
-            "max_similarity",
-            max_similarity,
-            "max_similarity",
-            "IoU max",
-            BOTH,
-            legend="IoU: overlap of wrong test predictions within the group, with the originals, and with the most "
-            "similar original.",
-        ),
-        Metric(
-            "nearest_distance",
-            _mean("nearest_distance"),
-            "nearest_distance",
-            "distance",
-            BOTH,
-            legend="distance: to the nearest member in weight space, relative to the mean distance among members.",
-        ),
-    )
-}
+_METRICS = (  # in the order of columns
+    Metric("networks", lambda group: len(group.records), None, "n", tables=("experiment",)),
+    Metric("best", lambda group: group.best.test_accuracy, "best_test_accuracy", "best*", "percent", BEST),
+    Metric("best_id", lambda group: group.best.id),
+    Metric("mean", _of("test_accuracy"), "mean_test_accuracy", "mean", "percent"),
+    Metric("median", _of("test_accuracy", np.median), "median_test_accuracy", "median", "percent"),
+    Metric("std", _of("test_accuracy", np.std), "std_test_accuracy", "std", "percent", tables=("experiment",), least=2),
+    Metric("failed", failed, "failed", "failed", "share", tables=("sweep",)),
+    Metric("mean_loss", _of("test_loss")),
+    Metric("train_loss_mean", _of("train_loss"), "mean_train_loss"),
+    Metric("validation_loss_mean", _of("validation_loss"), "mean_validation_loss"),
+    Metric("train_mean", _of("train_accuracy"), "mean_train_accuracy", unit="percent"),
+    Metric("validation_mean", _of("validation_accuracy"), "mean_validation_accuracy", unit="percent"),
+    Metric("similarity", lambda group: mean_within(group.wrong), "similarity", "IoU"),
+    Metric("similarity_to_originals", similarity_to_originals, "similarity_to_originals", "IoU orig."),
+    Metric("max_similarity", max_similarity, "max_similarity", "IoU max", legend=IOU),
+    Metric("nearest_distance", _of("nearest_distance"), "nearest_distance", "distance", legend=DISTANCE),
+)
+METRICS = {metric.field: metric for metric in _METRICS}
 
 
 def metrics_of(config: Evaluation) -> Mapping[str, Metric]:
@@ -218,7 +179,7 @@ def metrics_of(config: Evaluation) -> Mapping[str, Metric]:
                 raise ConfigError(f"evaluation.metrics: {path} is neither a function nor a Metric")
             name, about = own.__name__, (own.__doc__ or "").strip().partition("\n")[0]
             heading = name.replace("_", " ")
-            own = Metric(name, own, name, heading, BOTH, legend=f"{heading}: {about}" if about else "")
+            own = Metric(name, own, name, heading, legend=f"{heading}: {about}" if about else "")
         if own.field in found or own.name in {metric.name for metric in found.values()} - {None}:
             raise ConfigError(f"evaluation.metrics: {path} has the name {own.field!r} of another metric; change it")
         found[own.field] = own

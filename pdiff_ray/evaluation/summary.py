@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pdiff_ray.evaluation.groups import GROUPS, Group
-from pdiff_ray.evaluation.metrics import METRICS, Metric, Networks
+from pdiff_ray.evaluation.metrics import METRICS, JudgedGroup, Metric
 from pdiff_ray.storage.parameters import Record
 
 REPLICA_DISTANCE = 0.5  # of the distance that members keep from their nearest fellow
@@ -38,7 +38,7 @@ def summarize(
     originals = [record for record in records if record.group == "original"]
     lines: list[dict[str, Any]] = []
     for name, members in by_label(records, groups).items():
-        networks = Networks(members, originals, num_test, num_classes)
+        networks = JudgedGroup(members, originals, num_test, num_classes)
         lines.append({"group": name, **{field: metric.function(networks) for field, metric in metrics.items()}})
     verdict = _verdict({line["group"]: line for line in lines}, member_spread, sample_spread)
     own = [metric.about for field, metric in metrics.items() if field not in METRICS]

@@ -17,7 +17,7 @@ def legend(metrics: Mapping[str, Metric]) -> str:
 
 def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """Returns the result table as text, one row per group, headings first."""
-    columns = [metric for metric in described(summary).values() if "experiment" in metric.tables]
+    columns = [metric for metric in described(summary).values() if metric.heading and "experiment" in metric.tables]
     rows = [["group", *(metric.heading for metric in columns)]]
     for group in summary["groups"]:
         shown = (group[metric.field] if group["networks"] >= metric.least else None for metric in columns)

@@ -64,22 +64,23 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
 
 
 def load_summary(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    """The evaluation's summary, as `summary.summarize` made it."""
+    """Returns the evaluation's summary, as `summary.summarize` made it."""
     return json.loads(artifacts["evaluation"].read(SUMMARY_FILE))
 
 
 def report_location(artifacts: Mapping[str, Artifact]) -> str:
-    """Where the HTML page is."""
+    """Returns where the HTML page is."""
     report = artifacts["report"]
     return f"{report.location}/{report.manifest()['files'][REPORT_FILE]['path']}"
 
 
 def stage_seconds(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
+    """Returns the seconds that each finished stage took."""
     return {stage: artifact.manifest()["seconds"] for stage, artifact in artifacts.items() if artifact.exists()}
 
 
 def achieved_sharing(artifacts: Mapping[str, Artifact]) -> str:
-    """`sharing_text` of an experiment."""
+    """Returns `sharing_text` of an experiment."""
     return sharing_text(*(artifacts[stage].manifest()["info"] for stage in ("zoo", "evaluation")))
 
 

@@ -172,7 +172,7 @@ def metrics(ledger: Ledger) -> Mapping[str, Metric]:
 def cells(ledger: Ledger, rows: Sequence[Row], width: float = math.inf) -> list[list[str]]:
     """Returns the table as text, headings first, with as much detail as fits into so many characters."""
     columns = {"original/mean_test_accuracy": "original", "ensemble/mean_test_accuracy": "ensemble"}
-    columns |= {f"generated/{m.name}": m.heading for m in metrics(ledger).values() if "sweep" in m.tables}
+    columns |= {f"generated/{m.name}": m.heading for m in metrics(ledger).values() if m.heading and "sweep" in m.tables}
     columns[ledger.sweep.metric] = "objective"
     fewer = {metric: head for metric, head in columns.items() if head not in SECONDARY}
     fewest = {metric: head for metric, head in columns.items() if head in PRIMARY}
