@@ -30,7 +30,7 @@ def iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def mean_within(wrong: np.ndarray) -> float | None:
-    """Returns the mean similarity of pairs of different networks by wrong predictions (n, T); None for fewer than two."""
+    """Returns the mean similarity of pairs of different networks by wrong predictions (n, T); None below two."""
     if len(wrong) < 2:
         return None
     pairs = iou(wrong, wrong)[np.triu_indices(len(wrong), 1)]

@@ -129,7 +129,7 @@ def keep(
     layouts = [_Layout.of(tensor) for tensor in network.prefix(dataset.prepare(images, device))]
     row_bytes = sum(layout.row_bytes for layout in layouts)
     size = len(split) * row_bytes
-    if not worth_keeping(row_bytes, network.prefix_flops, len(split)):
+    if size > SMALL_BYTES and network.prefix_flops < FLOPS_PER_BYTE * row_bytes:
         return Kept(reason=f"computing it takes no longer than reading {_gib(size)}")
 
     def computed() -> Iterator[list[Tensor]]:
@@ -162,15 +162,6 @@ def keep(
         return Kept(Frontier(network, layouts, rows, labels, float(np.load(folder / SECONDS_FILE)), device))
     except (PdiffError, OSError) as error:  # a full disk, or another process made room
         return Kept(reason=str(error))
-
-
-def worth_keeping(row_bytes: float, flops: float, images: int) -> bool:
-    """Returns whether to keep the frontier of so many images.
-
-    Args:
-        row_bytes, flops: of an image's frontier, and to compute it.
-    """
-    return row_bytes * images <= SMALL_BYTES or flops >= FLOPS_PER_BYTE * row_bytes
 
 
 def _write(folder: Path, batches: Iterable[list[Tensor]], num_tensors: int) -> None:
