@@ -81,8 +81,7 @@ class Pool:
             actor, item, failures = running.pop(done)
             results = []
             try:
-                results = [ray.get(done)] if item is not None else []
-                idle.append(actor)
+                result = ray.get(done)
             except (RayActorError, ActorUnavailableError, OutOfMemoryError) as error:
                 self.deaths[actor] += 1
                 if self.deaths[actor] <= self.max_failures:  # it is restarted, which takes a while
@@ -99,6 +98,9 @@ class Pool:
                 if isinstance(error.cause, PdiffError):
                     raise error.cause from None
                 raise
+            else:
+                idle.append(actor)
+                results = [result] if item is not None else []
             while waiting and idle:
                 actor, (item, failures) = idle.pop(0), waiting.pop()
                 running[getattr(actor, method).remote(item, failures)] = (actor, item, failures)

@@ -221,7 +221,7 @@ def _cells(ledger: Ledger, rows: Sequence[Row], columns: Mapping[str, str], spre
 def named(metric: str, metrics: Mapping[str, Metric] = METRICS) -> Metric:
     """Returns what a name like `generated/mean_test_accuracy` stands for; a plain number if nothing has the name."""
     name = metric.partition("/")[2]
-    return next((known for known in metrics.values() if known.name == name), Metric(name, lambda _: None))
+    return next((known for known in metrics.values() if known.name == name), Metric(name))
 
 
 def is_percent(metric: str) -> bool:
