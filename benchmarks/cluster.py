@@ -14,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -69,17 +69,38 @@ class Evaluation:
         for build in (base.build, zoo.build, generator.build, samples.build):
             build(self.experiment, self.artifacts, self.context)
         self.counter = itertools.count()
+        self.evaluator = evaluation.Evaluator(self.experiment, self.artifacts, self.context)
 
-    def run(self, map_stacks: evaluation.MapStacks, actors: int = 1) -> Artifact:
-        """One evaluation by so many actors, from stacks to a committed artifact, which is a new one each time."""
-        resources = self.experiment.resources.model_copy(update={"actors": actors})
-        experiment = self.experiment.model_copy(update={"resources": resources})
+    def run(self, pool: Pool) -> Artifact:
+        """Runs one evaluation on a pool's actors, from tasks to a committed artifact, which is a new one each time."""
+        import ray
+
+        artifacts = self._new()
+        ray.get([actor.__ray_call__.remote(_store_in, artifacts) for actor in pool.actors])
+        return self._run(artifacts, pool.evaluate, len(pool.actors))
+
+    def run_here(self) -> Artifact:
+        """Runs one evaluation in this process, on an evaluator that is kept."""
+        artifacts = self._new()
+        _store_in(self, artifacts)
+        return self._run(artifacts, lambda tasks: map(self.evaluator.evaluate, tasks), 1)
+
+    def _new(self) -> dict[str, Artifact]:
         artifact = self.artifacts["evaluation"]
-        artifact = replace(artifact, config={**artifact.config, "benchmark": next(self.counter)})
-        artifacts = {**self.artifacts, "evaluation": artifact}
-        evaluation.judge_missing(experiment, artifacts, self.context, map_stacks)
-        evaluation.finish(experiment, artifacts)
-        return artifact
+        return {
+            **self.artifacts,
+            "evaluation": replace(artifact, config={**artifact.config, "benchmark": next(self.counter)}),
+        }
+
+    def _run(
+        self,
+        artifacts: dict[str, Artifact],
+        judge_all: Callable[[Sequence[evaluation.Task]], Iterable[int]],
+        actors: int,
+    ) -> Artifact:
+        evaluation.judge_missing(self.experiment, artifacts, self.context, judge_all, actors)
+        evaluation.finish(self.experiment, artifacts)
+        return artifacts["evaluation"]
 
     @property
     def num_networks(self) -> int:
@@ -94,19 +115,18 @@ class Evaluation:
         resources = self.experiment.resources.model_copy(
             update={"actors": actors, "cpus_per_actor": 1, "gpus_per_actor": 0}
         )
-        pool = Pool(self.experiment.model_copy(update={"resources": resources}), self.artifacts, events)
-        try:
+        with Pool(self.experiment.model_copy(update={"resources": resources}), self.artifacts, events) as pool:
             for _ in range(2):  # so that each gets some work
-                self.run(pool.map_stacks, actors)
+                self.run(pool)
             yield pool
-        finally:
-            pool.close()
 
-    def here(self) -> evaluation.MapStacks:
-        """What maps stacks in this process, started and warm."""
-        evaluator = evaluation.Evaluator(self.experiment, self.artifacts, self.context)
-        self.run(lambda stacks: map(evaluator.evaluate, stacks))
-        return lambda stacks: map(evaluator.evaluate, stacks)
+
+def _store_in(worker: Any, artifacts: dict[str, Artifact]) -> None:
+    """Lets an evaluation be stored as another one than before by a worker, which stays warm."""
+    worker.artifacts = artifacts
+    if worker.evaluator is not None:
+        worker.evaluator.artifacts = artifacts
+        worker.evaluator.__dict__.pop("store", None)
 
 
 def _same(one: Artifact, other: Artifact) -> bool:
@@ -142,8 +162,8 @@ def actors(
                 with evaluation.pool(count, events) as several:
                     one = copy.copy(several)
                     one.actors = several.actors[:1]
-                    ours = functools.partial(evaluation.run, several.map_stacks, count)
-                    other = functools.partial(evaluation.run, one.map_stacks)
+                    ours = functools.partial(evaluation.run, several)
+                    other = functools.partial(evaluation.run, one)
                     assert _same(other(), ours())
                     what = f"evaluation of {evaluation.num_networks} {evaluation.experiment.network.name}s"
                     yield compare(
@@ -160,14 +180,13 @@ def actors(
 def ray_overhead(overrides: tuple[str, ...] = BRIEF, n: int = 5) -> Iterator[Result]:
     """Evaluation through Ray on an actor, against the same function in this process."""
     with _evaluation(overrides=overrides) as (evaluation, events), evaluation.pool(1, events) as pooled:
-        here = evaluation.here()
-        assert _same(evaluation.run(pooled.map_stacks), evaluation.run(here))
+        assert _same(evaluation.run(pooled), evaluation.run_here())
         yield compare(
             "ray_overhead",
             f"evaluation of {evaluation.num_networks} {evaluation.experiment.network.name}s on an actor",
-            lambda: evaluation.run(pooled.map_stacks),
+            lambda: evaluation.run(pooled),
             "in this process",
-            lambda: evaluation.run(here),
+            evaluation.run_here,
             n=n,
             target=1 / 1.1,
             note="start-up apart, on both sides",

@@ -154,7 +154,7 @@ def store(count: int = 10_000, k: int = 200, dimension: int = 2048) -> Iterator[
     """
     subset = Subset((Entry("weight", (dimension,), 0, "parameter"),))
     vectors = np.random.default_rng(0).standard_normal((count, dimension), dtype=np.float32)
-    part = Evaluation().stack
+    part = Evaluation().networks_per_task
     with tempfile.TemporaryDirectory() as folder:
         artifact = Artifact(Storage(f"{folder}/storage"), "zoo", {"benchmark": "store"}, {})
         growing = ParameterStore(artifact)

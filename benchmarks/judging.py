@@ -103,7 +103,7 @@ class Subject:
         for vector in vectors.to(DEVICE):
             tensors = self.subset.unflatten(vector)
             wrong = []
-            for pixels, labels in dataset.test.in_order(SCRIPT_BATCH if script else self.judge.batch_size):
+            for pixels, labels in dataset.test.in_order(SCRIPT_BATCH if script else self.judge.capacity.images):
                 images = dataset.prepare(pixels, DEVICE).contiguous(memory_format=layout)
                 with autocast(DEVICE, self.precision):
                     logits = functional_call(network, tensors, (images,))

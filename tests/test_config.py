@@ -6,7 +6,7 @@ import pytest
 
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.common.registry import fingerprint
-from pdiff_ray.config import loading
+from pdiff_ray.config import loading, schema
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.generators.autoencoder import AutoencoderSettings
 from pdiff_ray.generators.gaussian import GaussianSettings
@@ -301,10 +301,30 @@ def test_seeds_are_handed_down(load):
 
 def test_keys_leave_out_what_changes_no_result(load):
     first = load("")
-    second = load("data: {root: /elsewhere, loader_workers: 7}\nevaluation: {stack: 3}")
+    second = load("data: {root: /elsewhere, loader_workers: 7}\nevaluation: {networks_per_task: 3}")
     assert first.data.keyed() == second.data.keyed()
     assert first.evaluation.keyed() == second.evaluation.keyed()
     assert first.data.keyed() != load("data: {train_noise: 0.5}").data.keyed()
+
+
+def test_old_names_of_fields_are_read(load, capsys):
+    """With one note for each name."""
+    old = "evaluation: {stack: 7, vmap: 3}\nzoo: {vmap: 2}"
+    new = "evaluation: {networks_per_task: 7, networks_per_program: 3}\nzoo: {runs_per_program: 2}"
+    schema._note.cache_clear()
+    assert load(old) == load(old) == load(new)
+    assert capsys.readouterr().err.splitlines() == [
+        "note: zoo.vmap is called zoo.runs_per_program now",
+        "note: evaluation.stack is called evaluation.networks_per_task now",
+        "note: evaluation.vmap is called evaluation.networks_per_program now",
+    ]
+    with pytest.raises(ConfigError, match="evaluation: networks_per_task is given twice, once by its old name stack"):
+        load("evaluation: {stack: 7, networks_per_task: 7}")
+
+
+def test_fields_of_later_versions_are_keyed_once_they_are_set(load):
+    assert "metrics" not in load("").evaluation.keyed()
+    assert load("evaluation: {metrics: ['a:b']}").evaluation.keyed()["metrics"] == ["a:b"]
 
 
 def test_data_folder_becomes_absolute(load, monkeypatch, tmp_path):

@@ -35,8 +35,8 @@ def test_convolutions_round_to_float32():
 
 
 def test_the_end_of_memory_has_a_remedy():
-    expected = pytest.raises(PdiffError, match=r"^a test: CUDA out of memory; lower zoo\.vmap, or")
-    with expected, devices.enough_memory("a test", "zoo.vmap"):
+    expected = pytest.raises(PdiffError, match=r"^a test: CUDA out of memory; lower zoo\.runs_per_program, or")
+    with expected, devices.enough_memory("a test", "zoo.runs_per_program"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
 

@@ -8,17 +8,22 @@ import yaml
 from helpers import TINY
 
 from pdiff_ray.common.registry import imported
-from pdiff_ray.config import loading
+from pdiff_ray.config import loading, sweep
 from pdiff_ray.running.experiment import make_plan, run
+from pdiff_ray.running.sweep import run as run_sweep
 from pdiff_ray.stages.table import artifacts_of
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.storage.parameters import ParameterStore
+from pdiff_ray.sweeps.ledger import Ledger
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 EXAMPLES = {}  # heading: modules and settings
 for section in PAGE.split("\n## ")[1:]:
     heading, blocks = section.partition("\n")[0], dict(re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL))
-    EXAMPLES[heading] = re.match(r"# (\w+\.py)\n", blocks["python"])[1], blocks["python"], blocks["yaml"]
+    if "python" in blocks:
+        EXAMPLES[heading] = re.match(r"# (\w+\.py)\n", blocks["python"])[1], blocks["python"], blocks["yaml"]
+    else:
+        ABLATION = blocks["yaml"]
 
 
 @pytest.mark.parametrize("heading", EXAMPLES)
@@ -42,6 +47,15 @@ def test_example_runs(tmp_path, monkeypatch, heading):
     (tmp_path / name).write_text(f"{source}# changed\n")
     after = artifacts_of(experiment, Storage(experiment.storage_uri))
     assert [stage for stage in artifacts if artifacts[stage].key != after[stage].key] == changed
+
+
+def test_the_ablation_runs(tmp_path):
+    file = tmp_path / "ablation.yaml"
+    file.write_text(f"{ABLATION}base: {TINY}\nstorage: {tmp_path / 'storage'}\n")
+    ledger = Ledger(sweep.load(file))
+    assert ledger.file.question.startswith("Does noise on the latents matter")
+    result = run_sweep(ledger, in_process=True, track=False)
+    assert [row.evaluated for row in result.rows] == [2, 2, 2]
 
 
 def test_every_table_is_on_the_page():

@@ -17,7 +17,7 @@ from pdiff_ray.data.sources import DataInfo
 from pdiff_ray.evaluation.judge import Judge
 from pdiff_ray.networks import frontier as frontiers
 from pdiff_ray.networks.build import build_network
-from pdiff_ray.networks.frontier import Frontier, keep
+from pdiff_ray.networks.frontier import Kept, keep
 from pdiff_ray.networks.split import SplitNetwork
 from pdiff_ray.networks.subset import resolve
 from pdiff_ray.stages import zoo
@@ -63,7 +63,7 @@ def experiment_of(dataset, **changes):
 def test_what_is_kept_is_the_prefix_s(tmp_path, network, size, rule):
     dataset = noise(size)
     judge = judge_of(network, rule, dataset, tmp_path)
-    kept = judge.frontier("train")
+    kept = judge.frontier("train").frontier
     images = dataset.prepare(dataset.train.source.images, CPU)
     expected = judge.split.prefix(images)
     some = torch.randperm(IMAGES)[:7]
@@ -75,16 +75,16 @@ def test_what_is_kept_is_the_prefix_s(tmp_path, network, size, rule):
             if ours.ndim == 4:
                 assert ours.is_contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        own = judge._own()
+        own = judge.capacity.own
         torch.testing.assert_close(judge.split.suffix(kept.batch(some)[0], own), judge.split(images[some], own))
 
 
 def test_it_is_computed_once(tmp_path, monkeypatch):
-    kept = judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path).frontier("train")
+    kept = judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path).frontier("train").frontier
     again = judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path)
     calls, prefix = [], SplitNetwork.prefix
     monkeypatch.setattr(SplitNetwork, "prefix", lambda self, images: calls.append(len(images)) or prefix(self, images))
-    (ours,), _ = again.frontier("train").batch(slice(None))
+    (ours,), _ = again.frontier("train").frontier.batch(slice(None))
     assert torch.equal(ours, kept.batch(slice(None))[0][0])
     assert max(calls) < IMAGES  # examples alone
 
@@ -131,12 +131,12 @@ def test_steps_are_those_of_full_passes(tmp_path, network, size, precision):
     experiment = experiment_of(dataset, precision=precision).model_copy(update={"network": network})
     judge = judge_of(network, names(*chosen), dataset, tmp_path)
     kept = subset_training.training_frontier(experiment, judge.subset, judge, 100)
-    assert isinstance(kept, Frontier), kept
+    assert kept.frontier is not None, kept.reason
     # Some processors' kernels round to bfloat16 elsewhere in the whole network than in its parts.
     rounding = 1e-5 if precision == "float32" else 2**-7
     for steps in (1, 5):
-        ours, vector = trained(experiment, judge, dataset, kept, steps)
-        plain, expected = trained(experiment, judge, dataset, "images", steps)
+        ours, vector = trained(experiment, judge, dataset, kept.frontier, steps)
+        plain, expected = trained(experiment, judge, dataset, None, steps)
         for a, b in zip(ours, plain, strict=True):
             assert (a - b).abs().max() <= rounding * b.abs().max()
         torch.testing.assert_close(vector, expected, rtol=rounding, atol=rounding / 10)
@@ -165,9 +165,9 @@ def test_peculiar_networks_train_alike(tmp_path, monkeypatch, network, rule):
     dataset = noise(4)
     experiment, judge = experiment_of(dataset), judge_of(network, rule, dataset, tmp_path)
     monkeypatch.setitem(globals(), "build_network", lambda *args: type(network)())
-    kept = subset_training.training_frontier(experiment, judge.subset, judge, 100)
-    (ours, vector), (plain, expected) = (trained(experiment, judge, dataset, f, 3) for f in (kept, "images"))
-    assert isinstance(kept, Frontier)
+    kept = subset_training.training_frontier(experiment, judge.subset, judge, 100).frontier
+    (ours, vector), (plain, expected) = (trained(experiment, judge, dataset, f, 3) for f in (kept, None))
+    assert kept is not None
     assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(ours, plain, strict=True))
     torch.testing.assert_close(vector, expected)
 
@@ -190,7 +190,7 @@ def test_full_steps_for_a_reason(tmp_path, network, rule, changes, reason):
     dataset = noise(8, **changes)
     judge = judge_of(network, rule, dataset, tmp_path, policy)
     training = experiment_of(dataset, batchnorm=policy)
-    assert reason in subset_training.training_frontier(training, judge.subset, judge, steps)
+    assert reason in subset_training.training_frontier(training, judge.subset, judge, steps).reason
 
 
 def test_a_zoo_on_a_kept_frontier_resumes(tmp_path, monkeypatch):
@@ -203,7 +203,7 @@ def test_a_zoo_on_a_kept_frontier_resumes(tmp_path, monkeypatch):
         if way == "interrupted":
             interrupted_zoo(experiment, artifacts, 8)
         if way == "plain":
-            monkeypatch.setattr(zoo, "training_frontier", lambda *args: "a test")
+            monkeypatch.setattr(zoo, "training_frontier", lambda *args: Kept(reason="a test"))
         build(experiment, artifacts, "zoo")
         vectors[way] = ParameterStore(artifacts["zoo"]).vectors()
         info = artifacts["zoo"].manifest()["info"]
@@ -229,7 +229,7 @@ def test_networks_trained_as_one_program_are_those_trained_alone(tmp_path, netwo
     settings = {"name": optimizer, "lr": 0.01, "schedule": "cosine"}
     experiment = experiment_of(dataset, precision=precision, optimizer=settings)
     judge = judge_of(network, LAST_NORMS, dataset, tmp_path)
-    kept = subset_training.training_frontier(experiment, judge.subset, judge, 100)
+    kept = subset_training.training_frontier(experiment, judge.subset, judge, 100).frontier
     starts = judge.subset.flatten(judge.network.state_dict()) * torch.tensor([[1.0], [0.9], [1.1]])
 
     def training(count):
@@ -258,8 +258,8 @@ def test_networks_trained_as_one_program_are_those_trained_alone(tmp_path, netwo
 )
 def test_what_cannot_be_stacked_is_trained_alone(tmp_path, network, precision, stacks):
     judge = judge_of(network, LAST_NORMS, noise(8), tmp_path).at(precision)
-    assert judge.trained_together(16, most=3) == (3 if stacks else 1)
-    assert judge.trained_together(16) == 1  # on a CPU
+    assert judge.capacity.trained_together(16, most=3) == (3 if stacks else 1)
+    assert judge.capacity.trained_together(16) == 1  # on a CPU
 
 
 def test_a_layout_is_kept(tmp_path):
@@ -276,17 +276,17 @@ def test_a_layout_is_kept(tmp_path):
 @pytest.mark.parametrize(("stack", "then"), [(3, 3), (3, 2), (1, 3)])
 def test_branches_as_one_program_go_on_in_other_stacks(tmp_path, stack, then):
     """Those of an interrupted zoo, in stacks of the same and of another size: the members of branches made alone."""
-    options = ("data.train_noise=0", "zoo.steps_per_member=6", "zoo.branches=3", "evaluation.stack=2")
+    options = ("data.train_noise=0", "zoo.steps_per_member=6", "zoo.branches=3", "evaluation.networks_per_task=2")
     alone, its = tiny(tmp_path / "alone", *options)
     build(alone, its, "base", "zoo")
-    experiment, artifacts = tiny(tmp_path / "stacked", *options, f"zoo.vmap={stack}")
+    experiment, artifacts = tiny(tmp_path / "stacked", *options, f"zoo.runs_per_program={stack}")
     build(experiment, artifacts, "base")
 
     interrupted_zoo(experiment, artifacts, 6)
     saved = [artifacts["zoo"].load_work(f"run-{index}.safetensors") for index in range(3)]
     assert sum(state is not None for state in saved) == stack
     notes = []
-    experiment, artifacts = tiny(tmp_path / "stacked", *options, f"zoo.vmap={then}")
+    experiment, artifacts = tiny(tmp_path / "stacked", *options, f"zoo.runs_per_program={then}")
     zoo.build(experiment, artifacts, context(progress=lambda task, done, total, note="": notes.append(note)))
     first = [note for note in notes if note.startswith("run 0")]
     assert [note.partition("step ")[2] for note in first] == ["23", "29"]  # of 11, 17, 23 and 29
@@ -299,7 +299,7 @@ def test_branches_as_one_program_go_on_in_other_stacks(tmp_path, stack, then):
 
 def test_too_large_a_frontier_is_not_kept(tmp_path):
     kept = judge_of(CONVNET, LAST_NORMS, noise(8, max_cache_gib=1e-5), tmp_path).frontier("train")
-    assert "max_cache_gib" in kept
+    assert "max_cache_gib" in kept.reason
     assert not list(tmp_path.iterdir())
 
 
@@ -308,7 +308,7 @@ def test_the_longest_unused_makes_room(tmp_path):
     folders = []
     for seed in range(3):
         judge = judge_of(build_network(CONVNET, dataset.info, seed), LAST_NORMS, dataset, tmp_path)
-        assert isinstance(judge.frontier("train"), Frontier)
+        assert judge.frontier("train").frontier is not None
         (new,) = {f for f in tmp_path.glob("frontier-*") if f.is_dir()} - set(folders)
         folders.append(new)
         if seed == 1:  # the second was used before the first
@@ -318,7 +318,7 @@ def test_the_longest_unused_makes_room(tmp_path):
 
 def test_a_prefix_that_is_as_fast_as_a_disk_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(frontiers, "SMALL_BYTES", 1000)
-    assert "no longer than reading" in judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path).frontier("train")
+    assert "no longer than reading" in judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path).frontier("train").reason
 
 
 def test_a_full_disk_is_a_reason(tmp_path, monkeypatch):
@@ -327,7 +327,7 @@ def test_a_full_disk_is_a_reason(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "save", fail)
     judge = judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path)
-    assert "No space left" in judge.frontier("train")
+    assert "No space left" in judge.frontier("train").reason
     assert judge.judge(judge.subset.flatten(judge.network.state_dict())[None])[0].test_accuracy is not None
     assert not [f for f in tmp_path.iterdir() if f.is_dir()]
 
@@ -336,7 +336,7 @@ def test_few_reads_use_what_is_there(tmp_path):
     judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path).frontier("train")
     judge = judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path)
     kept = keep(judge.split, judge.dataset, judge.dataset.train, CPU, tmp_path, 16, reads=1)
-    assert isinstance(kept, Frontier)
+    assert kept.frontier is not None
 
 
 def test_what_a_killed_worker_left_is_removed(tmp_path):

@@ -14,7 +14,6 @@ from pdiff_ray.common import devices
 from pdiff_ray.data.cache import default_cache
 from pdiff_ray.evaluation.judge import Judge
 from pdiff_ray.evaluation.similarity import unpack_wrong
-from pdiff_ray.networks.frontier import Frontier
 from pdiff_ray.stages.context import Context
 from pdiff_ray.training import subset as subset_training
 
@@ -38,11 +37,12 @@ def on(device, network, size, cache, **settings):
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize(("network", "size"), [(RESNET, 8), (CONVNEXT, 32), (SMALL_VIT, 8), (CONVNET, 8)])
 def test_predictions_are_those_of_full_passes(tmp_path, device, network, size, keep):
-    judge, vectors = on(device, network, size, tmp_path if keep else None, stacked=None if device.type == "cuda" else 2)
+    together = None if device.type == "cuda" else 2
+    judge, vectors = on(device, network, size, tmp_path if keep else None, networks_per_program=together)
     judgements = judge.judge(vectors, ["test"])
     assert judge.split.reason is None
-    assert judge.stacked > 1
-    assert isinstance(judge.frontier("test"), Frontier) == keep
+    assert judge.capacity.networks > 1
+    assert (judge.frontier("test").frontier is not None) == keep
     images, labels = next(judge.dataset.test.in_order(len(judge.dataset.test)))
     prepared = judge.dataset.prepare(images, device)
     for vector, judgement in zip(vectors, judgements, strict=True):
@@ -65,8 +65,8 @@ def test_half_the_precision_is_split_as_well(tmp_path, device, network, size):
 def test_branches_are_those_trained_alone(tmp_path, device, network, size):
     judge, vectors = on(device, network, size, tmp_path)
     experiment = experiment_of(judge.dataset)
-    kept = subset_training.training_frontier(experiment, judge.subset, judge, 100)
-    assert judge.trained_together(16, most=3) == 3
+    kept = subset_training.training_frontier(experiment, judge.subset, judge, 100).frontier
+    assert judge.capacity.trained_together(16, most=3) == 3
 
     def trained(starts, seeds):
         training = subset_training.SubsetTraining(experiment, judge.network, judge.subset, 4, device, kept, len(starts))

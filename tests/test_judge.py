@@ -11,11 +11,11 @@ from torch.nn import functional
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Data, Network, SubsetRule
 from pdiff_ray.data import dataset as data
-from pdiff_ray.evaluation.judge import CALIBRATION_BATCH, Judge, Judgement, judged
+from pdiff_ray.evaluation import recalibration
+from pdiff_ray.evaluation.judge import Judge, Judgement, judged
 from pdiff_ray.evaluation.similarity import distances, iou, mean_within, unpack_wrong
 from pdiff_ray.evaluation.summary import summarize
 from pdiff_ray.networks.build import build_network
-from pdiff_ray.networks.frontier import Frontier
 from pdiff_ray.networks.subset import Subset, resolve
 from pdiff_ray.storage.parameters import Record
 
@@ -88,7 +88,7 @@ def recalibrated(network, dataset):
     """The network with statistics of the first training images, batch by batch, layer by layer."""
     network = copy.deepcopy(network).eval()
     for bn in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
-        sums, batches = [], np.array_split(np.arange(len(dataset.train)), -(-len(dataset.train) // CALIBRATION_BATCH))
+        sums, batches = [], np.array_split(np.arange(len(dataset.train)), -(-len(dataset.train) // recalibration.BATCH))
 
         def batch_statistics(module, inputs, output, sums=sums):
             pixels = inputs[0].transpose(0, 1).flatten(1).double()
@@ -146,11 +146,11 @@ def test_stacked_networks_are_judged_alike(dataset, name):
     network = build_network(Network(name=name, args=args), dataset.info, 0)
     subset = resolve(SubsetRule(last_norm_layers=2), network)
     vectors = make_vectors(network, subset, 5)
-    one, stacked = (Judge(network, subset, dataset, CPU, stacked=stacked) for stacked in (1, 2))
+    one, stacked = (Judge(network, subset, dataset, CPU, networks_per_program=stacked) for stacked in (1, 2))
     for a, b in zip(one.judge(vectors), stacked.judge(vectors), strict=True):
         assert a.wrong == b.wrong
         assert a.test_loss == pytest.approx(b.test_loss, rel=1e-5)
-    assert stacked.stacked == 2
+    assert stacked.capacity.networks == 2
 
 
 class Branching(nn.Module):
@@ -168,12 +168,13 @@ def test_less_is_taken_at_a_time_where_memory_ends(monkeypatch, dataset, network
     subset = resolve(SubsetRule(last_norm_layers=1), network)
     vectors = make_vectors(network, subset, 4)
     expected = Judge(network, subset, dataset, CPU).judge(vectors)
-    judge = Judge(network, subset, dataset, CPU, batch_size=100, stacked=4)
+    judge = Judge(network, subset, dataset, CPU, batch_size=100, networks_per_program=4)
+    assert (judge.capacity.networks, judge.capacity.images) == (4, 100)
     suffix, room, tried = judge.split.suffix, 30, []
 
     def with_little_memory(frontier, tensors):
-        tried.append((judge.stacked, len(frontier[0])))
-        if judge.stacked * len(frontier[0]) > room:
+        tried.append((judge.capacity.networks, len(frontier[0])))
+        if judge.capacity.networks * len(frontier[0]) > room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         return suffix(frontier, tensors)
 
@@ -181,14 +182,15 @@ def test_less_is_taken_at_a_time_where_memory_ends(monkeypatch, dataset, network
     for a, b in zip(judge.judge(vectors), expected, strict=True):
         assert a.wrong == b.wrong
         assert a.test_loss == pytest.approx(b.test_loss)
-    assert (judge.stacked, judge.batch_size) == (1, 25)
+    assert (judge.capacity.networks, judge.capacity.images) == (1, 25)
     stages = [(stacked, images) for stacked, images in dict.fromkeys(tried) if images in (100, 50, 25)]
     assert stages == [(4, 100), (4, 50), (2, 50), (1, 50), (1, 25)]
-    again = Judge(network, subset, dataset, CPU, batch_size=100, stacked=4)
+    again = Judge(network, subset, dataset, CPU, batch_size=100, networks_per_program=4)
+    assert again.capacity.networks == 4
     monkeypatch.setattr(again.split, "suffix", with_little_memory)
     assert torch.equal(again.predictions(vectors), Judge(network, subset, dataset, CPU).predictions(vectors))
     room = 0
-    with pytest.raises(PdiffError, match=r"judging: CUDA out of memory; lower evaluation\.stack"):
+    with pytest.raises(PdiffError, match=r"judging: CUDA out of memory; lower evaluation\.networks_per_task"):
         judge.judge(vectors)
 
 
@@ -204,16 +206,16 @@ def test_less_is_taken_where_memory_ends_while_a_frontier_is_made(monkeypatch, d
         return prefix(images)
 
     monkeypatch.setattr(judge.split, "prefix", with_little_memory)
-    assert len(judge.frontier("test")) == len(dataset.test)
-    assert judge.batch_size == 50
+    assert len(judge.frontier("test").frontier) == len(dataset.test)
+    assert judge.capacity.images == 50
 
 
 def test_what_cannot_be_stacked_is_judged_in_a_loop(dataset):
     network = Branching()
-    judge = Judge(network, resolve(SubsetRule(all=True), network), dataset, CPU, stacked=4)
+    judge = Judge(network, resolve(SubsetRule(all=True), network), dataset, CPU, networks_per_program=4)
     assert judge.judge(make_vectors(network, judge.subset, 2), ["test"])[1].test_accuracy is not None
     assert judge.split.reason
-    assert judge.stacked == 1
+    assert judge.capacity.networks == 1
 
 
 class Counting(nn.Module):
@@ -232,7 +234,7 @@ def test_a_network_that_branches_has_chunks(dataset):
     network = Counting()
     judge = Judge(network, resolve(SubsetRule(all=True), network), dataset, CPU)
     assert judge.split.reason
-    assert judge.batch_size == 500
+    assert judge.capacity.images == 500
     assert judge.judge(make_vectors(network, judge.subset, 1), ["test"])[0].test_accuracy is not None
 
 
@@ -242,22 +244,23 @@ def test_kept_frontiers_change_no_result(dataset, network, tmp_path):
     computed, kept, again = (Judge(network, subset, dataset, CPU, cache=c) for c in (None, tmp_path, tmp_path))
     expected = computed.judge(vectors)
     for judge in (kept, again):
-        assert isinstance(judge.frontier("test"), Frontier)
+        assert judge.frontier("test").frontier is not None
         for a, b in zip(judge.judge(vectors), expected, strict=True):
             assert a.wrong == b.wrong
             assert a.test_loss == pytest.approx(b.test_loss, rel=1e-6)
-    assert isinstance(computed.frontier("test"), str)
-    assert kept.seconds.unshared > kept.seconds.suffix > 0
+    assert computed.frontier("test").reason == "no cache is given"
+    _, seconds = kept.timed(vectors)
+    assert seconds.unshared > seconds.suffix > 0
 
 
 def test_chunks_are_as_large_as_caches(dataset, network, monkeypatch):
     """The largest tensor of an image: 4 channels of 8 x 8 float32."""
     judge = Judge(network, Subset(()), dataset, CPU)
-    assert judge.batch_size == 500
-    monkeypatch.setattr("pdiff_ray.evaluation.judge.CPU_TENSOR_BYTES", 4 * 8 * 8 * 4 * 100)
-    assert Judge(network, Subset(()), dataset, CPU).batch_size == 100
-    monkeypatch.setattr("pdiff_ray.evaluation.judge.CPU_TENSOR_BYTES", 1)
-    assert Judge(network, Subset(()), dataset, CPU).batch_size == 32
+    assert judge.capacity.images == 500
+    monkeypatch.setattr("pdiff_ray.evaluation.memory.CPU_TENSOR_BYTES", 4 * 8 * 8 * 4 * 100)
+    assert Judge(network, Subset(()), dataset, CPU).capacity.images == 100
+    monkeypatch.setattr("pdiff_ray.evaluation.memory.CPU_TENSOR_BYTES", 1)
+    assert Judge(network, Subset(()), dataset, CPU).capacity.images == 32
 
 
 def test_half_the_precision_changes_few_predictions(dataset, network):

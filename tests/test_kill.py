@@ -19,7 +19,7 @@ LONGER = (
     "generator.autoencoder.steps=400",
     "generator.diffusion.steps=1500",
     "sampling.samples=60",
-    "evaluation.stack=2",
+    "evaluation.networks_per_task=2",
 )
 
 

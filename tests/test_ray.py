@@ -1,10 +1,13 @@
 """The Ray layer, on one local Ray shared by these tests: same results as in this process, and lost workers."""
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from pdiff_ray.reports.tables import table_rows
 from pdiff_ray.running import experiment as experiment_running
 from pdiff_ray.running.experiment import make_plan
 from pdiff_ray.running.experiment import run as run_plan
-from pdiff_ray.stages.evaluation import make_stacks, networks_to_judge
+from pdiff_ray.stages.evaluation import make_tasks, networks_to_judge
 from pdiff_ray.stages.report import load_summary
 from pdiff_ray.storage.parameters import ParameterStore
 
@@ -75,7 +78,7 @@ def test_what_a_worker_finds_wrong_reaches_the_user(tmp_path):
 
 @pytest.mark.slow
 def test_a_lost_zoo_worker_costs_the_members_in_flight(here, tmp_path, ray):
-    overrides = ("zoo.members=120", "evaluation.stack=5", *TWO)
+    overrides = ("zoo.members=120", "evaluation.networks_per_task=5", *TWO)
     whole, its = tiny(here[0].storage, *overrides)
     build(whole, its, "base", "zoo")
     experiment, artifacts = tiny(tmp_path, *overrides)
@@ -104,57 +107,96 @@ def test_a_lost_zoo_worker_costs_the_members_in_flight(here, tmp_path, ray):
     assert vectors[0] == vectors[1]
 
 
+@contextlib.contextmanager
+def pool_of(experiment, artifacts, actors):
+    """A pool of so many actors, and tasks of one network each that are not judged yet."""
+    from pdiff_ray.distributed.pool import Pool
+    from pdiff_ray.distributed.session import connect
+
+    resources = experiment.resources.model_copy(update={"actors": actors})
+    evaluation = experiment.evaluation.model_copy(update={"networks_per_task": 1})
+    wanted = networks_to_judge(experiment, ParameterStore(artifacts["zoo"]))
+    tasks = make_tasks(experiment.model_copy(update={"evaluation": evaluation}), wanted)
+    with (
+        connect(experiment.resources, Display(None)) as events,
+        Pool(experiment.model_copy(update={"resources": resources}), artifacts, events) as pool,
+    ):
+        yield pool, tasks
+
+
+@pytest.fixture
+def sampled(here, tmp_path):
+    """The tiny experiment in a storage of its own, evaluated by nobody."""
+    shutil.copytree(here[0].storage, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "evaluation")
+    return tiny(tmp_path)
+
+
 @pytest.mark.parametrize("actors", [2, 1])
-def test_work_of_a_dead_actor_is_done_by_the_others(here, ray, actors):
-    """Or by itself, when it has been restarted."""
-    from pdiff_ray.distributed.pool import Pool
-    from pdiff_ray.distributed.session import connect
-
-    experiment, artifacts = here
-    stacks = make_stacks(networks_to_judge(experiment, ParameterStore(artifacts["zoo"])), 1)
-    with connect(experiment.resources, Display(None)) as events:
-        resources = experiment.resources.model_copy(update={"actors": actors})
-        pool = Pool(experiment.model_copy(update={"resources": resources}), artifacts, events)
+def test_work_of_a_dead_actor_is_done_by_the_others(here, sampled, ray, actors):
+    """Or by itself, when it has been restarted; every network is judged once, and stored by whom judged it."""
+    experiment, artifacts = sampled
+    with pool_of(experiment, artifacts, actors) as (pool, tasks):
         pids = [ray.get(actor.__ray_call__.remote(lambda self: os.getpid())) for actor in pool.actors]
-        found = []
-        for records in pool.map_stacks(stacks):
-            found += records
-            if len(found) == 2:
+        done = 0
+        for count in pool.evaluate(tasks):
+            done += count
+            if done == 2:
                 os.kill(pids[0], signal.SIGKILL)
-        pool.close()
-    assert sorted(r.id for r in found) == list(range(25))
+    assert done == 25
     assert sum(pool.deaths.values()) == 1
-    expected = {r.id: r.wrong for r in ParameterStore(artifacts["evaluation"]).records()}
-    assert {r.id: r.wrong for r in found} == expected
+    store, expected = (ParameterStore(a["evaluation"]) for a in (artifacts, here[1]))
+    assert {r.id: r.wrong for r in store.records()} == {r.id: r.wrong for r in expected.records()}
+    assert len(store.manifest_entries(store.ids)) == 25
+    assert len(list((Path(store.artifact.location) / "networks").glob("*.parquet"))) == 25, "a network was judged twice"
+    assert all(r.worker.split(":")[1] != str(os.getpid()) for r in store.records())
 
 
-def test_an_actor_has_other_work_before_its_result_is_looked_at(here, ray):
-    """The caller writes rows meanwhile."""
-    from pdiff_ray.distributed.pool import Pool
-    from pdiff_ray.distributed.session import connect
+def test_rows_that_a_dead_actor_has_stored_are_not_judged_again(sampled, ray):
+    """It may die before it can say so."""
+
+    def die_when_stored(worker):
+        evaluate = worker.evaluator.evaluate
+
+        def deadly(task):
+            evaluate(task)
+            os._exit(1)
+
+        worker.evaluator.evaluate = deadly
+
+    experiment, artifacts = sampled
+    with pool_of(experiment, artifacts, 2) as (pool, tasks):
+        assert sum(pool.evaluate(tasks[:4])) == 4
+        ready = [actor.__ray_call__.remote(lambda worker: worker.evaluator is not None) for actor in pool.actors]
+        actor = pool.actors[ray.get(ready).index(True)]
+        ray.get(actor.__ray_call__.remote(die_when_stored))
+        assert sum(pool.evaluate(tasks[4:])) == 21
+    assert sum(pool.deaths.values()) == 1
+    assert len(list((Path(artifacts["evaluation"].location) / "networks").glob("*.parquet"))) == 25
+    assert ParameterStore(artifacts["evaluation"]).ids == list(range(25))
+
+
+def test_an_actor_has_other_work_before_its_result_is_looked_at(sampled, ray):
+    """The caller may take its time meanwhile."""
 
     def count(worker):
-        evaluate, worker.stacks = worker.evaluator.evaluate, 0
+        evaluate, worker.tasks = worker.evaluator.evaluate, 0
 
-        def counted(stack):
-            worker.stacks += 1
-            return evaluate(stack)
+        def counted(task):
+            worker.tasks += 1
+            return evaluate(task)
 
         worker.evaluator.evaluate = counted
 
-    experiment, artifacts = here
-    stacks = make_stacks(networks_to_judge(experiment, ParameterStore(artifacts["zoo"])), 1)[:4]
-    with connect(experiment.resources, Display(None)) as events:
-        resources = experiment.resources.model_copy(update={"actors": 1})
-        pool = Pool(experiment.model_copy(update={"resources": resources}), artifacts, events)
+    experiment, artifacts = sampled
+    with pool_of(experiment, artifacts, 1) as (pool, tasks):
         (actor,) = pool.actors
-        list(pool.map_stacks(stacks[:1]))
+        list(pool.evaluate(tasks[:1]))
         ray.get(actor.__ray_call__.remote(count))
-        results = pool.map_stacks(stacks[1:])
+        results = pool.evaluate(tasks[1:4])
         next(results)
-        assert ray.get(actor.__ray_call__.remote(lambda worker: worker.stacks)) == 2
+        assert ray.get(actor.__ray_call__.remote(lambda worker: worker.tasks)) == 2
         assert len(list(results)) == 2
-        pool.close()
 
 
 def test_an_address_is_tried_where_a_ray_is_there(here, ray):
@@ -165,21 +207,14 @@ def test_an_address_is_tried_where_a_ray_is_there(here, ray):
         pass
 
 
-def test_actors_that_find_no_place_are_not_waited_for(here, ray):
+def test_actors_that_find_no_place_are_not_waited_for(sampled, ray):
     """The others do their work."""
-    from pdiff_ray.distributed.pool import Pool
-    from pdiff_ray.distributed.session import connect
-
-    experiment, artifacts = here
-    with connect(experiment.resources, Display(None)) as events:
-        free = int(ray.available_resources()["CPU"])
-        resources = experiment.resources.model_copy(update={"actors": free + 1})
-        pool = Pool(experiment.model_copy(update={"resources": resources}), artifacts, events)
-        stacks = make_stacks(networks_to_judge(experiment, ParameterStore(artifacts["zoo"])), 1)
-        assert len(stacks) > free
-        found = [record.id for records in pool.map_stacks(stacks) for record in records]
-        pool.close()
-    assert sorted(found) == list(range(25))
+    experiment, artifacts = sampled
+    free = int(ray.available_resources()["CPU"])
+    with pool_of(experiment, artifacts, free + 1) as (pool, tasks):
+        assert len(tasks) > free
+        assert sum(pool.evaluate(tasks)) == 25
+    assert ParameterStore(artifacts["evaluation"]).ids == list(range(25))
 
 
 def test_more_than_this_machine_has(tmp_path, ray):

@@ -18,7 +18,7 @@ from pdiff_ray.running.experiment import make_plan
 from pdiff_ray.running.experiment import run as run_plan
 from pdiff_ray.running.results import open_result
 from pdiff_ray.stages import base, evaluation, report, zoo
-from pdiff_ray.stages.evaluation import Evaluator, make_stacks, networks_to_judge
+from pdiff_ray.stages.evaluation import Evaluator, make_tasks, networks_to_judge
 from pdiff_ray.stages.report import load_summary
 from pdiff_ray.storage.parameters import ParameterStore, Record
 from pdiff_ray.training import subset as subset_training
@@ -31,8 +31,8 @@ def done(tmp_path_factory):
     return experiment, artifacts
 
 
-def test_same_seed_same_table_whatever_the_stacks(done, tmp_path):
-    experiment, artifacts = tiny(tmp_path, "evaluation.stack=3")
+def test_same_seed_same_table_whatever_the_tasks(done, tmp_path):
+    experiment, artifacts = tiny(tmp_path, "evaluation.networks_per_task=3")
     build(experiment, artifacts)
     assert table_rows(load_summary(artifacts)) == table_rows(load_summary(done[1]))
     np.testing.assert_array_equal(ParameterStore(artifacts["zoo"]).vectors(), ParameterStore(done[1]["zoo"]).vectors())
@@ -68,7 +68,7 @@ def test_frozen_parameters_stay_the_bases(done):
     assert subset.names == ["layers.1.bn.weight", "layers.1.bn.bias"]
     network = base.load_network(experiment, artifacts)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    training = subset_training.SubsetTraining(experiment, network, subset, 10, torch.device("cpu"), "images")
+    training = subset_training.SubsetTraining(experiment, network, subset, 10, torch.device("cpu"))
     started_from = training.vectors()
     training.run(base.open_dataset(experiment, context()), 0, 10, seeds=[0])
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
@@ -87,14 +87,15 @@ def test_groups_and_their_networks(done):
     assert [r.wrong for r in records[:12]] == [r.wrong for r in zoo_rows]
 
 
-def test_stacks_shrink_toward_the_end_where_workers_share_them():
+def test_tasks_shrink_toward_the_end_when_workers_share_them(tmp_path):
+    experiment, _ = tiny(tmp_path, "evaluation.networks_per_task=20")
     judged = [Record(id_, "original", wrong=b"") for id_ in range(30)]
     made = [Record(30, "ensemble"), *(Record(id_, "generated") for id_ in range(31, 71)), Record(71, "fine_tuned")]
 
     def sizes(workers):
-        stacks = make_stacks([*judged, *made], 20, workers)
-        assert sorted(record.id for stack in stacks for record in stack) == list(range(72))
-        return [(stack[0].group, len(stack)) for stack in stacks]
+        tasks = make_tasks(experiment, [*judged, *made], workers)
+        assert sorted(record.id for task in tasks for record in task) == list(range(72))
+        return [(task[0].group, len(task)) for task in tasks]
 
     ends = [("ensemble", 1), ("original", 20), ("original", 10)]
     assert sizes(1) == [("fine_tuned", 1), ("generated", 20), ("generated", 20), *ends]
@@ -102,16 +103,16 @@ def test_stacks_shrink_toward_the_end_where_workers_share_them():
     assert sizes(2) == [("fine_tuned", 1), *shrinking, *ends]
 
 
-def test_stacks_are_cut_for_the_actors_there_are(done, tmp_path):
-    experiment, artifacts = tiny(tmp_path, "resources.actors=3", "sampling.samples=12", "evaluation.noise_networks=0")
+def test_tasks_are_cut_for_the_actors_there_are(done, tmp_path):
+    experiment, artifacts = tiny(tmp_path, "sampling.samples=12", "evaluation.noise_networks=0")
     build(experiment, artifacts, "base", "zoo", "generator", "samples")
     sizes = []
 
-    def note(stacks):
-        sizes.extend(len(stack) for stack in stacks if stack[0].group == "generated")
+    def note(tasks):
+        sizes.extend(len(task) for task in tasks if task[0].group == "generated")
         return []
 
-    evaluation.judge_missing(experiment, artifacts, context(), note)
+    evaluation.judge_missing(experiment, artifacts, context(), note, actors=3)
     assert sizes == [4, 3, 2, 2, 1]
 
 
@@ -133,8 +134,8 @@ def test_ensemble_and_distances(done):
     evaluator = Evaluator(experiment, artifacts, context())
     wanted = networks_to_judge(experiment, ParameterStore(artifacts["zoo"]))
     ensemble = next(r for r in wanted if r.group == "ensemble")
-    np.testing.assert_array_equal(evaluator._vector(ensemble), members.mean(0))
-    judged = evaluator.evaluate([replace(wanted[3], nearest_distance=None)])[0]
+    np.testing.assert_array_equal(evaluator.groups["ensemble"].vector(ensemble, evaluator.material), members.mean(0))
+    (judged,), _ = evaluator.judged([replace(wanted[3], nearest_distance=None)])
     pairs = np.linalg.norm(members[:, None].astype(float) - members[None], axis=2)
     mean = pairs[~np.eye(12, dtype=bool)].mean()
     assert judged.nearest_distance == pytest.approx(np.delete(pairs[3], 3).min() / mean)
@@ -182,12 +183,14 @@ def test_an_interrupted_evaluation_says_what_all_of_it_took(done, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluation.build(experiment, artifacts, context(progress=stop))
     store = ParameterStore(artifacts["evaluation"])
-    kept = [store.about(part)["counts"] for part in store.manifest_entries(store.ids)]
+    kept = [store.about(part) for part in store.manifest_entries(store.ids)]
     build(experiment, artifacts)
     info = artifacts["evaluation"].manifest()["info"]
-    assert info["suffix_seconds"] > sum(counts["suffix_seconds"] for counts in kept) > 0
-    assert artifacts["evaluation"].manifest()["seconds"] > sum(counts["seconds"] for counts in kept) > 0
-    assert info["compared_predictions"] == 2 * 897  # one network of each of two stacks
+    assert info["suffix_seconds"] > sum(about["counts"]["suffix_seconds"] for about in kept) > 0
+    assert (
+        artifacts["evaluation"].manifest()["seconds"] > sum(end - start for start, end in (a["span"] for a in kept)) > 0
+    )
+    assert info["compared_predictions"] == 2 * 897  # one network of each of two tasks
 
 
 def test_a_reason_is_printed_as_it_is(done, monkeypatch, capsys):
@@ -205,11 +208,12 @@ def test_reduced_precision_says_what_it_changes(done):
     assert artifacts["evaluation"].key != done[1]["evaluation"].key
     build(reduced, artifacts)
     info = artifacts["evaluation"].manifest()["info"]
-    assert info["compared_predictions"] == 2 * 897  # one network of each of two stacks
+    assert info["compared_predictions"] == 2 * 897  # one network of each of two tasks
     assert 0 <= info["changed_predictions"] < 90
     generated = ParameterStore(artifacts["evaluation"]).records()[-6:]
-    some = [replace(record, wrong=None) for record in generated[1:3]]  # however stacks are cut, the same are compared
-    assert "compared_predictions" not in Evaluator(reduced, artifacts, context()).evaluate(some).counts
+    some = [replace(record, wrong=None) for record in generated[1:3]]  # however tasks are cut, the same are compared
+    _, about = Evaluator(reduced, artifacts, context()).judged(some)
+    assert "compared_predictions" not in about["counts"]
     assert "of 1,794 test predictions" in sharing_text(done[1]["zoo"].manifest()["info"], info)
     half, full = (ParameterStore(a["evaluation"]).records() for a in (artifacts, done[1]))
     assert [r.test_loss for r in half[:12]] != [r.test_loss for r in full[:12]]  # the originals too

@@ -15,6 +15,7 @@ from pdiff_ray.cli.options import DEFAULT_STORAGE, print_json
 from pdiff_ray.common.progress import console
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.config.sweep import Parameter, format_label, label
+from pdiff_ray.evaluation.metrics import described
 from pdiff_ray.reports import tables
 from pdiff_ray.running import experiment as experiments
 from pdiff_ray.running.experiment import Plan
@@ -225,7 +226,7 @@ def print_result(result: Result, as_json: bool = False) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(tables.LEGEND, style="dim")
+    console.print(tables.legend(described(result.summary)), style="dim")
     console.print(f"verdict: {result.verdict}", markup=False)
     if sharing := result.sharing:
         console.print(f"shared: {sharing}", markup=False)

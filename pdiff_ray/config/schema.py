@@ -1,12 +1,14 @@
 """The typed schema of an experiment.
 
 A section is hashed into the key of the stage it determines (`keyed`), so fields that only say where or how fast things
-run are listed in `unkeyed`.
+run are listed in `unkeyed`, and fields that later versions brought in `added`.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -24,6 +26,8 @@ from pydantic.fields import FieldInfo
 
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.common.registry import Registry, fingerprint, imported
+
+OwnName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # module:attribute
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -72,11 +76,13 @@ class Section(BaseModel):
     Attributes:
         unkeyed: fields that change no result.
         added: fields that came later than the keys of existing results; at their defaults they are no part of the key.
+        renamed: old names of fields that are still read, each with the new one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     unkeyed: ClassVar[frozenset[str]] = frozenset()
     added: ClassVar[frozenset[str]] = frozenset()
+    renamed: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -84,6 +90,12 @@ class Section(BaseModel):
         """Lays mappings over the defaults that their fields have here: a new learning rate changes no schedule."""
         if not isinstance(value, dict):
             return value
+        for old, new in cls.renamed.items():
+            if old in value:
+                if new in value:
+                    raise ValueError(f"{new} is given twice, once by its old name {old}; remove {old}")
+                value = {new if name == old else name: content for name, content in value.items()}
+                _note(f"{cls.__name__.lower()}.{old} is called {cls.__name__.lower()}.{new} now")
         defaults = {name: field.default for name, field in cls.model_fields.items() if name in value}
         sections = {name: d.model_dump(exclude_unset=True) for name, d in defaults.items() if isinstance(d, Section)}
         return merge(sections, value)
@@ -98,6 +110,12 @@ class Section(BaseModel):
         own = {name: getattr(self, name) for name in fields if known(fields[name])}
         code = {name: fingerprint(value) for name, value in own.items() if ":" in (value or "")}
         return {**content, "code": code} if code else content
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """Prints a note once, beside what a command prints."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def known(field: FieldInfo) -> Known | None:
@@ -214,7 +232,8 @@ class SubsetRule(Section):
 class Zoo(Section):
     """The zoo of networks that the generator learns from (stage `zoo`)."""
 
-    unkeyed = frozenset({"vmap"})
+    unkeyed = frozenset({"runs_per_program"})
+    renamed: ClassVar[dict[str, str]] = {"vmap": "runs_per_program"}
 
     members: int = Field(200, ge=1, description="K, the number of networks kept")
     regime: Literal["trajectory", "branches", "independent"] = Field(
@@ -228,8 +247,8 @@ class Zoo(Section):
     warmup_steps: int = Field(100, ge=0, description="steps before those of the first member")
     steps_per_member: int | Literal["epoch"] = Field(10, description="steps between members")
     batch_size: int = Field(128, ge=2, description="images per step of a run")
-    vmap: int | None = Field(
-        None, ge=1, description="branches that a worker trains as one program; default: by memory on a GPU, else 1"
+    runs_per_program: int | None = Field(
+        None, ge=1, description="branches that a worker trains at once by vmap; default: by memory on a GPU, else 1"
     )
     optimizer: Optimizer = Optimizer(lr=0.03, weight_decay=5e-4)
     precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast of forward and backward")
@@ -349,12 +368,16 @@ class Sampling(Section):
 class Evaluation(Section):
     """Judging the generated networks beside baselines (stage `evaluation`)."""
 
-    unkeyed = frozenset({"batch_size", "stack", "vmap"})
+    unkeyed = frozenset({"batch_size", "networks_per_task", "networks_per_program"})
+    added = frozenset({"baselines", "metrics"})
+    renamed: ClassVar[dict[str, str]] = {"stack": "networks_per_task", "vmap": "networks_per_program"}
 
     batch_size: int | None = Field(None, ge=1, description="images per forward pass; default: by memory")
-    stack: int = Field(20, ge=1, description="networks sent to an actor, or written, at a time; fewer toward the end")
-    vmap: int | None = Field(
-        None, ge=1, description="networks of a stack that run as one program; default: by memory on a GPU, else 1"
+    networks_per_task: int = Field(
+        20, ge=1, description="networks that an actor judges, or a file holds, at a time; fewer toward the end"
+    )
+    networks_per_program: int | None = Field(
+        None, ge=1, description="networks of a task that run at once by vmap; default: by memory on a GPU, else 1"
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="autocast of what is judged here; the predictions it changes are counted"
@@ -365,6 +388,8 @@ class Evaluation(Section):
     noise_networks: int = Field(20, ge=0, description="networks per sigma")
     fine_tuned_networks: int = Field(10, ge=0, description="members trained further")
     fine_tuned_steps: int = Field(50, ge=1, description="training steps of each of them")
+    baselines: tuple[OwnName, ...] = Field((), description="your own, each as module:Class; see extending.md")
+    metrics: tuple[OwnName, ...] = Field((), description="your own, each as module:function; see extending.md")
 
 
 class Resources(Section):

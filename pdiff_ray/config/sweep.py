@@ -23,7 +23,7 @@ from pdiff_ray.config.schema import Experiment, Section, merge
 Label = int | float | bool | str | None
 Assignment = dict[str, Label]
 
-# What a search may optimize, named as in `evaluation.summary`. Test labels choose nothing.
+# What a search may optimize. Test labels choose nothing.
 OBJECTIVES = (
     "generated/mean_train_accuracy",
     "generated/mean_train_loss",

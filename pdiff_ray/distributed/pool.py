@@ -1,8 +1,7 @@
-"""A pool of actors that fit generators, draw samples and evaluate stacks of networks."""
+"""A pool of actors that fit generators, draw samples and judge networks."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.cache import default_cache
 from pdiff_ray.distributed.session import gpu_share, report_progress, take_place
 from pdiff_ray.stages.context import Context
-from pdiff_ray.stages.evaluation import Evaluator, Stack
+from pdiff_ray.stages.evaluation import Evaluator, Task
 from pdiff_ray.stages.table import build_missing
 from pdiff_ray.storage.artifacts import Artifact
 
@@ -32,19 +31,19 @@ class _Worker:
     def ready(self) -> None:
         """Returns when the actor has found a place and has started."""
 
-    def build(self, stage: str) -> None:
+    def build(self, stage: str, failures: int) -> None:
         self.evaluator = None  # its vectors make room
         # It may be there, by an actor that died since.
         build_missing(stage, self.experiment, self.artifacts, self.context)
 
-    def evaluate(self, stack: Stack) -> Stack:
-        if self.evaluator is None:
+    def evaluate(self, task: Task, failures: int) -> int:
+        if self.evaluator is None or failures:  # an actor that died may have stored the rows, which a new one sees
             self.evaluator = Evaluator(self.experiment, self.artifacts, self.context)
-        return self.evaluator.evaluate(stack)
+        return self.evaluator.evaluate(task)
 
 
 class Pool:
-    """Actors of one experiment. Work of an actor that dies is given to the others while it is restarted."""
+    """The actors of one experiment. Work of an actor that dies is given to the others while it is restarted."""
 
     def __init__(self, experiment: Experiment, artifacts: Mapping[str, Artifact], events: str) -> None:
         resources = experiment.resources
@@ -54,7 +53,6 @@ class Pool:
             num_cpus=resources.cpus_per_actor, num_gpus=gpus, max_restarts=resources.max_failures
         )
         self.actors: list[Any] = [actor.remote(experiment, artifacts, events, gpus) for _ in range(resources.actors)]
-
         self.deaths = dict.fromkeys(self.actors, 0)
 
     def build(self, stage: str) -> None:
@@ -62,9 +60,9 @@ class Pool:
         for _ in self._run("build", [stage]):
             pass
 
-    def map_stacks(self, stacks: Sequence[Stack]) -> Iterator[Stack]:
-        """Evaluated stacks, in the order in which they are done."""
-        return self._run("evaluate", stacks)
+    def evaluate(self, tasks: Sequence[Task]) -> Iterator[int]:
+        """Judges and stores the networks of tasks; yields how many each has had, in the order in which they end."""
+        return self._run("evaluate", tasks)
 
     def __enter__(self) -> Pool:
         return self
@@ -78,17 +76,10 @@ class Pool:
         idle: list[Any] = []
         # Work goes to actors that have started: in a full cluster some may wait for a place.
         running: dict[Any, tuple[Any, Any, int]] = {actor.ready.remote(): (actor, None, 0) for actor in self.actors}
-        finished: deque[Any] = deque()
-        while waiting or finished or any(item is not None for _, item, _ in running.values()):
-            while waiting and idle:
-                actor, (item, failures) = idle.pop(0), waiting.pop()
-                running[getattr(actor, method).remote(item)] = (actor, item, failures)
-            ready, _ = ray.wait(list(running), timeout=0 if finished else None) if running else ([], [])
-            if not ready:  # every actor has work: the caller may take its time
-                yield finished.popleft()
-                continue
-            (done,) = ready
+        while waiting or any(item is not None for _, item, _ in running.values()):
+            (done,), _ = ray.wait(list(running))
             actor, item, failures = running.pop(done)
+            results = []
             try:
                 result = ray.get(done)
             except (RayActorError, ActorUnavailableError, OutOfMemoryError) as error:
@@ -98,18 +89,19 @@ class Pool:
                 if item is not None:
                     waiting.append((item, failures + 1))
                 if (item is not None and failures == self.max_failures) or not (idle or running):
-                    yield from finished
                     reason = str(error).partition("\n")[0]
                     raise PdiffError(
-                        f"evaluation: an actor died {self.deaths[actor]} times ({reason}); lower evaluation.stack, "
-                        "evaluation.batch_size or resources.actors if memory ran out"
+                        f"evaluation: an actor died {self.deaths[actor]} times ({reason}); lower "
+                        "evaluation.networks_per_task, evaluation.batch_size or resources.actors if memory ran out"
                     ) from None
             except RayTaskError as error:
-                yield from finished
                 if isinstance(error.cause, PdiffError):
                     raise error.cause from None
                 raise
             else:
                 idle.append(actor)
-                if item is not None:
-                    finished.append(result)
+                results = [result] if item is not None else []
+            while waiting and idle:
+                actor, (item, failures) = idle.pop(0), waiting.pop()
+                running[getattr(actor, method).remote(item, failures)] = (actor, item, failures)
+            yield from results  # when every actor has work: the caller may take its time

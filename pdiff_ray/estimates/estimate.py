@@ -20,7 +20,7 @@ from pdiff_ray.config.schema import Experiment, Training, Zoo
 from pdiff_ray.data import sources
 from pdiff_ray.data.dataset import steps_per_epoch
 from pdiff_ray.estimates.flops import Counts, count
-from pdiff_ray.evaluation.judge import CALIBRATION_IMAGES
+from pdiff_ray.evaluation import recalibration
 from pdiff_ray.generators.latent_diffusion import GATE_MEMBERS
 from pdiff_ray.stages.evaluation import made_networks
 from pdiff_ray.stages.zoo import runs_of
@@ -132,7 +132,7 @@ class Estimator:
         def judging_s(networks: int, precision: str = "float32") -> float:
             flops = images.judged * (prefix + networks * suffix)
             if zoo.batchnorm == "recalibrated":
-                flops += networks * min(CALIBRATION_IMAGES, images.train) * whole
+                flops += networks * min(recalibration.IMAGES, images.train) * whole
             return seconds(flops, precision)
 
         epoch_s = epoch_steps(training) * step_s(training, 3 * whole) + seconds(images.validation * whole)
@@ -154,7 +154,7 @@ class Estimator:
         # Values, gradients and an optimizer's two moments; and what the backward pass of a batch reads.
         trained = 4 * weights + training.batch_size / e.resources.workers * counts.bytes
         tuned = trained if zoo.regime == "independent" else 4 * vector + zoo.batch_size * counts.bytes
-        judging = images.bytes + weights + evaluation.stack * vector
+        judging = images.bytes + weights + evaluation.networks_per_task * vector
         return {
             "base": (base_s, images.bytes + trained),
             "zoo": (zoo_s, judging + tuned),

@@ -13,13 +13,13 @@ CHUNK_VALUES = 2**22
 
 
 def unpack_wrong(packed: Sequence[bytes], num_images: int) -> np.ndarray:
-    """Wrong predictions (n, T), bool, from what `np.packbits` made of each network's."""
+    """Returns wrong predictions (n, T), bool, from what `np.packbits` made of each network's."""
     rows = [np.unpackbits(np.frombuffer(bits, np.uint8), count=num_images) for bits in packed]
     return np.array(rows, dtype=bool).reshape(len(packed), num_images)
 
 
 def iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Similarity |W1 & W2| / |W1 | W2| (n, m) of wrong predictions (n, T) and (m, T): section 3.1 of the paper.
+    """Returns the similarity |W1 & W2| / |W1 | W2| (n, m) of wrong predictions (n, T) and (m, T); paper, section 3.1.
 
     Two networks that get everything right are the same: 1.
     """
@@ -30,7 +30,7 @@ def iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def mean_within(wrong: np.ndarray) -> float | None:
-    """Mean similarity of the pairs of different networks among wrong predictions (n, T); None for fewer than two."""
+    """Returns the mean similarity of pairs of different networks by wrong predictions (n, T); None below two."""
     if len(wrong) < 2:
         return None
     pairs = iou(wrong, wrong)[np.triu_indices(len(wrong), 1)]
@@ -38,7 +38,7 @@ def mean_within(wrong: np.ndarray) -> float | None:
 
 
 def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """L2 distances (n, m) of vectors (n, D) and (m, D), in float64.
+    """Returns the L2 distances (n, m) of vectors (n, D) and (m, D), in float64.
 
     From |a - b|^2 = |a|^2 - 2 ab + |b|^2, which takes a matrix product instead of n m differences; seen from one of the
     vectors, so that close ones lose no digits to what they have in common.

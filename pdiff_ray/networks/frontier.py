@@ -8,12 +8,12 @@ Shapes: N images of a split, B images of a batch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +33,12 @@ DEVICE_SHARE = 0.25  # of the free memory of an accelerator, at most, for a spli
 LABELS_FILE, SECONDS_FILE = "labels.npy", "seconds.npy"
 FORMAT = 2  # of the files; raise it when their meaning changes
 
+Batch = tuple[tuple[Tensor, ...], Tensor]  # frontier (B, ...) and labels (B,)
+
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the rows of a frontier tensor (B, ...) lie in memory: networks compute other layouts more slowly."""
+    """The order in which the rows of a frontier tensor (B, ...) lie in memory: networks compute others more slowly."""
 
     shape: tuple[int, ...]  # of a row, in the order in memory
     dtype: torch.dtype
@@ -59,40 +61,49 @@ class _Layout:
         return rows.permute(inverse)
 
 
+@dataclass(frozen=True)
 class Frontier:
-    """The frontier of all images of a split.
+    """The frontier of all images of a split, kept in memory or in mapped files.
 
     Attributes:
         network: whose frontier it is.
         seconds: that computing it took, perhaps in another process, without those of writing.
+        device: where batches of it go.
     """
 
-    def __init__(
-        self,
-        network: SplitNetwork,
-        layouts: Sequence[_Layout],
-        rows: Sequence[Tensor],
-        labels: Tensor,
-        seconds: float,
-        device: torch.device,
-    ) -> None:
-        self.network, self.seconds, self.device = network, seconds, device
-        self._layouts, self._rows, self._labels = layouts, rows, labels
+    network: SplitNetwork
+    layouts: Sequence[_Layout]
+    rows: Sequence[Tensor]
+    labels: Tensor
+    seconds: float
+    device: torch.device
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
-    def batch(self, chosen: slice | Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The frontier (B, ...) and labels (B,) of the images at the positions `chosen`, on the device."""
-        frontier = tuple(
-            layout.from_memory(rows[chosen].to(self.device))
-            for layout, rows in zip(self._layouts, self._rows, strict=True)
-        )
-        return frontier, self._labels[chosen].to(self.device)
+    def batch(self, chosen: slice | Tensor) -> Batch:
+        """Returns the frontier (B, ...) and labels (B,) of the images at the positions `chosen`, on the device."""
+        pairs = zip(self.layouts, self.rows, strict=True)
+        frontier = tuple(layout.from_memory(rows[chosen].to(self.device)) for layout, rows in pairs)
+        return frontier, self.labels[chosen].to(self.device)
 
-    def batches(self, positions: Iterable[np.ndarray]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    def batches(self, positions: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """Yields the batch of each array of positions (B,)."""
         for chosen in positions:
-            yield self.batch(torch.from_numpy(chosen).to(self._labels.device))
+            yield self.batch(torch.from_numpy(chosen).to(self.labels.device))
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        """Yields batches of all images, in the order of the split."""
+        for start in range(0, len(self), batch_size):
+            yield self.batch(slice(start, start + batch_size))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A frontier that is kept, or the reason why none is."""
+
+    frontier: Frontier | None = None
+    reason: str | None = None
 
 
 def keep(
@@ -103,8 +114,8 @@ def keep(
     cache: Path,
     batch_size: int,
     reads: float = math.inf,
-) -> Frontier | str:
-    """The frontier of a split's images, computed unless it is there already; or the reason why none is kept.
+) -> Kept:
+    """Keeps the frontier of a split's images, computed unless it is there already, if that is worth it.
 
     Args:
         split: of `dataset`.
@@ -113,76 +124,59 @@ def keep(
         reads: images that will be read, in all; not worth it if they are fewer than the split's.
     """
     if network.reason or not network.shared:
-        return network.reason or "no layer is shared"
+        return Kept(reason=network.reason or "no layer is shared")
     images, _ = next(split.in_order(2))
     layouts = [_Layout.of(tensor) for tensor in network.prefix(dataset.prepare(images, device))]
     row_bytes = sum(layout.row_bytes for layout in layouts)
     size = len(split) * row_bytes
-    if not worth_keeping(row_bytes, network.prefix_flops, len(split)):
-        return f"computing it takes no longer than reading {_gib(size)}"
-    computed = _rows(network, dataset, split, device, layouts, batch_size)
-    started = time.monotonic()
+    if size > SMALL_BYTES and network.prefix_flops < FLOPS_PER_BYTE * row_bytes:
+        return Kept(reason=f"computing it takes no longer than reading {_gib(size)}")
+
+    def computed() -> Iterator[list[Tensor]]:
+        """Yields the frontier as it lies in memory, and labels, batch by batch."""
+        for images, labels in split.in_order(batch_size):
+            frontier = network.prefix(dataset.prepare(images, device))
+            rows = [*(layout.to_memory(t) for layout, t in zip(layouts, frontier, strict=True)), labels.to(device)]
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # so that its seconds are those of computing
+            yield rows
+
     if device.type == "cuda" and reads >= len(split) and size <= DEVICE_SHARE * free_bytes(device):
-        try:
-            *rows, labels = (torch.cat(parts) for parts in zip(*computed, strict=True))
-            return Frontier(network, layouts, rows, labels, time.monotonic() - started, device)
-        except torch.OutOfMemoryError:  # a process beside this one has taken it
-            computed = _rows(network, dataset, split, device, layouts, batch_size)
+        started = time.monotonic()
+        # Memory may end all the same, when a process beside this one takes it.
+        with contextlib.suppress(torch.OutOfMemoryError):
+            *rows, labels = (torch.cat(parts) for parts in zip(*computed(), strict=True))
+            return Kept(Frontier(network, layouts, rows, labels, time.monotonic() - started, device))
     found = hashlib.sha256(f"{FORMAT} {network.fingerprint()} {split.key} {device.type} {torch.__version__}".encode())
     folder = cache / f"frontier-{found.hexdigest()[:16]}"
-
-    def write(temporary: Path) -> None:
-        seconds, started, labels = 0.0, time.monotonic(), []
-        with ExitStack() as files:  # written, not mapped: a full disk is an error then, and no signal
-            opened = [files.enter_context(open(temporary / str(index), "wb")) for index in range(len(layouts))]
-            for *tensors, own in computed:
-                seconds += time.monotonic() - started
-                for file, tensor in zip(opened, tensors, strict=True):
-                    file.write(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
-                labels.append(own.cpu())
-                started = time.monotonic()
-        np.save(temporary / LABELS_FILE, torch.cat(labels).numpy())
-        np.save(temporary / SECONDS_FILE, seconds)
-
     try:
         if not folder.exists():
             if reads < len(split):
-                return f"{reads:,.0f} images are read, fewer than the {len(split):,} to compute it for"
+                return Kept(reason=f"{reads:,.0f} images are read, fewer than the {len(split):,} to compute it for")
             if not _make_room(cache, size, dataset.config.max_cache_gib):
-                return f"{_gib(size)} exceed data.max_cache_gib or the free space in {cache}"
-            build_once(folder, write)
+                return Kept(reason=f"{_gib(size)} exceed data.max_cache_gib or the free space in {cache}")
+            build_once(folder, lambda temporary: _write(temporary, computed(), len(layouts)))
         folder.touch()  # the ones used last stay longest
         rows = [_mapped(folder / str(index), layout) for index, layout in enumerate(layouts)]
         labels = torch.from_numpy(np.load(folder / LABELS_FILE))
-        return Frontier(network, layouts, rows, labels, float(np.load(folder / SECONDS_FILE)), device)
+        return Kept(Frontier(network, layouts, rows, labels, float(np.load(folder / SECONDS_FILE)), device))
     except (PdiffError, OSError) as error:  # a full disk, or another process made room
-        return str(error)
+        return Kept(reason=str(error))
 
 
-def worth_keeping(row_bytes: float, flops: float, images: int) -> bool:
-    """Whether to keep the frontier of so many images.
-
-    Args:
-        row_bytes, flops: of an image's frontier, and to compute it.
-    """
-    return row_bytes * images <= SMALL_BYTES or flops >= FLOPS_PER_BYTE * row_bytes
-
-
-def _rows(
-    network: SplitNetwork,
-    dataset: Dataset,
-    split: Split,
-    device: torch.device,
-    layouts: Sequence[_Layout],
-    batch_size: int,
-) -> Iterator[list[Tensor]]:
-    """The frontier as it lies in memory, and labels, batch by batch."""
-    for images, labels in split.in_order(batch_size):
-        frontier = network.prefix(dataset.prepare(images, device))
-        rows = [*(layout.to_memory(t) for layout, t in zip(layouts, frontier, strict=True)), labels.to(device)]
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # so that its seconds are those of computing
-        yield rows
+def _write(folder: Path, batches: Iterable[list[Tensor]], num_tensors: int) -> None:
+    """Writes the tensors, the labels behind them, and the seconds that computing took into files of a folder."""
+    seconds, started, labels = 0.0, time.monotonic(), []
+    with contextlib.ExitStack() as opened:  # written, not mapped: a full disk is an error then, and no signal
+        files = [opened.enter_context(open(folder / str(index), "wb")) for index in range(num_tensors)]
+        for *tensors, own in batches:
+            seconds += time.monotonic() - started
+            for file, tensor in zip(files, tensors, strict=True):
+                file.write(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+            labels.append(own.cpu())
+            started = time.monotonic()
+    np.save(folder / LABELS_FILE, torch.cat(labels).numpy())
+    np.save(folder / SECONDS_FILE, seconds)
 
 
 def _mapped(file: Path, layout: _Layout) -> Tensor:
@@ -191,7 +185,7 @@ def _mapped(file: Path, layout: _Layout) -> Tensor:
 
 
 def _make_room(cache: Path, size: int, limit_gib: float) -> bool:
-    """Whether `size` bytes may be kept in the cache, after removing what was not used for longest."""
+    """Returns whether `size` bytes may be kept in the cache, after removing what was not used for longest."""
     kept = sorted((f for f in cache.glob("frontier-*") if f.is_dir()), key=lambda folder: folder.stat().st_mtime)
     sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in kept]
     cache.mkdir(parents=True, exist_ok=True)

@@ -51,11 +51,11 @@ class SplitNetwork(nn.Module):
 
     @torch.no_grad()
     def prefix(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Images (B, C, S, S) to the frontier: tensors (B, ...), from which parts of the batch may be cut."""
+        """Computes the frontier of images (B, C, S, S): tensors (B, ...), from which parts of the batch may be cut."""
         return (images,) if self._prefix is None else tuple(self._prefix(images))
 
     def suffix(self, frontier: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
-        """The frontier, which stays as it is, and the generated tensors by name to logits (B, M).
+        """Computes logits (B, M) from a frontier, which stays as it is, and the generated tensors by name.
 
         Gradients flow to `tensors`.
 
@@ -67,10 +67,11 @@ class SplitNetwork(nn.Module):
         return self._suffix(*frontier, *(tensors[name] for name in self.names))
 
     def forward(self, images: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Computes logits (B, M) from images (B, C, S, S) and the generated tensors by name."""
         return self.suffix(self.prefix(images), tensors)
 
     def fingerprint(self) -> str:
-        """A hash of what the prefix computes: its operations and the shared tensors in them."""
+        """Returns a hash of what the prefix computes: its operations and the shared tensors in them."""
         assert isinstance(self._prefix, fx.GraphModule)
         found = hashlib.sha256(self._prefix.code.encode())
         for name, tensor in sorted(self._prefix.state_dict().items()):
@@ -116,7 +117,7 @@ def split_network(network: nn.Module, names: Collection[str], images: Tensor) ->
 
 
 def _split(network: nn.Module, names: Collection[str], images: Tensor) -> SplitNetwork:
-    """Raises ValueError with the reason if it cannot."""
+    """Splits a network, or raises ValueError with the reason why it cannot be split."""
     tensors = _tensors(network)
     if unknown := set(names) - tensors.keys():
         raise ValueError(f"the network has no tensor {min(unknown)}")
@@ -139,7 +140,7 @@ def _split(network: nn.Module, names: Collection[str], images: Tensor) -> SplitN
 
 
 class _Graph:
-    """What a network computes, as nodes without side effects.
+    """The computation of a network, as nodes without side effects.
 
     Attributes:
         images, logits: its input's and output's nodes.
@@ -175,21 +176,21 @@ class _Graph:
         return isinstance(size, torch.SymInt) and size.node.expr == self.batch
 
     def per_image(self, node: fx.Node) -> bool:
-        """Whether the node is a tensor (B, ...) whose other dimensions do not vary with B."""
+        """Returns whether the node is a tensor (B, ...) whose other dimensions do not vary with B."""
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not value.ndim:
             return False
         return self._is_batch(value.shape[0]) and all(isinstance(size, int) for size in value.shape[1:])
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        """The one node of a tensor; a tied one, which has a node per name, is given one."""
+        """Returns the one node of a tensor; a tied one, which has a node per name, is given one."""
         first, *others = [node for node, stored in self.stored.items() if stored is tensor]
         for node in others:
             node.replace_all_uses_with(first)
         return first
 
     def dependents(self, sources: Collection[fx.Node]) -> set[fx.Node]:
-        """`sources` and the nodes that depend on them."""
+        """Returns `sources` and the nodes that depend on them."""
         found = set(sources)
         for node in self.graph.nodes:
             if not found.isdisjoint(node.all_input_nodes):
@@ -197,7 +198,7 @@ class _Graph:
         return found
 
     def needed(self, outputs: Collection[fx.Node], given: Collection[fx.Node]) -> list[fx.Node]:
-        """The nodes that `outputs` depend on if `given` and B are known, and these, in order of computation."""
+        """Returns the nodes that `outputs` depend on if `given` and B are known, and these, in order of computation."""
         found = set(outputs)
         for node in reversed(self.graph.nodes):
             if node in found and node not in given and node not in self.sizes:
@@ -205,7 +206,7 @@ class _Graph:
         return [node for node in self.graph.nodes if node in found]
 
     def part(self, inputs: Sequence[fx.Node], output: fx.Node | list[fx.Node]) -> fx.GraphModule:
-        """The function from `inputs`, of which the first has B in front, to `output`."""
+        """Returns the function from `inputs`, of which the first has B in front, to `output`."""
         part = fx.Graph()
         copies = {node: part.placeholder(node.name) for node in inputs}
         attributes: dict[str, Any] = {}  # named as their nodes, whose prefixes keep clear of GraphModule's own names
@@ -260,7 +261,7 @@ def _close(logits: Tensor, expected: Tensor) -> bool:
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; tied ones by each of their names."""
+    """Returns parameters and buffers by name; tied ones by each of their names."""
     return dict([*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)])
 
 

@@ -9,42 +9,34 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
+from pdiff_ray.evaluation.groups import GROUPS, Group
 from pdiff_ray.evaluation.similarity import iou, unpack_wrong
-from pdiff_ray.evaluation.summary import label
+from pdiff_ray.evaluation.summary import by_label
 from pdiff_ray.storage.parameters import Record
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = {
-    "original": "#0072B2",
-    "ensemble": "#000000",
-    "noise_added": "#999999",
-    "fine_tuned": "#009E73",
-    "generated": "#D55E00",
-}
-MARKERS = {"original": "o", "ensemble": "*", "noise_added": "x", "fine_tuned": "s", "generated": "^"}
-NOISES = (("+", "#999999"), ("x", "#666666"), ("1", "#333333"))  # by sigma, over again if there are more
 MAX_POINTS = 500  # t-SNE
 
 
-def accuracy_by_group(records: Sequence[Record]) -> bytes:
-    """Test accuracy of every network, a column per group, with its mean."""
-    groups = _by_label(records)
+def accuracy_by_group(records: Sequence[Record], groups: Mapping[str, Group] = GROUPS) -> bytes:
+    """Draws the test accuracy of every network, a column per group, with its mean."""
+    columns = by_label(records, groups)
     figure, axes = _figure(7, 4)
     random = np.random.default_rng(0)
-    for column, members in enumerate(groups.values()):
+    for column, members in enumerate(columns.values()):
         accuracies = 100 * np.array([r.test_accuracy for r in members])
         spread = random.uniform(-0.25, 0.25, len(members))
-        axes.scatter(column + spread, accuracies, s=12, alpha=0.5, color=COLOURS[members[0].group], linewidths=0)
+        colour = groups[members[0].group].colour
+        axes.scatter(column + spread, accuracies, s=12, alpha=0.5, color=colour, linewidths=0)
         axes.hlines(accuracies.mean(), column - 0.35, column + 0.35, color="black", linewidth=1.5)
         axes.annotate(f"{accuracies.mean():.1f}", (column + 0.37, accuracies.mean()), fontsize=8, va="center")
-    _name_columns(axes, [f"{name} ({len(members)})" for name, members in groups.items()])
-    axes.set_xlim(-0.5, len(groups) - 0.2)
+    _name_columns(axes, [f"{name} ({len(members)})" for name, members in columns.items()])
+    axes.set_xlim(-0.5, len(columns) - 0.2)
     axes.set_ylabel("test accuracy (%)")
     return png(figure)
 
 
 def similarity_bars(summary: Mapping[str, Any]) -> bytes:
-    """Similarity of wrong predictions: within groups, to the originals, and to the most similar original."""
+    """Draws the similarity of wrong predictions: within groups, to the originals, and to the most similar original."""
     kinds = {
         "similarity": "within the group",
         "similarity_to_originals": "with the originals",
@@ -70,30 +62,31 @@ def similarity_bars(summary: Mapping[str, Any]) -> bytes:
     return png(figure)
 
 
-def accuracy_against_similarity(records: Sequence[Record], num_test: int) -> bytes:
-    """Test accuracy against the largest similarity with an original (another one), as in figure 4 of the paper."""
+def accuracy_against_similarity(
+    records: Sequence[Record], num_test: int, groups: Mapping[str, Group] = GROUPS
+) -> bytes:
+    """Draws test accuracy against the largest similarity with an original but itself, as in figure 4 of the paper."""
     originals = unpack_wrong([r.wrong or b"" for r in records if r.group == "original"], num_test)
     figure, axes = _figure(6, 4.2)
     sigmas = sorted({r.sigma for r in records if r.sigma is not None})
-    for name, members in _by_label(records).items():
+    for name, members in by_label(records, groups).items():
         similarity = iou(unpack_wrong([r.wrong or b"" for r in members], num_test), originals)
-        group = members[0].group
-        if group == "original":
+        group = groups[members[0].group]
+        if group.name == "original":
             if len(members) < 2:
                 continue
             np.fill_diagonal(similarity, -1)
-        marker, colour = MARKERS[group], COLOURS[group]
-        if members[0].sigma is not None:
-            marker, colour = NOISES[sigmas.index(members[0].sigma) % len(NOISES)]
+        sigma = members[0].sigma
+        colour, marker = group.style(0 if sigma is None else sigmas.index(sigma))
         axes.scatter(
             similarity.max(1),
             [100 * (r.test_accuracy or 0) for r in members],
-            s=90 if group == "ensemble" else 18,
+            s=group.size,
             marker=marker,
             color=colour,
             alpha=0.7,
             label=name,
-            zorder=3 if group == "ensemble" else 2,
+            zorder=3 if group.size > Group.size else 2,
         )
     axes.set_xlabel("largest similarity with an original (IoU of wrong predictions)")
     axes.set_ylabel("test accuracy (%)")
@@ -102,7 +95,7 @@ def accuracy_against_similarity(records: Sequence[Record], num_test: int) -> byt
 
 
 def latent_map(latents: Mapping[str, np.ndarray], seed: int) -> bytes:
-    """t-SNE of the latents of members and samples (van der Maaten and Hinton 2008)."""
+    """Draws a t-SNE of the latents of members and samples (van der Maaten and Hinton 2008)."""
     from sklearn.manifold import TSNE
 
     chosen = {group: values[:MAX_POINTS] for group, values in latents.items()}
@@ -116,7 +109,8 @@ def latent_map(latents: Mapping[str, np.ndarray], seed: int) -> bytes:
     for group, values in chosen.items():
         part = placed[start : start + len(values)]
         start += len(values)
-        axes.scatter(part[:, 0], part[:, 1], s=14, marker=MARKERS[group], color=COLOURS[group], alpha=0.7, label=group)
+        colour, marker = GROUPS[group].style(0)
+        axes.scatter(part[:, 0], part[:, 1], s=14, marker=marker, color=colour, alpha=0.7, label=group)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.legend(fontsize=7)
@@ -124,7 +118,7 @@ def latent_map(latents: Mapping[str, np.ndarray], seed: int) -> bytes:
 
 
 def loss_curves(histories: Mapping[str, Sequence[float]]) -> bytes:
-    """Training losses, a panel per model."""
+    """Draws training losses, a panel per model."""
     shown = {name: np.asarray(values) for name, values in histories.items() if len(values)}
     figure = Figure(figsize=(3.2 * max(1, len(shown)), 2.8), layout="constrained")
     for index, (name, values) in enumerate(shown.items()):
@@ -142,15 +136,8 @@ def loss_curves(histories: Mapping[str, Sequence[float]]) -> bytes:
 
 
 def _name_columns(axes: Any, names: Sequence[str]) -> None:
-    """Names below columns, a word to a line, as neighbours would touch."""
+    """Writes names below columns, a word to a line, as neighbours would touch."""
     axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=8)
-
-
-def _by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(label(record), []).append(record)
-    return groups
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
@@ -159,7 +146,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def bare(axes: Any, grid: Literal["x", "y"] = "y") -> Any:
-    """The axes with thin lines along their quantity, and nothing else around what they show."""
+    """Gives axes thin lines along their quantity, and nothing else around what they show."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, linewidth=0.4, alpha=0.6)
     axes.set_axisbelow(True)
@@ -167,7 +154,7 @@ def bare(axes: Any, grid: Literal["x", "y"] = "y") -> Any:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a file."""
+    """Returns a figure as the content of a PNG file."""
     sink = io.BytesIO()
     # Without the version of matplotlib in it, the same numbers give the same file.
     figure.savefig(sink, format="png", dpi=150, metadata={"Software": None})

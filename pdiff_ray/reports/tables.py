@@ -7,50 +7,32 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-COLUMNS = {
-    "group": "group",
-    "networks": "n",
-    "best": "best*",
-    "mean": "mean",
-    "median": "median",
-    "std": "std",
-    "similarity": "IoU",
-    "similarity_to_originals": "IoU orig.",
-    "max_similarity": "IoU max",
-    "nearest_distance": "distance",
-}
-LEGEND = (
-    "Test accuracy in percent; *chosen on training images, reported on test images. IoU: overlap of wrong test "
-    "predictions within the group, with the originals, and with the most similar original. distance: to the nearest "
-    "member in weight space, relative to the mean distance among members."
-)
+from pdiff_ray.evaluation.metrics import Metric, described
+
+
+def legend(metrics: Mapping[str, Metric]) -> str:
+    """Returns the sentences that explain the columns of `table_rows`."""
+    return " ".join(["Test accuracy in percent;", *(metric.legend for metric in metrics.values() if metric.legend)])
 
 
 def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """The result table as text, one row per group, headings first."""
-    rows = [list(COLUMNS.values())]
+    """Returns the result table as text, one row per group, headings first."""
+    columns = [metric for metric in described(summary).values() if metric.heading and "experiment" in metric.tables]
+    rows = [["group", *(metric.heading for metric in columns)]]
     for group in summary["groups"]:
-        row = []
-        for column in COLUMNS:
-            value = group[column]
-            if value is None or (column == "std" and group["networks"] == 1):
-                row.append("-")
-            elif column in ("best", "mean", "median", "std"):
-                row.append(f"{100 * value:.2f}")
-            else:
-                row.append(f"{value:.3f}" if isinstance(value, float) else str(value))
-        rows.append(row)
+        shown = (group[metric.field] if group["networks"] >= metric.least else None for metric in columns)
+        rows.append([group["group"], *(metric.text(value) for metric, value in zip(columns, shown, strict=True))])
     return rows
 
 
 def paper_row(summary: Mapping[str, Any]) -> str:
-    """original / ensemble / p-diff, each the best as selected on training images: Table 1 of the paper."""
+    """Returns original / ensemble / p-diff, each the best as selected on training images: Table 1 of the paper."""
     groups = {g["group"]: g for g in summary["groups"]}
     return " / ".join(f"{100 * groups[name]['best']:.1f}" for name in ("original", "ensemble", "generated"))
 
 
 def sharing_text(zoo: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
-    """What sharing the computation of frozen parts achieved, from the `info` of two manifests; empty if unknown."""
+    """Returns what sharing the computation of frozen parts has achieved, by two manifests' `info`; empty if unknown."""
     sentences = []
     if reason := evaluation.get("runs_whole"):
         sentences.append(f"Every network was judged with full passes ({reason}).")
@@ -74,11 +56,13 @@ def sharing_text(zoo: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table in Markdown; the first row is its head."""
     head, *body = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body]) + "\n"
 
 
 def comma_separated(summary: Mapping[str, Any]) -> str:
+    """Returns every number of a summary as CSV, one row per group."""
     sink = io.StringIO()
     writer = csv.DictWriter(sink, fieldnames=list(summary["groups"][0]))
     writer.writeheader()

@@ -15,6 +15,8 @@ from pdiff_ray.common.progress import Display, Progress, console, display
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data import sources
 from pdiff_ray.data.cache import default_cache
+from pdiff_ray.evaluation.groups import groups_of
+from pdiff_ray.evaluation.metrics import metrics_of
 from pdiff_ray.networks.build import check_network
 from pdiff_ray.stages import evaluation
 from pdiff_ray.stages.context import Context
@@ -86,7 +88,7 @@ def make_plan(experiment: Experiment, target: str = "report", storage: Storage |
 
 
 def check(plan: Plan) -> int:
-    """Finds what is wrong before work starts: with network, subset, generator, data and storage.
+    """Finds what is wrong before work starts: with network, subset, generator, baselines, metrics, data and storage.
 
     Returns:
         D, the number of values that are generated.
@@ -97,6 +99,8 @@ def check(plan: Plan) -> int:
     network = check_network(plan.experiment.network, sources.describe(plan.experiment.data))
     subset = subset_of(plan.experiment, network)
     plan.experiment.generator.check(subset.size)
+    groups_of(plan.experiment.evaluation)
+    metrics_of(plan.experiment.evaluation)
     if "zoo" in plan.missing and plan.experiment.zoo.imported:
         raise ConfigError(
             f"zoo.imported: no zoo {plan.experiment.zoo.imported!r} in {plan.storage.location('zoo')}; bring it in "
@@ -172,7 +176,7 @@ def _run_on_pool(plan: Plan, progress: Display, actors: Pool) -> None:
     for stage in plan.missing_on("actor", "actors"):
         if stage == "evaluation":
             context = Context(torch.device("cpu"), default_cache(), progress=progress)
-            evaluation.judge_missing(plan.experiment, plan.artifacts, context, actors.map_stacks)
+            evaluation.judge_missing(plan.experiment, plan.artifacts, context, actors.evaluate, len(actors.actors))
         actors.build(stage)  # vectors do not pass through this process
         _announce(plan, stage)
 

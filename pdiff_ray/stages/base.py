@@ -50,7 +50,7 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
 
 
 def describe_base(experiment: Experiment, network: nn.Module, dataset: Dataset, context: Context) -> dict[str, Any]:
-    """What the manifest says of a base network: its accuracies, and what later stages need to know of the data."""
+    """Returns what the manifest says of a base network: accuracies, and what later stages need to know of the data."""
     judge = Judge(network, Subset(()), dataset, context.device, batch_size=experiment.evaluation.batch_size)
     judgement = judge.judge(torch.empty(1, 0))[0]
     return {
@@ -64,7 +64,7 @@ def describe_base(experiment: Experiment, network: nn.Module, dataset: Dataset, 
 
 
 def open_dataset(experiment: Experiment, context: Context) -> Dataset:
-    """The experiment's data, on the context's device where it fits."""
+    """Opens the experiment's data, on the context's device where it fits."""
     dataset = load(experiment.data, context.cache, lambda done, total: context.progress("images", done, total, ""))
     for split in (dataset.train, dataset.test):
         split.source.to(context.device)
@@ -72,7 +72,7 @@ def open_dataset(experiment: Experiment, context: Context) -> Dataset:
 
 
 def load_network(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> nn.Module:
-    """The trained base network, on the CPU, in eval mode."""
+    """Returns the trained base network, on the CPU, in eval mode."""
     network = build_network(experiment.network.model_copy(update={"pretrained": False}), describe(experiment.data))
     tree = load_tree(artifacts["base"].read(NETWORK_FILE), artifacts["base"].location)
     network.load_state_dict(tree)

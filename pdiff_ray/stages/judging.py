@@ -17,7 +17,7 @@ from pdiff_ray.storage.artifacts import Artifact
 
 
 def make_judge(experiment: Experiment, network: nn.Module, subset: Subset, dataset: Dataset, context: Context) -> Judge:
-    """The judge of networks that differ from `network` in `subset`, by the experiment's policies."""
+    """Returns the judge of networks that differ from `network` in `subset`, by the experiment's policies."""
     config = experiment.evaluation
     return Judge(
         network,
@@ -27,18 +27,18 @@ def make_judge(experiment: Experiment, network: nn.Module, subset: Subset, datas
         experiment.zoo.batchnorm,
         config.batch_size,
         cache=context.cache,
-        stacked=config.vmap,
+        networks_per_program=config.networks_per_program,
     )
 
 
 def base_judge(experiment: Experiment, artifacts: Mapping[str, Artifact], subset: Subset, context: Context) -> Judge:
-    """The judge of networks that differ from the base in `subset`.
+    """Returns the judge of networks that differ from the base in `subset`.
 
     The context keeps the last one for the stages to come, which mostly judge the same networks: to split a network
     takes seconds, and an accelerator holds what they share.
     """
     config = experiment.evaluation
-    policies = (experiment.zoo.batchnorm, config.batch_size, config.vmap)
+    policies = (experiment.zoo.batchnorm, config.batch_size, config.networks_per_program)
     key = (artifacts["base"].location, experiment.data, subset, *policies)
     if key not in context.judges:
         context.judges.clear()  # its memory is free before the next one is made
@@ -48,13 +48,12 @@ def base_judge(experiment: Experiment, artifacts: Mapping[str, Artifact], subset
 
 
 def describe_sharing(judge: Judge) -> dict[str, Any]:
-    """What a manifest says of the computation that networks share: its part of a pass's FLOPs, or why there is none.
-
-    How many images and networks were judged at a time stands beside it.
+    """Returns what a manifest says of judging: the part of a pass's FLOPs that networks share, or why there is none,
+    and how many images and networks were judged at a time.
     """
     return {
         "shared": judge.split.shared,
         "runs_whole": judge.split.reason,
-        "images_at_a_time": judge.batch_size,
-        "networks_at_a_time": judge.stacked,
+        "images_at_a_time": judge.capacity.images,
+        "networks_at_a_time": judge.capacity.networks,
     }

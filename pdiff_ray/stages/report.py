@@ -8,9 +8,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
+
 from pdiff_ray.config.schema import Experiment
+from pdiff_ray.evaluation.groups import groups_of
+from pdiff_ray.evaluation.metrics import described
 from pdiff_ray.reports.pages import render
-from pdiff_ray.reports.tables import LEGEND, comma_separated, markdown, paper_row, sharing_text, table_rows
+from pdiff_ray.reports.tables import comma_separated, legend, markdown, paper_row, sharing_text, table_rows
 from pdiff_ray.stages.base import HISTORY_FILE
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.evaluation import SUMMARY_FILE
@@ -31,20 +35,20 @@ FIGURES = {
 
 def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
     """Builds the report from the evaluation and what led to it."""
-    from pdiff_ray.reports import figures
+    from pdiff_ray.reports import figures  # imports matplotlib
 
     started = time.monotonic()
     summary = load_summary(artifacts)
-    records = ParameterStore(artifacts["evaluation"]).records()
+    records, groups = ParameterStore(artifacts["evaluation"]).records(), groups_of(experiment.evaluation)
     num_test = artifacts["evaluation"].manifest()["info"]["test_images"]
     samples = artifacts["samples"]
     latents = {k: v.numpy() for k, v in load_tree(samples.read(LATENTS_FILE), samples.location).items()}
     base_loss = load_history(artifacts["base"]).get("loss")
     losses = ({"base": base_loss} if base_loss else {}) | load_history(artifacts["generator"])
     pngs = {
-        "accuracy": figures.accuracy_by_group(records),
+        "accuracy": figures.accuracy_by_group(records, groups),
         "similarity": figures.similarity_bars(summary),
-        "accuracy_similarity": figures.accuracy_against_similarity(records, num_test),
+        "accuracy_similarity": figures.accuracy_against_similarity(records, num_test, groups),
         "latents": figures.latent_map(latents, experiment.seed),
     }
     if losses:  # simple generators have none
@@ -70,17 +74,18 @@ def load_history(artifact: Artifact) -> dict[str, list[float]]:
 
 
 def report_location(artifacts: Mapping[str, Artifact]) -> str:
-    """Where the HTML page is."""
+    """Returns where the HTML page is."""
     report = artifacts["report"]
     return f"{report.location}/{report.manifest()['files'][REPORT_FILE]['path']}"
 
 
 def stage_seconds(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
+    """Returns the seconds that each finished stage took."""
     return {stage: artifact.manifest()["seconds"] for stage, artifact in artifacts.items() if artifact.exists()}
 
 
 def achieved_sharing(artifacts: Mapping[str, Artifact]) -> str:
-    """`sharing_text` of an experiment."""
+    """Returns `sharing_text` of an experiment."""
     return sharing_text(*(artifacts[stage].manifest()["info"] for stage in ("zoo", "evaluation")))
 
 
@@ -91,14 +96,12 @@ def _page(
     rows: Sequence[Sequence[str]],
     pngs: Mapping[str, bytes],
 ) -> str:
-    import yaml
-
     manifests = {stage: artifact.manifest() for stage, artifact in artifacts.items() if stage != "report"}
     return render(
         "report.html.jinja",
         name=experiment.name,
         rows=rows,
-        legend=LEGEND,
+        legend=legend(described(summary)),
         verdict=summary["verdict"]["text"],
         paper=paper_row(summary),
         gate=manifests["generator"]["info"].get("gate"),

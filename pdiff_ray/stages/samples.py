@@ -43,8 +43,9 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
         Record(id_, "generated", vector=vector, seed=sampling.seed, **stamp())
         for id_, vector in enumerate(vectors.cpu().numpy())
     ]
-    for start in range(0, len(records), experiment.evaluation.stack):
-        store.append(records[start : start + experiment.evaluation.stack], subset)
+    size = experiment.evaluation.networks_per_task
+    for start in range(0, len(records), size):
+        store.append(records[start : start + size], subset)
     # Below 1, the samples vary less than the members: training long shrinks them toward the mean.
     drawn, learned = (float(latents[group].std(0, correction=0).mean()) for group in ("generated", "original"))
     spread = drawn / learned if learned > 0 else None  # a lone member does not vary

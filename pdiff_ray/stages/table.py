@@ -68,6 +68,8 @@ def _generator_config(experiment: Experiment) -> dict[str, Any]:
 
 def _evaluation_config(experiment: Experiment) -> dict[str, Any]:
     config = experiment.evaluation.keyed()
+    if own := [*experiment.evaluation.baselines, *experiment.evaluation.metrics]:
+        config["code"] = {name: fingerprint(name) for name in own}
     if experiment.zoo.imported:
         zoo = experiment.zoo.keyed()
         config["fine_tuning"] = {name: zoo[name] for name in zoo if name not in IMPORTED_FIELDS}

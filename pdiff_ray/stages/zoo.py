@@ -24,7 +24,7 @@ from pdiff_ray.data.dataset import Dataset, steps_per_epoch
 from pdiff_ray.data.sources import describe
 from pdiff_ray.evaluation.judge import Judge, judged
 from pdiff_ray.networks.build import build_network
-from pdiff_ray.networks.frontier import Frontier
+from pdiff_ray.networks.frontier import Kept
 from pdiff_ray.networks.subset import Subset, resolve
 from pdiff_ray.stages.base import load_network, open_dataset, train_network
 from pdiff_ray.stages.context import Context
@@ -45,16 +45,22 @@ class Run:
     member_ids: range
 
 
-Kept = tuple[list[Record], dict[Run, dict[str, Any]]]  # new members, and the states of their runs after them
+@dataclass(frozen=True)
+class NewMembers:
+    """Members that are to be stored, with the states of their runs after them."""
+
+    records: list[Record]
+    states: dict[Run, dict[str, Any]]
 
 
 def runs_of(config: Zoo) -> list[Run]:
+    """Returns the runs that a zoo is made by."""
     count = {"trajectory": 1, "branches": config.branches, "independent": config.members}[config.regime]
     return [Run(index, range(index, config.members, count)) for index in range(count)]
 
 
 def zoo_subset(experiment: Experiment) -> Subset:
-    """The generated subset of the experiment's network.
+    """Returns the generated subset of the experiment's network.
 
     Raises:
         ConfigError: the network cannot be built or the rule does not fit it.
@@ -64,7 +70,7 @@ def zoo_subset(experiment: Experiment) -> Subset:
 
 
 def subset_of(experiment: Experiment, network: nn.Module) -> Subset:
-    """The generated subset of a network of the experiment."""
+    """Returns the generated subset of a network of the experiment."""
     return resolve(experiment.zoo.subset, network, experiment.zoo.batchnorm)
 
 
@@ -91,9 +97,9 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
             store.append([_independent(experiment, dataset, subset, run, context)], subset)
     elif missing:
         training = _FromBase(experiment, artifacts, subset, context)
-        for records, states in training.members(missing, present):
-            store.append(records, subset)
-            for run, state in states.items():
+        for new in training.members(missing, present):
+            store.append(new.records, subset)
+            for run, state in new.states.items():
                 artifact.save_work(_state_file(run), save_tree(state))
     if set(ParameterStore(artifact).ids).issuperset(range(config.members)):
         finish(artifact, subset, config.members, time.monotonic() - started)
@@ -112,7 +118,7 @@ def finish(artifact: Artifact, subset: Subset, members: int, seconds: float) -> 
 
 
 def _independent(experiment: Experiment, dataset: Dataset, subset: Subset, run: Run, context: Context) -> Record:
-    """One member, trained from its own initialisation by the recipe of the base."""
+    """Returns one member, trained from its own initialisation by the recipe of the base."""
     (id_,) = run.member_ids
     seed = derive_seed(experiment.zoo.seed or 0, "independent", id_)
     alone = Context(context.device, context.cache)  # a worker's networks are its own: no data-parallel training
@@ -125,7 +131,7 @@ def _independent(experiment: Experiment, dataset: Dataset, subset: Subset, run: 
 
 
 class _FromBase:
-    """Trains runs on from the base in the subset, as many at a time as one program may hold."""
+    """The training of runs on from the base in the subset, as many at a time as one program may hold."""
 
     def __init__(
         self,
@@ -143,63 +149,64 @@ class _FromBase:
         self.num_runs = len(runs_of(config))
         self.seconds, self.unshared = 0.0, 0.0  # of steps, and what full passes would have taken
 
-    def members(self, runs: Sequence[Run], present: set[int]) -> Iterator[Kept]:
-        """The members of `runs` but those `present`; some at a time, each time with the states of their runs."""
+    def members(self, runs: Sequence[Run], present: set[int]) -> Iterator[NewMembers]:
+        """Yields the members of `runs` but those `present`; some at a time, each time with the states of their runs."""
         config, judge = self.experiment.zoo, self.judge
         reads = self.num_runs * max(map(self._steps, runs))
-        frontier = training_frontier(self.experiment, self.subset, judge, reads)
-        why_full = None if isinstance(frontier, Frontier) else frontier
+        kept = training_frontier(self.experiment, self.subset, judge, reads)
         most = 1
-        if len(runs) > 1 and not why_full:
-            most = judge.at(config.precision).trained_together(config.batch_size, config.vmap)
+        if len(runs) > 1 and kept.frontier is not None:
+            capacity = judge.at(config.precision).capacity
+            most = capacity.trained_together(config.batch_size, config.runs_per_program)
         note = f"runs whole: {judge.split.reason}" if judge.split.reason else f"{judge.split.shared:.0%} shared"
-        note += f"; full steps: {why_full}" if why_full else ""
+        note += f"; full steps: {kept.reason}" if kept.reason else ""
         note += f"; up to {min(most, len(runs))} runs as one program" if most > 1 else ""
         self.context.progress("zoo", 0, config.members, note)
-        kept = {run: state["kept"] if (state := _load_state(self.artifacts["zoo"], run)) else 0 for run in runs}
-        for together in _in_step(kept, most):
-            yield from self._as_one(together, kept[together[0]], present, frontier)
+        made = {run: state["kept"] if (state := _load_state(self.artifacts["zoo"], run)) else 0 for run in runs}
+        for together in _in_step(made, most):
+            yield from self._as_one(together, made[together[0]], present, kept)
 
-    def _as_one(self, runs: Sequence[Run], kept: int, present: set[int], frontier: Frontier | str) -> Iterator[Kept]:
-        """Members of runs of one length, of which each has kept so many."""
-        config, zoo = self.experiment.zoo, self.artifacts["zoo"]
+    def _as_one(self, runs: Sequence[Run], made: int, present: set[int], kept: Kept) -> Iterator[NewMembers]:
+        """Yields the members of runs of one length, of which each has made so many."""
+        config, zoo, frontier = self.experiment.zoo, self.artifacts["zoo"], kept.frontier
         seeds = [derive_seed(config.seed or 0, "zoo", run.index) for run in runs]
         names = ", ".join(str(run.index) for run in runs)
         network = load_network(self.experiment, self.artifacts).to(self.context.device)
         training = SubsetTraining(
             self.experiment, network, self.subset, self._steps(runs[0]), self.context.device, frontier, len(runs)
         )
-        if kept:
+        if made:
             training.restore([state for run in runs if (state := _load_state(zoo, run))])
         pending: list[Record] = []
         last = len(runs[0].member_ids) - 1
-        for position in range(kept, last + 1):
+        for position in range(made, last + 1):
             stop = self._step_of(position)
             first = self._step_of(position - 1) if position else 0
             started = time.monotonic()
             training.run(self.dataset, first, stop, seeds)
             self.seconds += time.monotonic() - started
-            if isinstance(frontier, Frontier):  # whose images full passes would have computed
+            if frontier is not None:  # whose images full passes would have computed
                 images = len(runs) * (stop - first) * config.batch_size
                 self.unshared += images * frontier.seconds / len(frontier)
             ids = [run.member_ids[position] for run in runs]
             for id_, vector, seed in zip(ids, training.vectors().cpu().numpy(), seeds, strict=True):
                 if id_ not in present:
                     pending.append(Record(id_, "original", vector=vector, seed=seed, step=stop, **stamp()))
-            if len(pending) >= self.experiment.evaluation.stack or position == last:
-                yield _judged(pending, self.judge), dict(zip(runs, training.states(position + 1), strict=True))
+            if len(pending) >= self.experiment.evaluation.networks_per_task or position == last:
+                states = dict(zip(runs, training.states(position + 1), strict=True))
+                yield NewMembers(_judged(pending, self.judge), states)
                 pending = []
-                self._save_sharing(None if isinstance(frontier, Frontier) else frontier)
+                self._save_sharing(kept.reason)
             self.context.progress("zoo", (position + 1) * self.num_runs, config.members, f"run {names}, step {stop}")
 
     def _save_sharing(self, full_steps: str | None) -> None:
-        """For the manifest; of this worker, and what it has done since it was started."""
+        """Saves, for the manifest, what sharing has achieved in this worker since it was started."""
         saving = 1 + self.unshared / self.seconds if self.unshared else None
         sharing = {**describe_sharing(self.judge), "full_steps": full_steps, "steps_saving": saving}
         self.artifacts["zoo"].save_work(SHARING_FILE, json.dumps(sharing).encode())
 
     def _step_of(self, position: int) -> int:
-        """After how many steps a run keeps its member at a position."""
+        """Returns after how many steps a run keeps its member at a position."""
         return self.experiment.zoo.warmup_steps + self.every * (position + 1)
 
     def _steps(self, run: Run) -> int:
@@ -207,7 +214,7 @@ class _FromBase:
 
 
 def _in_step(kept: Mapping[Run, int], most: int) -> Iterator[list[Run]]:
-    """Runs that are equally long and have kept equally many members, at most so many at a time."""
+    """Yields runs that are equally long and have kept equally many members, at most so many at a time."""
 
     def phase(run: Run) -> tuple[int, int]:
         return len(run.member_ids), kept[run]

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from pdiff_ray.reports.figures import COLOURS, bare, png
+from pdiff_ray.evaluation.groups import GROUPS
+from pdiff_ray.reports.figures import bare, png
 
 MAX_COLUMNS = 3  # of panels
 MAX_TICKS = 10  # that stand at values; more are left to matplotlib
@@ -73,12 +74,13 @@ def similarity_over(panels: Sequence[Panel]) -> bytes:
     for axes, panel in zip(grid, panels, strict=True):
         _reference(axes, panel, panel.curves["originals"][:, 0], "originals with another one, average")
         low, high = panel.curves["smallest"][:, 2], panel.curves["largest"][:, 3]
-        shade: dict[str, Any] = {"color": COLOURS["generated"], "alpha": 0.25, "linewidth": 0}
+        colour = GROUPS["generated"].colour
+        shade: dict[str, Any] = {"color": colour, "alpha": 0.25, "linewidth": 0}
         if panel.numeric:
             axes.fill_between(panel.places, low, high, label="generated, range", **shade)
         else:
             axes.bar(panel.places, high - low, 0.35, low, label="generated, range", **shade)
-        _points(axes, panel, panel.places, panel.curves["average"], COLOURS["generated"], "o", "generated, average")
+        _points(axes, panel, panel.places, panel.curves["average"], colour, "o", "generated, average")
     _finish(figure, grid, "largest IoU with an original")
     return png(figure)
 

@@ -15,32 +15,21 @@ from rich.text import Text
 from pdiff_ray.common.errors import ConfigError, StorageError
 from pdiff_ray.common.progress import console
 from pdiff_ray.config.sweep import Assignment, format_label
+from pdiff_ray.evaluation.metrics import METRICS, Metric, metrics_of, named_metrics
 from pdiff_ray.evaluation.similarity import iou, unpack_wrong
-from pdiff_ray.evaluation.summary import named_metrics
+from pdiff_ray.reports import tables
 from pdiff_ray.stages import report
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.parameters import ParameterStore
 from pdiff_ray.sweeps.ledger import AS_IN_THE_FILE, Ledger
 from pdiff_ray.sweeps.trial import Trial
 
-COLUMNS = {
-    "original/mean_test_accuracy": "original",
-    "ensemble/mean_test_accuracy": "ensemble",
-    "generated/best_test_accuracy": "best*",
-    "generated/mean_test_accuracy": "mean",
-    "generated/median_test_accuracy": "median",
-    "generated/failed": "failed",
-    "generated/similarity": "IoU",
-    "generated/similarity_to_originals": "IoU orig.",
-    "generated/max_similarity": "IoU max",
-    "generated/nearest_distance": "distance",
-}
 SECONDARY = ("ensemble", "IoU", "IoU orig.", "distance")  # columns that a narrow table leaves out
 PRIMARY = ("best*", "mean", "objective")  # those that a very narrow one keeps
 LEGEND = (
     "Mean ± standard deviation over n seeds. original: mean of the originals; best*, mean, median: of the generated "
     "networks; failed: their share nearer to chance than to the originals. "
-) + report.LEGEND
+)
 LOWEST, HIGHEST = "generated/lowest_max_similarity", "generated/highest_max_similarity"
 
 
@@ -149,20 +138,20 @@ def _results(ledger: Ledger, trial: Trial) -> list[Result]:
     results = []
     for repeat, experiment in zip(trial.repeats, experiments, strict=True):
         artifacts = ledger.artifacts(experiment)
-        metrics: Mapping[str, float] = {}
+        known: Mapping[str, float] = {}
         gate: Mapping[str, Any] = {}
         if trial.state == "finished" and artifacts["evaluation"].exists():
             try:
-                metrics = _metrics(artifacts)
+                known = _metrics(artifacts)
                 gate = artifacts["generator"].manifest()["info"].get("gate", {})
             except StorageError as error:  # one damaged result does not cost the others' table
                 console.print("[bold yellow]warning[/]:", Text(str(error)))
-        results.append(Result(trial, repeat, artifacts, metrics, gate))
+        results.append(Result(trial, repeat, artifacts, known, gate))
     return results
 
 
 def _metrics(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
-    """Those of the summary, and the range behind `generated/max_similarity`."""
+    """Returns those of the summary, and the range behind `generated/max_similarity`."""
     evaluation = artifacts["evaluation"]
     num_test = evaluation.manifest()["info"]["test_images"]
     wrong: dict[str, list[bytes]] = {"original": [], "generated": []}
@@ -175,9 +164,16 @@ def _metrics(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
     return known | {LOWEST: float(largest.min()), HIGHEST: float(largest.max())}
 
 
+def metrics(ledger: Ledger) -> Mapping[str, Metric]:
+    """Returns the metrics of a sweep's evaluations, by field."""
+    return metrics_of(ledger.file.experiment.evaluation)
+
+
 def cells(ledger: Ledger, rows: Sequence[Row], width: float = math.inf) -> list[list[str]]:
-    """The table as text, headings first, with as much detail as fits into so many characters."""
-    columns = {**COLUMNS, ledger.sweep.metric: "objective"}
+    """Returns the table as text, headings first, with as much detail as fits into so many characters."""
+    columns = {"original/mean_test_accuracy": "original", "ensemble/mean_test_accuracy": "ensemble"}
+    columns |= {f"generated/{m.name}": m.heading for m in metrics(ledger).values() if m.heading and "sweep" in m.tables}
+    columns[ledger.sweep.metric] = "objective"
     fewer = {metric: head for metric, head in columns.items() if head not in SECONDARY}
     fewest = {metric: head for metric, head in columns.items() if head in PRIMARY}
     accuracies = {metric for metric in columns if is_percent(metric)}
@@ -202,7 +198,12 @@ def broken(head: str) -> str:
 
 
 def _cells(ledger: Ledger, rows: Sequence[Row], columns: Mapping[str, str], spread: set[str]) -> list[list[str]]:
-    """Args: spread: metrics that are shown with their standard deviations."""
+    """Returns the table with some columns.
+
+    Args:
+        columns: headings by metric.
+        spread: metrics that are shown with their standard deviations.
+    """
     searched, unfinished = ledger.sweep.search != "grid", any(row.state for row in rows)
     short = short_names(list(ledger.sweep.parameters))
     found = [[*(["trial"] * searched), *short.values(), "n", *(["state"] * unfinished), *columns.values()]]
@@ -212,23 +213,29 @@ def _cells(ledger: Ledger, rows: Sequence[Row], columns: Mapping[str, str], spre
         numbers = []
         for metric, head in columns.items():
             statistic = row.objective(metric) if head == "objective" else row.statistic(metric)
-            numbers.append(number(metric, statistic, metric in spread))
+            numbers.append(number(metric, statistic, metric in spread, metrics(ledger)))
         found.append([*([row.name] * searched), *values, n, *([row.state] * unfinished), *numbers])
     return found
 
 
+def named(metric: str, metrics: Mapping[str, Metric] = METRICS) -> Metric:
+    """Returns what a name like `generated/mean_test_accuracy` stands for; a plain number if nothing has the name."""
+    name = metric.partition("/")[2]
+    return next((known for known in metrics.values() if known.name == name), Metric(name))
+
+
 def is_percent(metric: str) -> bool:
-    return metric.endswith("accuracy")
+    """Returns whether a metric is shown in percent."""
+    return named(metric).unit == "percent"
 
 
-def number(metric: str, statistic: Statistic | None, spread: bool = True) -> str:
+def number(
+    metric: str, statistic: Statistic | None, spread: bool = True, metrics: Mapping[str, Metric] = METRICS
+) -> str:
+    """Returns a metric over seeds as text: its mean, with the standard deviation if `spread`."""
     if statistic is None:
         return "-"
-    if metric == "generated/failed":
-        return f"{100 * statistic.mean:.0f}%"
-    scale, digits = (100, 2) if is_percent(metric) else (1, 3)
-    deviation = f"±{scale * statistic.std:.{digits}f}" if spread and statistic.std is not None else ""
-    return f"{scale * statistic.mean:.{digits}f}{deviation}"
+    return named(metric, metrics).text(statistic.mean, statistic.std if spread else None)
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
@@ -251,4 +258,4 @@ def assignment_text(ledger: Ledger, assignment: Assignment) -> str:
 
 def legend(ledger: Ledger) -> str:
     unit = " in percent" if is_percent(ledger.sweep.metric) else ""
-    return f"{LEGEND} objective: {ledger.sweep.metric}{unit}."
+    return f"{LEGEND}{tables.legend(metrics(ledger))} objective: {ledger.sweep.metric}{unit}."

@@ -14,7 +14,7 @@ from torch import Tensor
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.config.sweep import Assignment, describe
-from pdiff_ray.evaluation.summary import named_metrics
+from pdiff_ray.evaluation.metrics import named_metrics
 from pdiff_ray.generators.interface import NUM_RUNGS
 from pdiff_ray.stages import generator, report, zoo
 from pdiff_ray.stages.context import Context

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.evaluation.summary import named_metrics
+from pdiff_ray.evaluation.metrics import named_metrics
 from pdiff_ray.stages.report import load_history, load_summary
 from pdiff_ray.stages.table import STAGES
 from pdiff_ray.storage.artifacts import Artifact

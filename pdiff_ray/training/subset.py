@@ -21,26 +21,26 @@ from pdiff_ray.common.seeds import seed_global
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.dataset import Dataset
 from pdiff_ray.evaluation.judge import Judge
-from pdiff_ray.networks.frontier import Frontier
+from pdiff_ray.networks.frontier import Frontier, Kept
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.training.trainer import Trainer
 
 
-def training_frontier(experiment: Experiment, subset: Subset, judge: Judge, steps: int) -> Frontier | str:
-    """What training of the subset reads instead of images; or why each of its steps is a full pass.
+def training_frontier(experiment: Experiment, subset: Subset, judge: Judge, steps: int) -> Kept:
+    """Returns what training of the subset reads instead of images, or why each of its steps is a full pass.
 
     Args:
         judge: of the networks to train.
         steps: of all runs that would read it.
     """
     if reason := full_steps(experiment, subset):
-        return reason
+        return Kept(reason=reason)
     config = experiment.zoo
     return judge.at(config.precision).frontier("train", reads=steps * config.batch_size)
 
 
 def full_steps(experiment: Experiment, subset: Subset) -> str | None:
-    """Why training steps of the zoo cannot read what its networks share of an image; None if they can."""
+    """Returns why training steps of the zoo cannot read what its networks share of an image; None if they can."""
     policy = experiment.zoo.batchnorm
     if policy == "recalibrated" or any(entry.kind == "buffer" for entry in subset.entries):
         return f"layers train with the statistics of their batches: zoo.batchnorm {policy}"
@@ -59,7 +59,7 @@ class SubsetTraining:
     Args:
         network: has the values to start from, and what is frozen; where BatchNorm is in train mode its statistics
             change.
-        frontier: of the training images, to be read instead of them; or why not (`training_frontier`).
+        frontier: of the training images, to be read instead of them (`training_frontier`).
         count: n, networks that are trained as one program; more than one only with a frontier.
     """
 
@@ -70,14 +70,14 @@ class SubsetTraining:
         subset: Subset,
         num_steps: int,
         device: torch.device,
-        frontier: Frontier | str,
+        frontier: Frontier | None = None,
         count: int = 1,
     ) -> None:
         config = experiment.zoo
         self.config, self.network, self.subset, self.device, self.count = config, network, subset, device, count
-        self.frontier = frontier if isinstance(frontier, Frontier) else None
-        if count > 1 and self.frontier is None:
-            raise ValueError(f"{count} networks cannot be trained as one program with full steps: {frontier}")
+        self.frontier = frontier
+        if count > 1 and frontier is None:
+            raise ValueError(f"{count} networks cannot be trained as one program without a frontier")
         network.requires_grad_(False).train(config.batchnorm == "recalibrated")
         for entry in subset.entries:
             if entry.kind == "buffer":
@@ -94,10 +94,13 @@ class SubsetTraining:
         self.trainer = Trainer(list(self.tensors.values()), optimizer, num_steps, "training of the zoo")
 
     def run(self, dataset: Dataset, start: int, stop: int, seeds: Sequence[int]) -> None:
-        """Steps `start` to `stop` - 1, of the batches that each network's seed gives."""
+        """Takes the steps `start` to `stop` - 1, on the batches that each network's seed gives."""
         loss = torch.zeros(())
-        batches = self._kept(dataset, start, stop, seeds) if self.frontier else self._full(dataset, start, stop, *seeds)
-        with enough_memory("training of the subset", "zoo.vmap or zoo.batch_size"):
+        if self.frontier is None:
+            batches = self._full(dataset, start, stop, *seeds)
+        else:
+            batches = self._kept(self.frontier, dataset, start, stop, seeds)
+        with enough_memory("training of the subset", "zoo.runs_per_program or zoo.batch_size"):
             for step, (logits, labels) in enumerate(batches, start):
                 # The mean over a network's images, and their sum, as no network's gradient depends on another one's.
                 loss = functional.cross_entropy(logits.float(), labels) * self.count
@@ -105,7 +108,7 @@ class SubsetTraining:
         self.trainer.check(loss.item(), stop, "zoo.optimizer.lr")
 
     def _full(self, dataset: Dataset, start: int, stop: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits (B, M) and labels (B,) of each batch, from the images."""
+        """Yields logits (B, M) and labels (B,) of each batch, from the images."""
         batches = dataset.training_batches(self.config.batch_size, start, stop, self.device, seed)
         for step, (images, labels) in enumerate(batches, start):
             seed_global(seed, "step", step)
@@ -114,13 +117,14 @@ class SubsetTraining:
                 logits = functional_call(self.network, own, (images,))
             yield logits, labels
 
-    def _kept(self, dataset: Dataset, start: int, stop: int, seeds: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits (n B, M) and labels (n B,) of each step's batches, from the frontier."""
-        assert self.frontier is not None
-        suffix = self.frontier.network.suffix
+    def _kept(
+        self, kept: Frontier, dataset: Dataset, start: int, stop: int, seeds: Sequence[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields logits (n B, M) and labels (n B,) of each step's batches, from the frontier."""
+        suffix = kept.network.suffix
         positions = [dataset.training_positions(self.config.batch_size, start, stop, seed) for seed in seeds]
         chosen = (np.concatenate(batches) for batches in zip(*positions, strict=True))
-        for frontier, labels in self.frontier.batches(chosen):
+        for frontier, labels in kept.batches(chosen):
             with autocast(self.device, self.config.precision):
                 if self.count == 1:
                     logits = suffix(frontier, {name: tensor.squeeze(0) for name, tensor in self.tensors.items()})
@@ -131,7 +135,7 @@ class SubsetTraining:
             yield logits, labels
 
     def vectors(self) -> Tensor:
-        """The subsets as they are now (n, D)."""
+        """Returns the subsets as they are now (n, D)."""
         fixed = self.network.state_dict()
         own = [{name: tensor[i] for name, tensor in self.tensors.items()} for i in range(self.count)]
         return torch.stack([self.subset.flatten({**fixed, **tensors}) for tensors in own])
@@ -146,7 +150,7 @@ class SubsetTraining:
         self.network.load_state_dict(statistics, strict=False)
 
     def states(self, kept: int) -> list[dict[str, Any]]:
-        """What `restore` needs to go on after `kept` members, of each network."""
+        """Returns what `restore` needs to go on after `kept` members, of each network."""
         # Statistics outside of the subset move as well where BatchNorm is in train mode.
         moving = {} if self.config.batchnorm == "frozen" else dict(self.network.named_buffers())
         optimizer = self.trainer.state()
@@ -182,5 +186,5 @@ class SubsetTraining:
 
 
 def _copies(tensor: Tensor, count: int) -> Tensor:
-    """A tensor so many times; once, it keeps its layout in memory, which layers compute by."""
+    """Returns a tensor so many times; once, it keeps its layout in memory, which layers compute by."""
     return tensor.clone()[None] if count == 1 else tensor.expand(count, *tensor.shape).contiguous()

@@ -1,0 +1,202 @@
+"""The metrics of a group of networks, each in one place: its value, its names, and how it is shown.
+
+A new metric is a function and its line in `METRICS`; the user's own are named in `evaluation.metrics`.
+Shapes: n networks of a group, K originals, T test images.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.common.registry import imported
+from pdiff_ray.config.schema import Evaluation
+from pdiff_ray.evaluation.similarity import iou, mean_within, unpack_wrong
+from pdiff_ray.storage.parameters import Record
+
+
+@dataclass(frozen=True)
+class JudgedGroup:
+    """The judged networks of a group, and what they are compared with.
+
+    Attributes:
+        records: the group's rows (n).
+        originals: the rows of the originals (K), in the order of their ids.
+        num_test, num_classes: of the data set.
+    """
+
+    records: Sequence[Record]
+    originals: Sequence[Record]
+    num_test: int
+    num_classes: int
+
+    def values(self, field: str) -> np.ndarray:
+        """Returns a field of each network (n,), such as "test_accuracy"; networks without it are left out."""
+        return np.array([value for r in self.records if (value := getattr(r, field)) is not None])
+
+    @functools.cached_property
+    def best(self) -> Record:
+        """The network with the highest accuracy on the selection split (ties: lowest loss), not on test labels."""
+        return max(self.records, key=lambda r: (r.train_accuracy or 0, -(r.train_loss or 0)))
+
+    @functools.cached_property
+    def wrong(self) -> np.ndarray:
+        """Which test images each network gets wrong (n, T), bool."""
+        return unpack_wrong([r.wrong or b"" for r in self.records], self.num_test)
+
+    @functools.cached_property
+    def similarities(self) -> np.ndarray:
+        """IoU of wrong predictions with those of each original (n, K); not-a-number for an original with itself."""
+        found = iou(self.wrong, unpack_wrong([r.wrong or b"" for r in self.originals], self.num_test))
+        if self.records[0].group == "original":
+            np.fill_diagonal(found, np.nan)
+        return found
+
+
+def _of(field: str, statistic: Callable[[np.ndarray], Any] = np.mean) -> Callable[[JudgedGroup], float | None]:
+    """Returns the metric that is a statistic of a field; None if no network has it."""
+
+    def metric(networks: JudgedGroup) -> float | None:
+        values = networks.values(field)
+        return float(statistic(values)) if len(values) else None
+
+    return metric
+
+
+def failed(networks: JudgedGroup) -> float:
+    """Returns the share of networks whose validation accuracy is nearer to chance than to the originals'."""
+    usual = float(np.mean([r.validation_accuracy for r in networks.originals]))
+    halfway = (usual + 1 / networks.num_classes) / 2
+    return float(np.mean([(r.validation_accuracy or 0) < halfway for r in networks.records]))
+
+
+def similarity_to_originals(networks: JudgedGroup) -> float | None:
+    """Returns the mean IoU of wrong predictions with all originals but itself; None for a lone original."""
+    known = networks.similarities
+    return None if np.isnan(known).all() else float(np.nanmean(known))
+
+
+def max_similarity(networks: JudgedGroup) -> float | None:
+    """Returns the mean over networks of the largest IoU of wrong predictions with an original but itself."""
+    known = networks.similarities
+    return None if np.isnan(known).all() else float(np.nanmean(np.nanmax(known, axis=1)))
+
+
+Table = Literal["experiment", "sweep"]
+
+
+def _unknown(networks: JudgedGroup) -> None:
+    """Returns nothing: a metric that is read from a summary has been computed."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that is said of a group.
+
+    Attributes:
+        field: its name in summaries and in `table.csv`.
+        function: gives it; None if it is unknown.
+        name: that it is tracked under, after `<group>/`; None if it is not.
+        heading: of its column in tables; empty if it has none.
+        unit: "percent" shows a fraction in percent, "share" likewise without decimals, "plain" as it is.
+        legend: says below tables what it is.
+        tables: those that have the column.
+        least: networks of a group without which tables do not show it.
+    """
+
+    field: str
+    function: Callable[[JudgedGroup], float | None] = _unknown
+    name: str | None = None
+    heading: str = ""
+    unit: Literal["percent", "share", "plain"] = "plain"
+    legend: str = ""
+    tables: tuple[Table, ...] = ("experiment", "sweep")
+    least: int = 1
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """All but the function, as JSON values."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "function"}
+
+    def text(self, value: Any, std: float | None = None) -> str:
+        """Returns a value, with its standard deviation if there is one, as tables show it."""
+        if value is None:
+            return "-"
+        if self.unit == "share":
+            return f"{100 * value:.0f}%"
+        if isinstance(value, int):
+            return str(value)
+        scale, digits = (100, 2) if self.unit == "percent" else (1, 3)
+        return f"{scale * value:.{digits}f}" + ("" if std is None else f"±{scale * std:.{digits}f}")
+
+
+BEST = "*chosen on training images, reported on test images."
+IOU = "IoU: overlap of wrong test predictions within the group, with the originals, and with the most similar original."
+DISTANCE = "distance: to the nearest member in weight space, relative to the mean distance among members."
+
+_METRICS = (  # in the order of columns
+    Metric("networks", lambda group: len(group.records), None, "n", tables=("experiment",)),
+    Metric("best", lambda group: group.best.test_accuracy, "best_test_accuracy", "best*", "percent", BEST),
+    Metric("best_id", lambda group: group.best.id),
+    Metric("mean", _of("test_accuracy"), "mean_test_accuracy", "mean", "percent"),
+    Metric("median", _of("test_accuracy", np.median), "median_test_accuracy", "median", "percent"),
+    Metric("std", _of("test_accuracy", np.std), "std_test_accuracy", "std", "percent", tables=("experiment",), least=2),
+    Metric("failed", failed, "failed", "failed", "share", tables=("sweep",)),
+    Metric("mean_loss", _of("test_loss")),
+    Metric("train_loss_mean", _of("train_loss"), "mean_train_loss"),
+    Metric("validation_loss_mean", _of("validation_loss"), "mean_validation_loss"),
+    Metric("train_mean", _of("train_accuracy"), "mean_train_accuracy", unit="percent"),
+    Metric("validation_mean", _of("validation_accuracy"), "mean_validation_accuracy", unit="percent"),
+    Metric("similarity", lambda group: mean_within(group.wrong), "similarity", "IoU"),
+    Metric("similarity_to_originals", similarity_to_originals, "similarity_to_originals", "IoU orig."),
+    Metric("max_similarity", max_similarity, "max_similarity", "IoU max", legend=IOU),
+    Metric("nearest_distance", _of("nearest_distance"), "nearest_distance", "distance", legend=DISTANCE),
+)
+METRICS = {metric.field: metric for metric in _METRICS}
+
+
+def metrics_of(config: Evaluation) -> Mapping[str, Metric]:
+    """Returns all metrics of an evaluation by field, the user's own last.
+
+    A function is shown under its name and explained by the first line of its docstring; a `Metric` says all itself.
+
+    Raises:
+        ConfigError: a metric cannot be imported, is neither a function nor a `Metric`, or has the name of another one.
+    """
+    found = dict(METRICS)
+    for path in config.metrics:
+        try:
+            own = imported(path)
+        except ConfigError as error:
+            raise ConfigError(f"evaluation.metrics: {error}") from None
+        if not isinstance(own, Metric):
+            if not callable(own) or not hasattr(own, "__name__"):
+                raise ConfigError(f"evaluation.metrics: {path} is neither a function nor a Metric")
+            name, about = own.__name__, (own.__doc__ or "").strip().partition("\n")[0]
+            heading = name.replace("_", " ")
+            own = Metric(name, own, name, heading, legend=f"{heading}: {about}" if about else "")
+        if own.field in found or own.name in {metric.name for metric in found.values()} - {None}:
+            raise ConfigError(f"evaluation.metrics: {path} has the name {own.field!r} of another metric; change it")
+        found[own.field] = own
+    return found
+
+
+def described(summary: Mapping[str, Any]) -> dict[str, Metric]:
+    """Returns the metrics of a summary by field: those of the user's own are described in it."""
+    return METRICS | {about["field"]: Metric(**about) for about in summary.get("metrics", ())}
+
+
+def named_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the numbers of a summary that are known, by name, such as `generated/best_test_accuracy`."""
+    metrics = described(summary)
+    return {
+        f"{group['group'].replace(' ', '_')}/{metric.name}": group[field]
+        for group in summary["groups"]
+        for field, metric in metrics.items()
+        if metric.name and group.get(field) is not None
+    }
