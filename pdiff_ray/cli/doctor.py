@@ -1,4 +1,4 @@
-"""`pdiff doctor`: is everything there that an experiment needs, and if not, how to get it."""
+"""`pdiff doctor`: finds out whether everything that an experiment needs is there, and if not, how to get it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,21 @@ PACKAGES = ("ray", "torch", "torchvision", "timm", "mlflow", "optuna", "pyarrow"
 
 @dataclass(frozen=True)
 class Finding:
+    """The result of examining one thing.
+
+    Attributes:
+        what: the name of what was examined.
+        ok: whether the experiment can use it.
+        text: what was found, or what is wrong and the remedy.
+    """
+
     what: str
     ok: bool
-    text: str  # what was found, or what is wrong and the remedy
+    text: str
 
 
 def examine(experiment: Experiment) -> Iterator[Finding]:
-    """Findings, one after another: some take seconds."""
+    """Yields a finding as soon as it is there, as some take seconds."""
     yield Finding("python", True, f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
     for package in PACKAGES:
         try:
@@ -51,7 +59,7 @@ def _finding(what: str, examined: Callable[[Experiment], str], experiment: Exper
 
 def _devices(experiment: Experiment) -> str:
     import torch
-    import torchvision  # noqa: F401  (a torchvision that does not fit torch fails here)
+    import torchvision  # noqa: F401  (fails here if it does not fit torch)
 
     count = torch.cuda.device_count()
     if count and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""`pdiff init`: a commented experiment for a data set and a network that are there."""
+"""`pdiff init`: writes a commented experiment file for the user's data and network."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pdiff_ray.data import sources
 from pdiff_ray.networks.build import check_network
 from pdiff_ray.networks.subset import norm_layers, resolve
 
-SMALL_NETWORK = 100_000  # parameters of which all are generated
-SMALL_IMAGE = 64  # pixels of the edge, up to which a ResNet gets the stem of CIFAR's
+SMALL_NETWORK = 100_000  # parameters, up to which all of them are generated
+SMALL_IMAGE = 64  # pixels along an edge, up to which a ResNet gets the small stem for CIFAR
 HEAD = """\
 # Which networks does a generator make of {members} checkpoints of {network} on {data}?
 #
@@ -33,11 +33,14 @@ def write(data: str, network: str, output: Path | None) -> Path:
 
     Args:
         data: a folder of images, or the name of a data set.
-        network: its name, as in `network.name`.
-        output: the file; default: named after the network.
+        network: the name of the network, as in the field `network.name`.
+        output: the path of the file; default: one named after the network.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        ConfigError: the data cannot be read, the network cannot be built or cannot take it, or the file exists.
+        ConfigError: the data cannot be read, the network cannot be built or cannot take the images, or the file exists.
     """
     file = output or Path(f"{network.replace(':', '_').replace('/', '_')}.yaml")
     if file.exists():
@@ -59,7 +62,7 @@ def write(data: str, network: str, output: Path | None) -> Path:
 
 
 def _settings(data: str, network: str) -> dict[str, Any]:
-    """Returns the experiment, its sizes chosen by what the data and the network are."""
+    """Returns the experiment as a mapping, with sizes that suit the data and the network."""
     section = _data(data)
     parsed = schema.Data.model_validate(section)
     sources.check(parsed)
@@ -94,11 +97,12 @@ def _settings(data: str, network: str) -> dict[str, Any]:
 
 
 def _last_layer(network: Any) -> str:
-    return [name for name, _ in network.named_parameters()][-1].rpartition(".")[0] + ".*"
+    """Returns the pattern that matches the names of the last layer's parameters."""
+    return list(network.named_parameters())[-1][0].rpartition(".")[0] + ".*"
 
 
 def _data(data: str) -> dict[str, Any]:
-    """Returns the section `data` of a data set's name or of a folder, by what lies in it."""
+    """Returns the section `data` for the name of a data set, or for a folder according to what is in it."""
     if data in sources.DATASETS:
         return {"name": data}
     root = Path(data).expanduser()
@@ -115,7 +119,7 @@ def _data(data: str) -> dict[str, Any]:
 
 
 def _lines(tree: dict[str, Any], model: type[BaseModel], indent: str = "") -> list[str]:
-    """Returns YAML lines, each field with its description as a comment."""
+    """Returns the lines of the experiment file, each field with its description as a comment."""
     lines: list[str] = []
     for name, value in tree.items():
         field = model.model_fields.get(name)

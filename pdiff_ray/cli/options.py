@@ -1,4 +1,4 @@
-"""Options and arguments that commands share, and how a shell completes them."""
+"""Options and arguments that commands share, with their completion in a shell."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEFAULT_STORAGE = "pdiff-storage"
 
 
 class Stage(click.ParamType):
-    """A stage by its name."""
+    """The type of an argument that names a stage."""
 
     name = "stage"
 
@@ -43,11 +43,11 @@ class Stage(click.ParamType):
 def _complete_preset(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     from pdiff_ray.config import loading
 
-    # What is typed so far is not parsed as long as the last option lacks its value: the file may be among the rest.
+    # While the last option has no value yet, click does not parse the words before it, so the file may be among them.
     file = next((word for word in (ctx.params.get("file"), *ctx.args) if word and not word.startswith("-")), None)
     try:
         return [name for name in loading.presets(file) if name.startswith(incomplete)] if file else []
-    except PdiffError:  # it cannot be read
+    except PdiffError:  # the file cannot be read
         return []
 
 
@@ -64,7 +64,7 @@ Decorator = Callable[[Any], Any]
 
 
 def experiment_options(function: Any) -> Any:
-    """Adds the options of every command that reads an experiment file."""
+    """Adds the argument and the options of every command that reads an experiment file."""
     for decorate in (
         click.argument("file", type=click.Path()),
         click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a field; repeatable."),
@@ -99,18 +99,18 @@ json_option = click.option(
 
 
 def key_argument(name: str, **options: Any) -> Decorator:
-    """Makes the argument of an artifact's key."""
+    """Returns the decorator for an argument that is the key of an artifact."""
     return click.argument(name, shell_complete=_complete_key, **options)
 
 
 def print_json(content: Any) -> None:
-    """Prints what a machine reads."""
+    """Prints JSON on the standard output."""
     click.echo(json.dumps(content, indent=2, default=str))
 
 
 @contextlib.contextmanager
 def standard_output_for(as_json: bool) -> Iterator[None]:
-    """Sends what is for humans to the standard error, if the standard output is for JSON."""
+    """Sends text for humans to the standard error if the standard output is for JSON."""
     from pdiff_ray.common.progress import console
 
     before, console.stderr = console.stderr, console.stderr or as_json
@@ -121,14 +121,14 @@ def standard_output_for(as_json: bool) -> Iterator[None]:
 
 
 def load(file: str, **options: Any) -> Experiment | SweepFile:
-    """Loads a file as a sweep, or as an experiment if it varies nothing."""
+    """Loads a file as a sweep, or as an experiment if it has no section `sweep`."""
     from pdiff_ray.config import sweep
 
     return sweep.load(file, _overrides(**options), options["preset"])
 
 
 def load_experiment(file: str, **options: Any) -> Experiment:
-    """Loads the experiment of a file; of a sweep's, what it varies is as the file has it."""
+    """Loads the experiment of a file; a sweep in the file is ignored."""
     from pdiff_ray.config import loading
 
     return loading.load(file, _overrides(**options), options["preset"])
@@ -142,19 +142,17 @@ def _overrides(
     in_process: bool = False,
     **_: Any,
 ) -> list[str]:
-    # A base is named after the number of workers that train it.
-    workers = 1 if in_process else None
     given = {
         "storage": storage,
         "tracking.uri": tracking_uri,
         "resources.address": address,
-        "resources.workers": workers,
+        "resources.workers": 1 if in_process else None,  # as there are; the key of a base depends on their number
     }
     return [*overrides, *(f"{path}={value}" for path, value in given.items() if value)]
 
 
 def ids_of(text: str | None) -> list[int] | None:
-    """Parses a comma-separated list of networks' numbers."""
+    """Parses a comma-separated list of numbers of networks."""
     try:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
@@ -162,5 +160,5 @@ def ids_of(text: str | None) -> list[int] | None:
 
 
 def existing_folder(name: str) -> Decorator:
-    """Makes the argument of a folder that is there."""
+    """Returns the decorator for an argument that is an existing folder."""
     return click.argument(name, type=click.Path(exists=True, file_okay=False, path_type=Path))

@@ -1,4 +1,4 @@
-"""What commands print of an experiment or a sweep: its plan, its results, and where they are."""
+"""Output of the commands: the plan of an experiment or a sweep, its results, and where they are."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from pdiff_ray.sweeps.ledger import Ledger
     from pdiff_ray.sweeps.trial import Trial
 
-MAX_TRIALS = 15  # of a search
-FIRST_SHOWN, LAST_SHOWN = 30, 5  # trials of a plan, where there are more than both
+MAX_TRIALS = 15  # how many trials of a search are printed
+FIRST_SHOWN, LAST_SHOWN = 30, 5  # trials of a plan that are printed if it has more than both together
 NETWORKS_SHOWN = 12
 STATES = {"running": "begun", "finished": "done", "stopped": "stopped early", "failed": "failed"}
 
@@ -47,7 +47,7 @@ def print_start(plan: Plan) -> None:
 
 
 def print_plan(plan: Plan, as_json: bool = False) -> None:
-    """Prints what an experiment needs, what of it is there, and what the rest will take."""
+    """Prints the stages of an experiment, whether they are done, and the time and memory that the others will take."""
     if as_json:
         print_json(plan.to_dict())
         return
@@ -83,7 +83,7 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
 
 
 def print_sweep_plan(ledger: Ledger, as_json: bool = False) -> None:
-    """Prints the trials of a sweep, what they share, what of it is there, and what the rest will take."""
+    """Prints the trials of a sweep, what they share, what is done, and the time and memory that the rest will take."""
     from pdiff_ray.estimates.estimate import Estimator
     from pdiff_ray.sweeps.plan import make_plan
 
@@ -165,7 +165,7 @@ def _state(ledger: Ledger, trial: Trial) -> str:
 
 
 def _sharing(estimator: Estimator, e: Experiment) -> tuple[str, str]:
-    """Returns what part of a pass networks share, and why steps of the zoo are full passes, if they are."""
+    """Returns the part of a forward pass that networks share, and why the zoo's steps are full passes, if they are."""
     counts = estimator.counts(e)
     if not counts.shared:
         return "nothing", "full passes: generated parameters reach the first layer"
@@ -174,7 +174,7 @@ def _sharing(estimator: Estimator, e: Experiment) -> tuple[str, str]:
 
 
 def _basis(estimator: Estimator, costs: Collection[Cost]) -> str:
-    """Returns how estimates were found."""
+    """Returns a line that tells how the estimates were made."""
     known = sum(cost.known for cost in costs)
     ways = [f"{known} stages as long as in earlier runs, with other seeds or the like"] if known else []
     if known < len(costs):
@@ -190,7 +190,7 @@ def _print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[obj
 
 
 def _sum(seconds: Iterable[float | None]) -> float | None:
-    """Returns None if one of them is unknown."""
+    """Returns the sum, or None if one of the numbers is unknown."""
     values = list(seconds)
     return None if None in values else sum(filter(None, values))
 
@@ -200,7 +200,7 @@ def _gib(size: float) -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    """Returns seconds in the unit that suits them, to two digits."""
+    """Returns a time in the unit that suits it, with two significant digits."""
     if seconds is None:
         return "?"
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
@@ -214,7 +214,7 @@ def _two_digits(value: float) -> str:
 
 
 def print_result(result: Result, as_json: bool = False) -> None:
-    """Prints the table and the verdict of a finished experiment, and where everything is."""
+    """Prints the table and the verdict of a finished experiment, and where its results are."""
     if as_json:
         print_json(result.to_dict())
         return
@@ -238,7 +238,7 @@ def print_result(result: Result, as_json: bool = False) -> None:
 
 
 def print_sweep(result: SweepResult, as_json: bool = False) -> None:
-    """Prints a sweep's table and verdict, which trials failed, and where everything is."""
+    """Prints the table and the verdict of a sweep, where its results are, and which trials failed."""
     if as_json:
         print_json(result.to_dict())
         return

@@ -1,4 +1,4 @@
-"""What holds on every device: exact float32, how much memory is free, and what is said when it runs out."""
+"""Devices: exact float32, mixed precision, free memory, and the message when memory runs out."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pdiff_ray.common.errors import PdiffError
 
 
 def exact_float32() -> None:
-    """Makes float32 mean that on GPUs too, in this process; "bfloat16" is there for speed.
+    """Makes GPUs compute float32 exactly and repeatably, in this process.
 
-    PyTorch lets convolutions round to TF32, 10 bits of a mantissa, in which a network and its parts do not agree, and
-    cuDNN add gradients up in any order, so that a seed would not repeat itself.
+    By default, PyTorch lets convolutions round to TF32, whose mantissa of 10 bits makes the results of a network differ
+    from those of its parts, and lets cuDNN add up gradients in any order, so that a seed does not determine the result.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -23,28 +23,31 @@ def exact_float32() -> None:
 
 
 def differentiable_in_vmap(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Attention inside of vmap keeps what its gradients need; a GPU's fast kernels, which see none there, do not."""
+    """Returns a context in which attention inside of vmap can be differentiated.
+
+    A GPU's fast kernels do not see that gradients are needed inside of vmap, and do not keep what these need.
+    """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory of a GPU that this process can take: what is free, or what is left of its share."""
+    """Returns how many bytes of a GPU's memory this process can still use, within its share of that memory."""
     free, total = torch.cuda.mem_get_info(device)
     used, held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    share = torch.cuda.get_per_process_memory_fraction(device.index)  # None is the current one
+    share = torch.cuda.get_per_process_memory_fraction(device.index)  # None stands for the current GPU
     return min(free + held - used, share * total - used)
 
 
 @contextlib.contextmanager
 def enough_memory(what: str, remedy: str) -> Iterator[None]:
-    """Turns the end of a GPU's memory into a message.
+    """Turns the error of a GPU that runs out of memory into a message.
 
     Args:
-        what: is done.
-        remedy: the fields that lower what it takes.
+        what: names the work.
+        remedy: names the fields that lower the memory that the work takes.
 
     Raises:
-        PdiffError
+        PdiffError: the GPU has run out of memory.
     """
     try:
         yield
@@ -54,5 +57,5 @@ def enough_memory(what: str, remedy: str) -> Iterator[None]:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision where `precision` is "bfloat16"."""
+    """Returns a context of mixed precision, which does nothing unless `precision` is "bfloat16"."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

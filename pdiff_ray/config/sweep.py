@@ -1,6 +1,6 @@
-"""What a sweep varies: the section `sweep` of an experiment file, and the experiments of its trials.
+"""The section `sweep` of an experiment file, which says what varies, and the experiments of its trials.
 
-An assignment gives each parameter that applies one of its values, by label: a number, a truth value, or text.
+An assignment maps each parameter that applies to the label of one of its values: a number, a truth value or text.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from pdiff_ray.config.schema import Experiment, Section, merge
 Label = int | float | bool | str | None
 Assignment = dict[str, Label]
 
-# What a search may optimize. Test labels choose nothing.
+# What a search may optimize, named as in `evaluation.metrics`. Test labels must not choose anything.
 OBJECTIVES = (
     "generated/mean_train_accuracy",
     "generated/mean_train_loss",
     "generated/mean_validation_accuracy",
     "generated/mean_validation_loss",
 )
-FIXED = ("name", "resources", "tracking", "storage", "sweep")  # sections that are the same in all trials
+FIXED = ("name", "resources", "tracking", "storage", "sweep")  # fields that are the same in all trials
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Parameter(Section):
-    """The values of one parameter: exactly one of choice, variants, uniform, loguniform and int."""
+    """The values that one parameter can have, given by exactly one of choice, variants, uniform, loguniform and int."""
 
     choice: tuple[Any, ...] | None = Field(None, min_length=1, description="these values; a plain list means the same")
     variants: dict[str, dict[str, Any]] | None = Field(
@@ -70,19 +70,25 @@ class Parameter(Section):
 
     @property
     def range(self) -> tuple[float, float] | None:
+        """The lowest and the highest value of a uniform, loguniform or int parameter; None of any other."""
         return self.uniform or self.loguniform or self.integers
 
     @property
     def labels(self) -> list[Label]:
-        """The values of a choice or of variants as they are shown."""
+        """The labels of a choice or of variants; empty for a range."""
         return list(self.variants) if self.variants else [label(value) for value in self.choice or ()]
 
     def paths(self, name: str) -> list[str]:
-        """Returns the dotted paths of the fields that a parameter of this name can change."""
+        """Returns the dotted paths of the fields that this parameter, by its name, can change."""
         return [path for fields in self.variants.values() for path in fields] if self.variants else [name]
 
     def fields(self, name: str, chosen: Label) -> dict[str, Any]:
-        """Returns the fields that a value changes, by dotted path."""
+        """Returns the fields that a value of this parameter changes, by dotted path.
+
+        Args:
+            name: the name of this parameter.
+            chosen: the label of the value.
+        """
         if self.variants:
             return self.variants[str(chosen)]
         if self.choice:
@@ -91,14 +97,14 @@ class Parameter(Section):
 
 
 def label(value: Any) -> Label:
-    """A value as it is shown and tracked: scalars as they are, others in YAML's short form."""
+    """Returns a value as it is shown and tracked: scalars unchanged, others as one line of YAML."""
     if isinstance(value, int | float | bool | str) or value is None:
         return value
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip()
 
 
 class Sweep(Section):
-    """A question: which fields vary, over what, and how trials are chosen."""
+    """The section `sweep`: which fields vary, over which values, and how trials are chosen."""
 
     unkeyed = frozenset({"num_trials", "max_concurrent", "time_budget", "max_retries", "confirm"})
 
@@ -133,11 +139,8 @@ class Sweep(Section):
     @model_validator(mode="before")
     @classmethod
     def _seconds(cls, value: Any) -> Any:
-        match = (
-            re.fullmatch(r"\s*([\d.]+)\s*([smhd])\s*", str(value.get("time_budget")))
-            if isinstance(value, dict)
-            else None
-        )
+        given = str(value.get("time_budget")) if isinstance(value, dict) else ""
+        match = re.fullmatch(r"\s*([\d.]+)\s*([smhd])\s*", given)
         return {**value, "time_budget": float(match[1]) * SECONDS[match[2]]} if match else value
 
     @model_validator(mode="after")
@@ -170,29 +173,26 @@ class Sweep(Section):
 
     @property
     def maximize(self) -> bool:
+        """True if larger values of the metric are better."""
         return self.metric.endswith("accuracy")
 
     def applies(self, parameter: Parameter, assignment: Mapping[str, Label]) -> bool:
-        """Whether a parameter's condition holds among those assigned so far."""
+        """Tells whether the condition `when` of a parameter holds, given the values of the parameters before it."""
         return all(
             name in assignment and assignment[name] in [label(v) for v in _listed(values)]
             for name, values in parameter.when.items()
         )
 
-    def grid(self) -> Iterator[Assignment]:
-        """Every combination, the last parameter varying fastest."""
-        yield from self._grid({}, list(self.parameters.items()))
-
-    def _grid(self, assigned: Assignment, rest: Sequence[tuple[str, Parameter]]) -> Iterator[Assignment]:
-        if not rest:
-            yield assigned
-            return
-        (name, parameter), *rest = rest
-        if not self.applies(parameter, assigned):
-            yield from self._grid(assigned, rest)
-            return
-        for value in parameter.labels:
-            yield from self._grid({**assigned, name: value}, rest)
+    def grid(self) -> list[Assignment]:
+        """Returns every combination of values, with the last parameter varying fastest."""
+        combinations: list[Assignment] = [{}]
+        for name, parameter in self.parameters.items():
+            extended: list[Assignment] = []
+            for assigned in combinations:
+                applies = self.applies(parameter, assigned)
+                extended += [{**assigned, name: value} for value in parameter.labels] if applies else [assigned]
+            combinations = extended
+        return combinations
 
 
 def _listed(values: Any) -> list[Any]:
@@ -201,12 +201,12 @@ def _listed(values: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class SweepFile:
-    """An experiment and what of it a sweep varies.
+    """An experiment, and the sweep that varies it.
 
     Attributes:
-        experiment: as the file has it, nothing varied.
-        raw: its mapping.
-        path: of the file, for messages.
+        experiment: the experiment as the file has it, with nothing varied.
+        raw: the mapping from which the experiment was parsed.
+        path: the path of the file, for messages.
     """
 
     experiment: Experiment
@@ -217,7 +217,7 @@ class SweepFile:
 
     @property
     def question(self) -> str:
-        """The first paragraph of the comment that opens the file; empty if there is none, or no file any more."""
+        """The first paragraph of the comment that opens the file; empty if there is none or the file cannot be read."""
         try:
             lines = Path(self.path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError):
@@ -226,15 +226,17 @@ class SweepFile:
         return " ".join(line.strip("# ") for line in paragraph)
 
     def fields(self, assignment: Assignment) -> dict[str, Any]:
-        """What an assignment changes, by dotted path; later parameters win."""
-        parts = (self.sweep.parameters[name].fields(name, value) for name, value in assignment.items())
-        return dict(itertools.chain.from_iterable(part.items() for part in parts))
+        """Returns the fields that an assignment changes, by dotted path; later parameters take precedence."""
+        found: dict[str, Any] = {}
+        for name, value in assignment.items():
+            found |= self.sweep.parameters[name].fields(name, value)
+        return found
 
     def vary(self, assignment: Assignment, repeat: int = 0) -> Experiment:
-        """Returns the experiment of an assignment; `repeat` is added to its seeds. Each is parsed once.
+        """Returns the experiment of an assignment, with `repeat` added to its seeds. Each is parsed only once.
 
         Raises:
-            ConfigError: the values do not exist or do not fit together.
+            ConfigError: fields or values do not exist, or do not fit together.
         """
         key = repr((assignment, repeat))
         if key not in self._varied:
@@ -247,7 +249,7 @@ class SweepFile:
         return self._varied[key]
 
     def with_seeds(self, raw: dict[str, Any], experiment: Experiment, repeat: int) -> dict[str, Any]:
-        """Returns the mapping `raw` of an experiment with `repeat` added to its seeds."""
+        """Returns the mapping `raw`, from which `experiment` was parsed, with `repeat` added to its seeds."""
         values = experiment.model_dump()
         for path in self.sweep.seeds:
             raw = merge(raw, loading.nested(path, _at(values, path) + repeat))
@@ -255,32 +257,33 @@ class SweepFile:
 
 
 def describe(assignment: Mapping[str, Label]) -> str:
-    """An assignment in a few words."""
+    """Returns an assignment in a few words."""
     return ", ".join(f"{name.rpartition('.')[2]} {format_label(value)}" for name, value in assignment.items())
 
 
 def format_label(value: Label) -> str:
+    """Returns a label as text, with four significant digits of a float."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), preset: str | None = None) -> SweepFile | Experiment:
-    """An experiment file as a sweep, or as an experiment if it varies nothing.
+    """Loads an experiment file as a sweep, or as an experiment if it has no section `sweep`.
 
     Raises:
-        ConfigError: naming the file, the dotted path of the field, its value and the remedy.
+        ConfigError: something is wrong; names the file, the dotted path of the field, its value and the remedy.
     """
     raw, where = loading.read(path, overrides, preset), str(path)
     return parse_sweep(raw, where) if raw.get("sweep") is not None else loading.parse_experiment(raw, where)
 
 
 def parse_sweep(raw: dict[str, Any], where: str) -> SweepFile:
-    """Validates the mapping of an experiment with a section `sweep`.
+    """Validates the mapping of an experiment that has a section `sweep`.
 
     Args:
-        where: names its origin in messages.
+        where: names the origin of the mapping in messages.
 
     Raises:
-        ConfigError
+        ConfigError: the section is missing, or something in the mapping is wrong.
     """
     section, raw = raw.get("sweep"), {name: value for name, value in raw.items() if name != "sweep"}
     if section is None:
@@ -291,7 +294,7 @@ def parse_sweep(raw: dict[str, Any], where: str) -> SweepFile:
 
 
 def _check(file: SweepFile) -> None:
-    """Raises ConfigError if a parameter, or a value that it can have, does not exist."""
+    """Raises ConfigError if seeds, parameters or values of the sweep do not exist or do not fit together."""
     sweep, plain = file.sweep, file.experiment.model_dump()
     for path in sweep.seeds:
         if path.rpartition(".")[2] != "seed" or not isinstance(_at(plain, path), int):
@@ -307,27 +310,29 @@ def _check(file: SweepFile) -> None:
 
 
 def _corners(sweep: Sweep) -> Iterator[Assignment]:
-    """Assignments in which each end and each choice occurs, with conditions as they demand."""
+    """Yields assignments in which both ends of each range, each choice and each value of a condition occur."""
     values: dict[str, list[Label]] = {
         name: list(parameter.range) if parameter.range else parameter.labels
         for name, parameter in sweep.parameters.items()
     }
     longest = max(len(v) for v in values.values())
-    conditions = [
-        [(other, label(value)) for value in _listed(wanted)]
+    conditions: list[Assignment] = [
+        {other: label(value)}
         for parameter in sweep.parameters.values()
         for other, wanted in parameter.when.items()
+        for value in _listed(wanted)
     ]
-    for forced in [(), *itertools.chain.from_iterable([[(c,) for c in alternatives] for alternatives in conditions])]:
+    for forced in [{}, *conditions]:
         for turn in range(longest):
             assignment: Assignment = {}
             for name, parameter in sweep.parameters.items():
                 if sweep.applies(parameter, assignment):
-                    assignment[name] = dict(forced).get(name, values[name][turn % len(values[name])])
+                    assignment[name] = forced.get(name, values[name][turn % len(values[name])])
             yield assignment
 
 
 def _at(tree: Mapping[str, Any], path: str) -> Any:
+    """Returns the value at a dotted path, None if there is no such path."""
     value: Any = tree
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None

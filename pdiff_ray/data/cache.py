@@ -1,4 +1,4 @@
-"""Decoded images: a tensor cache that all workers of a node share, or a stream where a set is too large."""
+"""Decoded images: a cache that all workers of a node share, or a stream if the data set is too large for it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,18 @@ from pdiff_ray.data.sources import (
     parquet_files,
 )
 
-# Sets up to this size, and this share of what is free, are kept in an accelerator's memory whole.
+# A split is moved to a GPU as a whole if it takes no more than this, and no more than this share of the free memory.
 ON_DEVICE_BYTES, ON_DEVICE_SHARE = 4 * 2**30, 0.25
 
 
 class Cached:
-    """All images of a split in one memory-mapped array."""
+    """All images of a split, decoded, in one array: memory-mapped, or moved to a GPU.
+
+    Attributes:
+        images: (N, C, S, S), uint8, or float32 with fixed noise.
+        labels: (N,), int64.
+        key: a hash that names the images.
+    """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, key: str) -> None:
         self.images, self.labels, self.key = torch.from_numpy(images), torch.from_numpy(labels), key
@@ -46,17 +52,19 @@ class Cached:
         return len(self.labels)
 
     def to(self, device: torch.device) -> None:
+        """Moves the images to a GPU if they are small enough."""
         if device.type == "cuda" and self.images.nbytes <= min(ON_DEVICE_BYTES, ON_DEVICE_SHARE * free_bytes(device)):
             self.images, self.labels = self.images.to(device), self.labels.to(device)
 
     def batches(self, index_batches: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images (B, C, S, S) and labels (B,) for each array (B,) of indices."""
         for indices in index_batches:
             chosen = torch.from_numpy(indices).to(self.images.device)
             yield self.images[chosen], self.labels[chosen]
 
 
 class Streamed(torch.utils.data.Dataset):
-    """Images decoded by DataLoader processes each time they are wanted."""
+    """All images of a split, decoded by DataLoader processes each time that they are needed."""
 
     def __init__(self, samples: Samples, info: DataInfo, num_workers: int, key: str) -> None:
         self.samples, self.info, self.num_workers, self.key = samples, info, num_workers, key
@@ -70,10 +78,12 @@ class Streamed(torch.utils.data.Dataset):
         return torch.from_numpy(image), label
 
     def to(self, device: torch.device) -> None:
-        self.pinned = device.type == "cuda"  # which takes a GPU's memory, where there is one, used or not
+        """Prepares the batches for transfer to a GPU."""
+        self.pinned = device.type == "cuda"  # for no other device, as pinning itself takes memory of a GPU
 
     def batches(self, index_batches: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        # A forked child of a Ray worker inherits its threads' locks, one of a server that has imported torch does not.
+        """Yields images (B, C, S, S) and labels (B,) for each array (B,) of indices."""
+        # A forked child would inherit the locks of a Ray worker's threads; a child of the fork server does not.
         processes = multiprocessing.get_context("forkserver")
         processes.set_forkserver_preload(["torch", "pdiff_ray.data.dataset"])
         loader = torch.utils.data.DataLoader(
@@ -87,7 +97,7 @@ class Streamed(torch.utils.data.Dataset):
 
 
 def random_images(info: DataInfo, config: Data, count: int) -> Cached:
-    """A source of `count` images and labels that mean nothing, always the same: to measure on."""
+    """Returns a source of `count` random images and labels, the same in every call, for measurements."""
     random, shape = np.random.default_rng(0), (count, info.channels, info.image_size, info.image_size)
     images: np.ndarray = random.integers(256, size=shape, dtype=np.uint8)
     if config.pixel_noise:
@@ -96,22 +106,31 @@ def random_images(info: DataInfo, config: Data, count: int) -> Cached:
 
 
 def default_cache() -> Path:
-    """The folder of decoded images: PDIFF_CACHE, else the user's cache folder."""
+    """Returns the folder for decoded images: PDIFF_CACHE or, if that is not set, one in the user's cache folder."""
     chosen = os.environ.get("PDIFF_CACHE")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pdiff_ray"
 
 
 def open_source(config: Data, info: DataInfo, split: str, cache: Path, progress: Progress | None) -> Cached | Streamed:
+    """Opens the images of a split, decoding them into `cache` first if they are not there.
+
+    Returns:
+        The decoded images, or a stream if they would take more than `data.max_cache_gib`.
+
+    Raises:
+        ConfigError: the images would take more, and `data.pixel_noise` needs them in the cache.
+        PdiffError: the cache cannot be written.
+    """
     files = parquet_files(config, split) if config.source == "parquet" else []
     states = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     determining = ("name", "source", "fingerprint", "code", "pixel_noise", "seed")
-    what = {
+    identity = {
         "data": {name: value for name, value in keyed(config).items() if name in determining},
         "info": [info.channels, info.image_size, info.mean, info.std],
         "root": states or str(Path(config.root).resolve()),
         "split": split,
     }
-    key = digest(what)
+    key = digest(identity)
     folder = cache / f"{config.name}-{split}-{key}"
     if not folder.exists():
         samples = open_samples(config, split)
@@ -129,13 +148,17 @@ def open_source(config: Data, info: DataInfo, split: str, cache: Path, progress:
                 samples.arrow = encoded / "images.arrow"
             return Streamed(samples, info, config.loader_workers, key)
         build_once(folder, lambda temporary: _decode_all(config, info, split, samples, temporary, progress))
-    # Copy-on-write mapping: torch refuses read-only arrays, and nobody writes.
+    # The mapping is copy-on-write because torch warns of read-only arrays; nothing writes to it.
     images = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
     return Cached(images, np.load(folder / "labels.npy", allow_pickle=False), key)
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Lets `build` fill a folder of the cache, unless another worker of this node has done so or does it now."""
+    """Has `build` fill a folder of the cache, unless another worker of this node has done so or is doing so.
+
+    Raises:
+        PdiffError: the cache cannot be written.
+    """
     from filelock import FileLock
 
     try:
@@ -143,8 +166,8 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
         with FileLock(f"{folder}.lock"):
             if folder.exists():
                 return
-            for left in folder.parent.glob(f"{folder.name}.*.tmp"):  # by a worker that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            for remnant in folder.parent.glob(f"{folder.name}.*.tmp"):  # left by a worker that was killed
+                shutil.rmtree(remnant, ignore_errors=True)
             temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
             temporary.mkdir()
             try:
@@ -170,8 +193,8 @@ def _decode_all(
     encoded = folder / "encoded.arrow"
     if isinstance(samples, ParquetImages):
         samples.write_arrow(encoded)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL decodes without holding the interpreter
-        for start in range(0, count, 256):  # so that few decoded images wait at a time
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL releases Python's lock while it decodes
+        for start in range(0, count, 256):  # so that only a few decoded images are in memory
             chunk = range(start, min(start + 256, count))
             images_and_labels = pool.map(lambda index: decoded(samples, index, info), chunk)
             for index, (image, label) in zip(chunk, images_and_labels, strict=True):
@@ -188,4 +211,5 @@ def _decode_all(
 
 
 def digest(value: Any) -> str:
+    """Returns a hash of a JSON value, as 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Image data: a tensor cache that all workers of a node share, fixed seeded splits, and training batches.
+"""The splits of a data set, which are fixed by a seed, and its training batches.
 
-Shapes: N images, B images of a batch, C channels, S the edge in pixels. Images are uint8 (N, C, S, S), or already
-standardized float32 where fixed noise was added.
+Shapes: N images in a split, B images in a batch, C channels, S pixels along an edge. Images are uint8 (N, C, S, S), or
+already standardized float32 if fixed noise was added to them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pdiff_ray.data.sources import SPLITS, DataInfo, Progress, describe
 
 @dataclass(frozen=True)
 class Split:
-    """Some images of a source, in a fixed order."""
+    """Some of the images of a source, in a fixed order."""
 
     source: Cached | Streamed
     indices: np.ndarray  # (N,) int64, positions in the source
@@ -35,15 +35,15 @@ class Split:
 
     @property
     def key(self) -> str:
-        """Names the images and their order."""
+        """A hash that names the images and their order."""
         return digest([self.source.key, hashlib.sha256(self.indices.tobytes()).hexdigest()])
 
     def batches(self, index_batches: Iterable[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Raw images (B, C, S, S) and labels (B,) for each array of positions (B,) in this split."""
+        """Yields images (B, C, S, S) as stored and labels (B,), for each array (B,) of positions in this split."""
         return self.source.batches(self.indices[batch] for batch in index_batches)
 
     def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images, in order, `batch_size` at a time."""
+        """Yields all images and labels in order, `batch_size` at a time."""
         starts = range(0, len(self), batch_size)
         return self.batches(np.arange(start, min(start + batch_size, len(self))) for start in starts)
 
@@ -53,10 +53,10 @@ class Dataset:
     """The splits of one data set.
 
     Attributes:
-        train: training data without the validation images.
+        train: the training data without the validation images.
         selection: the part of `train` on which the best network is selected.
-        validation: held out of the training data.
-        test: reported, and never used to choose anything.
+        validation: the images held out of the training data.
+        test: the images for reported results, never used to choose anything.
     """
 
     info: DataInfo
@@ -67,12 +67,12 @@ class Dataset:
     test: Split
 
     def prepare(self, images: Tensor, device: torch.device) -> Tensor:
-        """Raw images to standardized float32 ones on `device`, channels last in memory (B, C, S, S)."""
+        """Returns stored images as standardized float32 (B, C, S, S) on `device`, channels last in memory."""
         images = images.to(device, non_blocking=True)
         if images.dtype == torch.uint8:
             mean, std = (_per_channel(values, device) for values in (self.info.mean, self.info.std))
             images = (images.float() / 255 - mean) / std
-        # Convolutions on CPUs are up to 14 times slower on NCHW; GPUs prefer channels last with bf16 too.
+        # On CPUs, convolutions of NCHW are up to 14 times slower; GPUs prefer channels last in bfloat16, too.
         return images.contiguous(memory_format=torch.channels_last)
 
     def training_batches(
@@ -85,13 +85,17 @@ class Dataset:
         rank: int = 0,
         world: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented training batches of the steps `start` to `stop` - 1.
+        """Yields this rank's augmented images and labels for the training steps from `start` to `stop` - 1.
 
-        The batch of a step depends on the seed and the step alone, so that interrupted training goes on with the batch
-        it would have had. Each epoch is a new permutation; its last incomplete batch is left out.
+        The batch of a step depends only on the seed and the step, so that resumed training sees the batches that it
+        would have seen without the interruption. Each epoch is a new permutation, whose last incomplete batch is left
+        out.
 
         Args:
-            batch_size: images per step over all `world` ranks; this rank gets every world-th of them.
+            batch_size: images per step over all `world` ranks; each rank gets every world-th of them.
+
+        Raises:
+            ConfigError: a batch has more images than there are.
         """
         positions = (batch[rank::world] for batch in self.training_positions(batch_size, start, stop, *seed))
         for step, (images, labels) in enumerate(self.train.batches(positions), start):
@@ -99,7 +103,7 @@ class Dataset:
             yield self._augment(self.prepare(images, device), random), labels.to(device)
 
     def training_positions(self, batch_size: int, start: int, stop: int, *seed: int | str) -> Iterator[np.ndarray]:
-        """Of the images of each training batch in `train` (B,)."""
+        """Yields the positions (B,) in `train` of the images of each training step, over all ranks."""
         per_epoch = steps_per_epoch(len(self.train), batch_size)
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(start, stop):
@@ -120,7 +124,7 @@ class Dataset:
             top, left = torch.randint(0, 2 * margin + 1, (2, count, 1, 1), generator=random, device=device)
             pixels = torch.arange(size, device=device)
             rows, columns = top + pixels.view(1, -1, 1), left + pixels.view(1, 1, -1)
-            # Two advanced indices around the channels: (B, S, S, C), which is channels last already.
+            # Advanced indices around a slice give (B, S, S, C), so the images are channels last in memory already.
             images = padded[torch.arange(count, device=device).view(-1, 1, 1), :, rows, columns].permute(0, 3, 1, 2)
         if self.config.train_noise:
             noise = torch.randn(images.shape, generator=random, device=device)
@@ -130,22 +134,24 @@ class Dataset:
 
 @functools.cache
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """One number per channel (C, 1, 1); kept, as a copy to a GPU for each batch would wait for it."""
-    with torch.inference_mode(False):  # training reads it as well
+    """Returns one number per channel (C, 1, 1); cached, because a copy for each batch would wait for the GPU."""
+    with torch.inference_mode(False):  # training uses the cached tensor as well
         return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """Returns the number of whole batches in an epoch; raises ConfigError if there is none."""
     if batch_size > num_images:
         raise ConfigError(f"batch_size is {batch_size}, but there are only {num_images} training images; lower it")
     return num_images // batch_size
 
 
 def load(config: Data, cache: Path, progress: Progress | None = None) -> Dataset:
-    """Opens the data set, decoding it into `cache` first if that was not done yet.
+    """Opens a data set, and decodes it into `cache` first if that has not been done yet.
 
     Args:
-        cache: a folder of this node; its workers map the same pages.
+        cache: a folder on this node, whose workers all map the same pages of it into memory.
+        progress: called with the number of images decoded and the number of all images.
     """
     info = describe(config)
     train, test = (open_source(config, info, split, cache, progress) for split in SPLITS)
@@ -161,6 +167,3 @@ def load(config: Data, cache: Path, progress: Progress | None = None) -> Dataset
         validation=Split(train, np.sort(order[:held_out])),
         test=Split(test, np.arange(len(test))),
     )
-
-
-# --- the cache --------------------------------------------------------------------------------------------------------

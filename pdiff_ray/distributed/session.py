@@ -1,4 +1,4 @@
-"""The connection to Ray: a local one or a cluster's, and what travels back to the driver while work goes on."""
+"""The connection to a local Ray or a cluster, and the channel through which workers report to the driver."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from pdiff_ray.distributed import ray_address
 
 POLL_S = 0.3
 CONNECT_TIMEOUT_S = 5.0
-CONTEXT_BYTES = 600 * 2**20  # of a GPU's memory that a process takes for CUDA itself, about
+CONTEXT_BYTES = 600 * 2**20  # about what CUDA itself takes of a GPU's memory for each process
 
 
 class _Events:
-    """Progress and failures of workers, kept for the driver to fetch."""
+    """The actor that keeps the progress and the failures of workers until the driver fetches them."""
 
     def __init__(self) -> None:
         self.updates: dict[str, tuple[str, int, int, str]] = {}
         self.failures: dict[str, str] = {}
 
     def update(self, task: str, done: int, total: int, note: str) -> None:
-        # Only the newest of each task: a slow driver must not fall behind. Parallel runs report out of order.
+        # Only the newest update of a task is kept, so that a slow driver does not fall behind; parallel runs report out
+        # of order.
         newest = self.updates.get(task)
         if newest is None or done >= newest[1] or total != newest[2]:
             self.updates[task] = (task, done, total, note)
@@ -54,12 +55,15 @@ class _Events:
 
 @contextlib.contextmanager
 def connect(resources: Resources, progress: Progress) -> Iterator[str]:
-    """Connects to Ray, and yields the name of the actor through which workers report; `progress` hears of it here.
+    """Connects to Ray, and yields the name of the actor through which workers report.
 
-    A Ray that was there before is left running; one that this process has goes before the address.
+    If this process is connected to Ray already, that connection is used, and is left open at the end.
+
+    Args:
+        progress: called in this process with the progress that workers report.
 
     Raises:
-        PdiffError: nothing listens at the address, or a local Ray has too little.
+        PdiffError: nothing listens at the address, or a local Ray has too few cores or GPUs.
     """
     address, ours = ray_address(resources), not ray.is_initialized()
     if address:
@@ -71,18 +75,20 @@ def connect(resources: Resources, progress: Progress) -> Iterator[str]:
     stop = threading.Event()
 
     def relay() -> None:
-        while not stop.wait(POLL_S):
-            for update in ray.get(events.take.remote()):
-                progress(*update)
+        for update in ray.get(events.take.remote()):
+            progress(*update)
 
-    thread = threading.Thread(target=relay, daemon=True)
+    def keep_relaying() -> None:
+        while not stop.wait(POLL_S):
+            relay()
+
+    thread = threading.Thread(target=keep_relaying, daemon=True)
     thread.start()
     try:
         yield name
         stop.set()
         thread.join()
-        for update in ray.get(events.take.remote()):
-            progress(*update)
+        relay()
     finally:
         stop.set()
         thread.join()
@@ -92,17 +98,17 @@ def connect(resources: Resources, progress: Progress) -> Iterator[str]:
 
 
 def beside_driver() -> dict[str, Any]:
-    """Options of an actor that lives as long as the driver does: on its node, so that no other's loss takes it away."""
+    """Returns options that place an actor on the driver's node, so that the loss of another node does not end it."""
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return {"num_cpus": 0, "scheduling_strategy": node}
 
 
 def _init(resources: Resources, address: str | None) -> None:
-    logging.getLogger("ray").setLevel(logging.ERROR)  # of its many notices none is about the experiment
+    logging.getLogger("ray").setLevel(logging.ERROR)  # none of its many notices is about the experiment
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return
-    # "local": else Ray would join whatever cluster was last started on this machine.
+    # Without "local", Ray would join whatever cluster was last started on this machine.
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         check_resources(resources, ray.cluster_resources())
@@ -112,7 +118,10 @@ def _init(resources: Resources, address: str | None) -> None:
 
 
 def _shutdown() -> None:
-    """Ends Ray, which ends this process if a reference is released meanwhile, as a collection in any thread may do."""
+    """Shuts Ray down with garbage collection off.
+
+    Ray ends this process if a reference is released during the shutdown, which a collection in any thread may do.
+    """
     gc.disable()
     try:
         ray.shutdown()
@@ -121,7 +130,7 @@ def _shutdown() -> None:
 
 
 def check_resources(resources: Resources, available: Mapping[str, float]) -> None:
-    """Raises ConfigError if a machine that will not grow has too little: Ray would wait for more for ever."""
+    """Raises ConfigError if a local Ray has too few cores or GPUs, for which it would wait forever."""
     for what, count, cpus, gpus in (
         ("worker", resources.workers, resources.cpus_per_worker, resources.gpus_per_worker),
         ("actor", resources.actors, resources.cpus_per_actor, resources.gpus_per_actor),
@@ -136,7 +145,7 @@ def check_resources(resources: Resources, available: Mapping[str, float]) -> Non
 
 
 def _reach(address: str) -> None:
-    """Raises PdiffError unless something listens at `address`; Ray itself would try for minutes."""
+    """Raises PdiffError if nothing listens at `address`; Ray itself would try for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():  # "auto", or a name that Ray resolves
         return
@@ -150,12 +159,15 @@ def _reach(address: str) -> None:
 
 
 def cluster_resources() -> dict[str, float]:
-    """What the connected cluster has, by Ray's names."""
+    """Returns how much the connected cluster has of each resource, by Ray's names, such as CPU and GPU."""
     return ray.cluster_resources()
 
 
 def gpu_share(configured: float | str, processes: int) -> float:
-    """GPUs for each of some processes; "auto": one, or a fraction such that all find a place on the cluster's."""
+    """Returns the number of GPUs for each of so many processes.
+
+    With `configured` "auto", this is one, or a fraction with which all processes fit on the cluster's GPUs.
+    """
     if configured != "auto":
         return float(configured)
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -163,16 +175,17 @@ def gpu_share(configured: float | str, processes: int) -> float:
 
 
 def take_place(threads: int, gpus: float, device: torch.device | None = None) -> torch.device:
-    """Keeps this actor or worker to its share of cores, and of a GPU's memory, so that no neighbour fails for it.
+    """Limits this actor or worker to its share of the cores and of a GPU's memory, and makes float32 exact.
 
-    Float32 is exact from here on.
+    Without the limit, the processes that share a GPU could make each other run out of memory.
 
     Args:
-        gpus: its share of them, as it was given by Ray.
-        device: its GPU, where it sees several.
+        threads: the number of cores for torch.
+        gpus: the number of GPUs, or the share of one, that Ray has given to this process.
+        device: its device, if that is known; default: the GPU that Ray has given to it, or else the CPU.
 
     Returns:
-        Its device.
+        The device of this process.
     """
     torch.set_num_threads(threads)
     exact_float32()
@@ -184,7 +197,7 @@ def take_place(threads: int, gpus: float, device: torch.device | None = None) ->
 
 
 def report_progress(events: str) -> Progress:
-    """A progress function for workers; at most a few messages a second reach the driver."""
+    """Returns a progress function for workers, which sends at most a few messages a second for each task."""
     actor = ray.get_actor(events)
     last: dict[str, float] = {}
 
@@ -198,11 +211,11 @@ def report_progress(events: str) -> Progress:
 
 
 def report_failure(events: str, key: str, message: str) -> None:
-    """Tells the driver what a user can mend about the artifact (or trial) `key`."""
+    """Tells the driver why the artifact or the trial named `key` could not be made."""
     ray.get(ray.get_actor(events).fail.remote(key, message))
 
 
 def failures(events: str) -> dict[str, str]:
-    """The first message of `report_failure` for each key."""
+    """Returns the first message that `report_failure` was given for each key."""
     actor: Any = ray.get_actor(events)
     return ray.get(actor.failed.remote())

@@ -1,4 +1,4 @@
-"""Base and zoo on Ray Train: a group of workers that builds the missing of the two stages, one after the other."""
+"""The stages base and zoo on Ray Train, where a group of workers builds all that are missing."""
 
 from __future__ import annotations
 
@@ -22,13 +22,18 @@ from pdiff_ray.stages import base, zoo
 from pdiff_ray.stages.context import Context
 from pdiff_ray.storage.artifacts import Artifact
 
-# Workers wait for each other at the end of a stage, however unequal their shares.
+# Workers wait for each other at the end of a stage, however unequal their shares of the work are.
 COLLECTIVE_TIMEOUT_S = 7 * 24 * 3600
 
 
 @dataclass(frozen=True)
 class Job:
-    """An experiment of which some of the stages "base" and "zoo" are missing."""
+    """An experiment whose base, zoo or both are missing.
+
+    Attributes:
+        artifacts: those of all its stages, by the name of the stage.
+        stages: the missing ones of "base" and "zoo".
+    """
 
     experiment: Experiment
     artifacts: Mapping[str, Artifact]
@@ -36,13 +41,16 @@ class Job:
 
 
 def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
-    """Builds what the jobs lack with one group of `resources.workers` workers.
+    """Builds the missing bases and zoos with one group of at most `resources.workers` workers.
 
-    All workers train a base together, data-parallel, and share the runs of all zoos. A lost worker or node restarts the
-    group, which goes on from what is in storage.
+    All workers train a base together, data-parallel, and share the training runs of all zoos. If a worker or node is
+    lost, the group restarts and goes on from what is in storage.
+
+    Args:
+        events: the name of the actor through which workers report.
 
     Returns:
-        What a user can mend, by the key of the artifact that could not be built.
+        Why artifacts could not be built, by their keys; empty if all were.
     """
     resources, storage = jobs[0].experiment.resources, jobs[0].artifacts["base"].storage
     workers = useful_workers(jobs)
@@ -53,13 +61,13 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
         _work,
         train_loop_config={"jobs": list(jobs), "events": events, "gpus": gpus},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=per_worker),
-        # NCCL takes one process per GPU.
+        # NCCL allows only one process per GPU.
         torch_config=TorchConfig("nccl" if gpus >= 1 else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         run_config=RunConfig(
             name=name,
             storage_filesystem=storage.fs,
             storage_path=storage.path("tmp"),
-            # A base that cannot be trained may cost a restart as well.
+            # A base that cannot be trained may take a restart as well.
             failure_config=FailureConfig(max_failures=resources.max_failures + len(jobs) - 1),
         ),
     )
@@ -71,16 +79,16 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
         reason = next(iter(failures(events).values()))
         for job in jobs:
             for artifact in (job.artifacts[stage] for stage in job.stages):
-                if not artifact.exists():  # trials must not build what a group of workers is to build
+                if not artifact.exists():  # a trial must not build what only a group of workers may
                     report_failure(events, artifact.key, f"the group of workers has ended: {reason}")
     finally:
-        with contextlib.suppress(OSError):  # Ray's marker files; the results are artifacts
+        with contextlib.suppress(OSError):  # it has Ray's marker files only; the results are artifacts
             storage.fs.delete_dir(storage.path(f"tmp/{name}"))
     return failures(events)
 
 
 def useful_workers(jobs: Sequence[Job]) -> int:
-    """No more workers than the zoos have runs, unless there is a base to train data-parallel."""
+    """Returns the number of workers with something to do: if no base is trained, at most one for each run of a zoo."""
     workers = jobs[0].experiment.resources.workers
     if any("base" in job.stages for job in jobs):
         return workers
@@ -92,7 +100,7 @@ def _work(config: dict[str, Any]) -> None:
     device = take_place(jobs[0].experiment.resources.cpus_per_worker, config["gpus"], get_device())
     worker, progress = ray.train.get_context(), report_progress(events)
     rank, world = worker.get_world_rank(), worker.get_world_size()
-    failed = failures(events)  # a restart cannot help them
+    failed = failures(events)  # those before a restart, which does not help them
 
     def context(number: int) -> Context:
         suffix = f" {number + 1}/{len(jobs)}" if len(jobs) > 1 else ""
@@ -100,7 +108,7 @@ def _work(config: dict[str, Any]) -> None:
 
     for number, job in enumerate(jobs):
         artifact = job.artifacts["base"]
-        # It may be there by the group before a restart, or for a job before this one.
+        # The artifact may exist by now: from before a restart, or because an earlier job has the same base.
         if "base" not in job.stages or artifact.key in failed or _finished(artifact, world):
             continue
         try:
@@ -108,7 +116,7 @@ def _work(config: dict[str, Any]) -> None:
         except PdiffError as error:
             report_failure(events, artifact.key, str(error))
             failed[artifact.key] = str(error)
-            if world > 1:  # the others may wait for this worker: only a restart ends them
+            if world > 1:  # the others may be waiting for this worker, and only a restart ends that
                 raise
     shift = 0
     for number, job in enumerate(jobs):
@@ -122,11 +130,11 @@ def _work(config: dict[str, Any]) -> None:
             report_failure(events, artifact.key, str(error))
         shift += len(zoo.runs_of(job.experiment.zoo))
     if world > 1:
-        dist.barrier()  # the group ends when its first worker does
+        dist.barrier()  # the group ends as soon as one of its workers does
 
 
 def _finished(artifact: Artifact, world: int) -> bool:
-    """Whether rank 0 sees the artifact: all ranks have to go the same way."""
+    """Tells whether rank 0 sees the artifact, so that all ranks decide the same."""
     seen = [artifact.exists()]
     if world > 1:
         dist.broadcast_object_list(seen)

@@ -1,7 +1,7 @@
-"""Trials of a sweep on Ray Tune: it places and reuses actors, retries, stops by ASHA and keeps the time budget.
+"""The trials of a sweep on Ray Tune, which places, retries and stops them, and keeps the time budget.
 
-What to try comes from the ledger, and what came out goes there: a sweep that goes on is a new Tune experiment with the
-trials that are left, so nothing depends on Tune's own snapshots.
+The ledger says what to try and receives the results. A sweep that is continued is a new Tune experiment with the trials
+that are left, so nothing depends on Tune's own snapshots.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -34,25 +34,24 @@ from pdiff_ray.stages.context import Context
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.sweeps.ledger import Ledger
-from pdiff_ray.sweeps.trial import FINAL_RUNG, Trial, run_trial
+from pdiff_ray.sweeps.trial import FINAL_RUNG, OnChange, Trial, run_trial
 
-LEASE_S = 30.0
+LEASE_S = 30.0  # after which a claim lapses if it is not renewed
 POLL_S = 0.5
-
-OnChange = Callable[[Trial], None]
 
 
 def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnChange, spent_s: float = 0.0) -> None:
-    """Runs the trials that are left, until there is none or the time budget is used up.
+    """Runs the trials that are left, until there are none or the time budget is used up.
 
     Args:
-        unbuildable: keys of bases and zoos that could not be built, and why; trials that need them fail.
-        on_change: is given every trial as it begins and as it ends.
-        spent_s: of the time budget.
+        events: the name of the actor through which workers report.
+        unbuildable: why bases and zoos could not be built, by their keys; trials that need them fail.
+        on_change: called with every trial when it begins and when it ends.
+        spent_s: seconds of the time budget that are used already.
     """
     sweep, resources = ledger.sweep, ledger.file.experiment.resources
     claims = f"pdiff-claims-{uuid.uuid4().hex[:8]}"
-    # Held here: a named actor lives as long as its handle.
+    # This handle is kept because a named actor lives only as long as its handle does.
     keeper: Any = ray.remote(_Claims).options(name=claims, **beside_driver()).remote()
     gpus = gpu_share(resources.gpus_per_trial, sweep.max_concurrent or 1)
     shared = {
@@ -90,12 +89,12 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
         tuner.fit()
     finally:
         ray.kill(keeper)
-        with contextlib.suppress(OSError):  # Tune's snapshots; the ledger has all of it
+        with contextlib.suppress(OSError):  # it has Tune's snapshots only; the ledger has everything
             storage.fs.delete_dir(storage.path(f"tmp/{name}"))
 
 
 def _trial(config: dict[str, Any]) -> None:
-    """A trial, in an actor that runs one after another."""
+    """Runs one trial in an actor, which later runs others."""
     number, progress = config["number"], report_progress(config["events"])
     context = Context(
         take_place(config["threads"], config["gpus"]),
@@ -106,7 +105,7 @@ def _trial(config: dict[str, Any]) -> None:
     def report_rung(rung: int, objective: float) -> None:
         tune.report({"rung": rung, "objective": objective})
 
-    # A generator that goes on from where it was killed does not come to these rungs again.
+    # A generator that was interrupted resumes beyond these rungs, and does not report them again.
     for rung, value in config["curve"]:
         report_rung(rung, value)
     try:
@@ -118,7 +117,7 @@ def _trial(config: dict[str, Any]) -> None:
             lambda artifact: _claimed(artifact, config["claims"]),
             report_rung if config["rungs"] else None,
         )
-    except StorageError as error:  # it may be back at the next attempt
+    except StorageError as error:  # at the next attempt, storage may be back
         report_failure(config["events"], f"trial {number}", str(error))
         raise
     except PdiffError as error:  # another attempt would find the same
@@ -131,14 +130,14 @@ def _trial(config: dict[str, Any]) -> None:
 
 
 class _NotInSnapshots:
-    """Tune pickles its parts to take a sweep up again; here the ledger does that."""
+    """A part of Tune whose pickle is empty: Tune pickles its parts to resume from, but here the ledger is for that."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 class _Ledger(_NotInSnapshots, Searcher):
-    """Gives Tune the ledger's trials, one at a time."""
+    """The searcher that gives Tune the ledger's trials, one at a time."""
 
     def __init__(
         self, ledger: Ledger, unbuildable: dict[str, str], shared: dict[str, Any], on_change: OnChange
@@ -165,7 +164,7 @@ class _Ledger(_NotInSnapshots, Searcher):
         return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        pass  # `_Recorder` hears of it
+        pass  # `_Recorder` handles it
 
     def save(self, checkpoint_path: str) -> None:
         pass
@@ -175,7 +174,7 @@ class _Ledger(_NotInSnapshots, Searcher):
 
 
 class _ASHA(ASHAScheduler):
-    """ASHA over the rungs of a generator's fitting, with the decisions of earlier launches in mind."""
+    """The ASHA scheduler over the rungs of a generator's fitting, which knows the results of earlier launches."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(
@@ -188,7 +187,7 @@ class _ASHA(ASHAScheduler):
         self.stopped: set[str] = set()
         for trial in ledger.done():
             known: Any = SimpleNamespace(trial_id=f"earlier-{trial.number}")
-            nobody: Any = None  # the controller, which ASHA does not use
+            nobody: Any = None  # in place of the controller, which ASHA does not use
             self.on_trial_add(nobody, known)
             for rung, objective in trial.curve:
                 super().on_trial_result(nobody, known, {"rung": rung, "objective": objective})
@@ -204,7 +203,7 @@ class _ASHA(ASHAScheduler):
 
 
 class _Recorder(_NotInSnapshots, tune.Callback):
-    """Writes what comes out into the ledger."""
+    """The callback that records the trials' results in the ledger."""
 
     def __init__(self, ledger: Ledger, searcher: _Ledger, scheduler: _ASHA | None, on_change: OnChange) -> None:
         self.ledger, self.searcher, self.scheduler, self.on_change = ledger, searcher, scheduler, on_change
@@ -231,7 +230,7 @@ class _Recorder(_NotInSnapshots, tune.Callback):
             self._end(trial, state="finished", objective=result["objective"])
         elif self.scheduler and trial.trial_id in self.scheduler.stopped:
             self._end(trial, state="stopped", objective=result["objective"])
-        # else the time budget has ended it: it stays open
+        # Otherwise the time budget has ended the trial, which stays open for the next launch.
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         known = failures(self.searcher.shared["events"])
@@ -247,13 +246,13 @@ class _Recorder(_NotInSnapshots, tune.Callback):
 
 
 class _Claims:
-    """Who builds which artifact: leases that run out when their holder has died."""
+    """The actor that knows which trial builds which artifact, by leases that run out when their holder has died."""
 
     def __init__(self) -> None:
         self.leases: dict[str, tuple[str, float]] = {}
 
     def claim(self, key: str, holder: str) -> bool:
-        """Whether `holder` has the lease from now on."""
+        """Gives or renews the lease of an artifact, and tells whether `holder` has it now."""
         other, until = self.leases.get(key, (holder, 0.0))
         if other != holder and time.monotonic() < until:
             return False
@@ -261,31 +260,30 @@ class _Claims:
         return True
 
     def release(self, key: str, holder: str) -> None:
-        if self.leases.get(key, ("", 0.0))[0] == holder:  # else it has run out, and another one has it
+        if self.leases.get(key, ("", 0.0))[0] == holder:  # otherwise it has run out, and another trial may have it
             del self.leases[key]
 
 
 @contextlib.contextmanager
 def _claimed(artifact: Artifact, claims: str) -> Iterator[bool]:
-    """Waits while another trial builds the artifact; gives whether it is to be built here."""
+    """Waits while another trial builds the artifact, then yields whether to build it here."""
     actor: Any = ray.get_actor(claims)
     holder = uuid.uuid4().hex
-    while not artifact.exists():
-        if not ray.get(actor.claim.remote(artifact.key, holder)):
-            time.sleep(POLL_S)
-            continue
-        done = threading.Event()
-
-        threading.Thread(target=_renew, args=(actor, artifact.key, holder, done), daemon=True).start()
-        try:
-            yield not artifact.exists()  # it may have come between the two questions
-        finally:
-            done.set()
-            ray.get(actor.release.remote(artifact.key, holder))
+    held = False
+    while not artifact.exists() and not (held := ray.get(actor.claim.remote(artifact.key, holder))):
+        time.sleep(POLL_S)
+    if not held:
+        yield False
         return
-    yield False
+    done = threading.Event()
 
+    def renew() -> None:
+        while not done.wait(LEASE_S / 3):
+            actor.claim.remote(artifact.key, holder)
 
-def _renew(actor: Any, key: str, holder: str, done: threading.Event) -> None:
-    while not done.wait(LEASE_S / 3):
-        actor.claim.remote(key, holder)
+    threading.Thread(target=renew, daemon=True).start()
+    try:
+        yield not artifact.exists()  # it may have been built since it was last looked for
+    finally:
+        done.set()
+        ray.get(actor.release.remote(artifact.key, holder))

@@ -1,4 +1,4 @@
-"""What the user sees of a sweep while it goes on: a live table on a terminal, plain lines elsewhere."""
+"""The display of a running sweep: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,19 +18,26 @@ from pdiff_ray.sweeps.trial import Trial
 
 
 class SweepDisplay:
-    """The trials of a sweep: a live table on a terminal; elsewhere a line as a trial begins and as it ends.
+    """The trials of a sweep, shown as a live table or as a line whenever a trial begins or ends.
 
-    It is a `Progress` function, too: tasks named `trial <number>|<stage>` are of a trial.
+    It is a `Progress` function, too, for which a task of a trial is named `trial <number>|<stage>`.
+
+    Args:
+        total: the number of trials in the sweep.
+        metric: the name of the objective.
+        maximize: whether larger objectives are better.
+        done: the trials that have ended before.
+        live: whether to show the table.
     """
 
     def __init__(self, total: int, metric: str, maximize: bool, done: Sequence[Trial], live: bool) -> None:
         self.total, self.metric, self.maximize, self.live = total, metric, maximize, live
         self.trials = {trial.number: trial for trial in done if trial.state != "failed"}
         self.began: dict[int, float] = {}
-        self.tasks: dict[str, tuple[int, int, str]] = {}  # of the whole sweep
-        self.stages: dict[int, tuple[str, int, int]] = {}  # of the running trials
+        self.tasks: dict[str, tuple[int, int, str]] = {}  # those of the whole sweep
+        self.stages: dict[int, tuple[str, int, int]] = {}  # what running trials are doing
         self.lines = Display(None)
-        self.widest = 1  # trials that have run at a time
+        self.widest = 1  # the most trials that have run at a time
 
     def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
         trial, bar, stage = task.partition("|")
@@ -42,15 +49,15 @@ class SweepDisplay:
             self.lines(task, done, total, note)
 
     def of(self, number: int) -> Callable[[str, int, int, str], None]:
-        """The progress function of a trial."""
+        """Returns the progress function of a trial."""
         return lambda task, *rest: self(f"trial {number}|{task}", *rest)
 
     def clear(self) -> None:
-        """Forgets the tasks of the whole sweep, which are done."""
+        """Removes the tasks of the whole sweep, which are done."""
         self.tasks.clear()
 
     def change(self, trial: Trial) -> None:
-        """Shows a trial that begins or has ended."""
+        """Shows that a trial has begun or ended."""
         self.trials[trial.number] = trial
         if trial.state == "running":
             self.began[trial.number] = time.monotonic()
@@ -65,7 +72,7 @@ class SweepDisplay:
             console.print(f"  trial {trial.number} [{trial.text}] {state}{outcome}{reason}{after}", markup=False)
 
     def headline(self) -> str:
-        """How far the sweep is: trials done, the best so far, time left."""
+        """Returns how far the sweep is: the trials that have ended, the best objective so far, and the time left."""
         ended = [trial for trial in self.trials.values() if trial.state != "running"]
         parts = [f"{len(ended)} of {self.total} trials"]
         values = [t.objective for t in ended if t.state == "finished" and t.objective is not None]
@@ -89,7 +96,7 @@ class SweepDisplay:
         for task, (done, total, note) in self.tasks.items():
             table.add_row("", "", task, Text(f"{done}/{total} {note}"), "", "")
         running = sorted(self._running(), key=lambda t: t.number)
-        rows = max(3, console.height - 8 - len(self.tasks) - len(running))  # what a terminal can show of the ended ones
+        rows = max(3, console.height - 8 - len(self.tasks) - len(running))  # what the terminal has room for
         ended = [t for t in self.trials.values() if t.state != "running"][-rows:]
         for trial in [*sorted(ended, key=lambda t: t.number), *running]:
             stage, done, total = self.stages.get(trial.number, ("", 0, 0))
@@ -107,7 +114,7 @@ class SweepDisplay:
 
 @contextlib.contextmanager
 def sweep_display(total: int, metric: str, maximize: bool, done: Sequence[Trial]) -> Iterator[SweepDisplay]:
-    """A display for the time of a sweep."""
+    """Shows a sweep while the context lasts; see `SweepDisplay` for the arguments."""
     live = is_live()
     shown = SweepDisplay(total, metric, maximize, done, live)
     if not live:

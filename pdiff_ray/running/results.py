@@ -1,4 +1,4 @@
-"""What came of an experiment: its table, verdict, networks and files, read from storage."""
+"""The results of an experiment: its table, verdict, networks and files, read from storage."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from pdiff_ray.storage.parameters import ParameterStore, without_vector
 
 @dataclass(frozen=True)
 class Result:
-    """A finished experiment.
+    """The results of a finished experiment.
 
     Attributes:
-        name: of the experiment.
-        artifacts: of its stages, by name.
+        name: the name of the experiment.
+        artifacts: the artifact of each stage, by the name of the stage.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Result:
         """Opens the result whose report's key starts with `prefix`.
 
         Raises:
-            StorageError: there is no such report, or what it was made from is gone.
+            StorageError: there is no such report, or an artifact that it was made from is gone.
         """
         folder, manifest = find(storage, prefix)
         if manifest["stage"] != "report":
@@ -51,26 +51,26 @@ class Result:
 
     @functools.cached_property
     def summary(self) -> dict[str, Any]:
-        """A line of numbers per group of networks (`groups`), and the verdict (`verdict`)."""
+        """The numbers of each group of networks (`groups`) and the verdict (`verdict`), as JSON values."""
         return report.load_summary(self.artifacts)
 
     @property
     def verdict(self) -> str:
-        """Whether the samples are replicas, interpolations or new, in words and numbers."""
+        """The verdict, in words and numbers, on whether the samples are replicas, interpolations or new."""
         return str(self.summary["verdict"]["text"])
 
     def groups(self) -> pa.Table:
-        """Returns the result table, a row per group; accuracies are fractions."""
+        """Returns the result table, with a row for each group of networks; accuracies are fractions."""
         return pa.Table.from_pylist(self.summary["groups"])
 
     def networks(self) -> pa.Table:
-        """Returns a row for every network that was judged: originals, baselines and samples."""
+        """Returns a table with a row for every network that was judged: originals, baselines and samples."""
         records = ParameterStore(self.artifacts["evaluation"]).records()
         return pa.Table.from_pylist([without_vector(record) for record in records])
 
     @property
     def zoo(self) -> Networks:
-        """The members that the generator learned from."""
+        """The zoo's members, from which the generator learned."""
         return Networks(self.artifacts["zoo"])
 
     @property
@@ -80,21 +80,21 @@ class Result:
 
     @property
     def report(self) -> str:
-        """Where the HTML page is."""
+        """The location of the HTML page."""
         return report.report_location(self.artifacts)
 
     @property
     def sharing(self) -> str:
-        """What sharing the computation of frozen parts achieved, in words."""
+        """A description of what was gained by sharing the computation of frozen parts."""
         return report.achieved_sharing(self.artifacts)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds that each stage took."""
+        """The seconds that each stage took, by its name."""
         return report.stage_seconds(self.artifacts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it as JSON values."""
+        """Returns the results as JSON values."""
         return {
             "name": self.name,
             **self.summary,
@@ -114,7 +114,7 @@ def open_result(experiment: Experiment) -> Result:
     """Opens the result of an experiment that has been run.
 
     Raises:
-        PdiffError: it has not, or not to its end.
+        PdiffError: it has not been run, or not to its end.
     """
     plan = make_plan(experiment)
     if plan.missing:

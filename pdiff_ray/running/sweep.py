@@ -1,10 +1,10 @@
-"""Plans a sweep and runs the trials that are left."""
+"""Checks a sweep, runs the trials that are left, and opens its results."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,22 +18,19 @@ from pdiff_ray.running.progress import SweepDisplay, sweep_display
 from pdiff_ray.sweeps import report
 from pdiff_ray.sweeps.ledger import Ledger, Needs, needs
 from pdiff_ray.sweeps.table import Row, table
-from pdiff_ray.sweeps.trial import Trial, run_trial
-
-OnChange = Callable[[Trial], None]
+from pdiff_ray.sweeps.trial import OnChange, Trial, run_trial
 
 
 def check(ledger: Ledger) -> None:
-    """Finds what is wrong before work starts, once for each distinct data set, network and subset.
+    """Checks all that can be checked before work starts, once for each distinct data set, network and subset.
 
     Raises:
-        PdiffError
+        PdiffError: something is wrong.
     """
-    sizes: dict[str, int] = {}  # of subsets
-    # What a search will try is not known, and what it has begun to try may be what cannot be built.
+    sizes: dict[str, int] = {}  # of the subsets, by what decides whether an experiment can be built
+    # Of a search, the file's own setting is checked: its trials are not known yet, and may well be impossible ones.
     for trial in (ledger.planned() if ledger.sweep.search == "grid" else []) or [Trial(-1, {}, (0,))]:
         for experiment in ledger.experiments(trial):
-            # What decides whether it can be built; the seeds do not.
             zoo = experiment.zoo.model_dump(include={"subset", "batchnorm", "imported", "members"})
             same = repr((experiment.data, experiment.network, zoo))
             if same not in sizes:
@@ -43,12 +40,12 @@ def check(ledger: Ledger) -> None:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What is known of a sweep after a launch.
+    """The results of a sweep.
 
     Attributes:
-        ledger: its trials.
-        confirmation: the sweep that compares the best setting of a search with the file's own; None if there is none.
-        rows: of its table: combinations of a grid, or trials of a search.
+        ledger: the trials of the sweep.
+        confirmation: the trials that compare the best setting of a search with the file's own; None if there are none.
+        rows: the rows of the result table, one for each combination of a grid or trial of a search.
     """
 
     ledger: Ledger
@@ -57,26 +54,26 @@ class SweepResult:
 
     @property
     def failed(self) -> list[Trial]:
-        """Trials that failed, those of the confirmation last."""
+        """The trials that failed, with those of the confirmation last."""
         ledgers = [self.ledger, *([self.confirmation] if self.confirmation else [])]
         return [trial for ledger in ledgers for trial in ledger.done() if trial.state == "failed"]
 
     @property
     def verdict(self) -> str | None:
-        """Whether a search has found a better setting than the file's own, in words; None of a grid."""
+        """The answer, in words, to whether a search has found a better setting than the file's own; None for a grid."""
         return report.verdict(self.ledger)
 
     @property
     def report(self) -> str:
-        """Where the HTML page is."""
+        """The location of the HTML page."""
         return self.ledger.storage.location(f"{self.ledger.folder}/{report.REPORT_FILE}")
 
     def table(self) -> pa.Table:
-        """Returns the rows with all metrics: means over seeds, standard deviations (`_std`) and numbers (`_n`)."""
+        """Returns the rows with means of all metrics over seeds, standard deviations (`_std`) and counts (`_n`)."""
         return pa.Table.from_pylist(report.summary_lines(self.ledger, self.rows))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it as JSON values."""
+        """Returns the results as JSON values."""
         return {
             "name": self.ledger.file.experiment.name,
             "rows": report.summary_lines(self.ledger, self.rows),
@@ -90,11 +87,11 @@ def run(ledger: Ledger, *, in_process: bool = False, track: bool = True) -> Swee
     """Runs the trials that are left, compares a search's best setting with the file's own, and writes the report.
 
     Args:
-        in_process: runs trials in this process, for debugging, instead of on Ray.
-        track: tells MLflow of all of it as it goes on; a server that cannot be reached costs a warning.
+        in_process: runs the trials in this process, for debugging, and not on Ray.
+        track: logs everything to MLflow while the sweep goes on; if the server cannot be reached, there is a warning.
 
     Raises:
-        PdiffError: something that the user can mend. Trials that fail raise nothing; see `SweepResult.failed`.
+        PdiffError: something is wrong that the user can mend. Failed trials do not raise it; see `SweepResult.failed`.
     """
     from pdiff_ray import tracking
 
@@ -106,11 +103,12 @@ def run(ledger: Ledger, *, in_process: bool = False, track: bool = True) -> Swee
             with follow(confirmation) as tell_too:
                 run_trials(confirmation, in_process=in_process, on_result=tell_too)
                 report.write(confirmation)
-        return SweepResult(ledger, confirmation, report.write(ledger))  # MLflow takes what that writes
+        rows = report.write(ledger)  # in the context, as MLflow takes what is written
+        return SweepResult(ledger, confirmation, rows)
 
 
 def open_sweep(ledger: Ledger) -> SweepResult:
-    """Reads what there is of a sweep, without running anything."""
+    """Opens the results of a sweep so far, without running anything."""
     return SweepResult(ledger, ledger.confirmation(), table(ledger))
 
 
@@ -123,7 +121,7 @@ def run_trials(ledger: Ledger, *, in_process: bool = False, on_result: OnChange 
     """Runs the trials that are left.
 
     Args:
-        on_result: is given every trial that has ended.
+        on_result: called with every trial that has ended.
     """
     if not ledger.open_trials() and len(ledger.done()) == ledger.total:
         return
@@ -172,6 +170,6 @@ def _run_on_ray(ledger: Ledger, needed: Needs, shown: SweepDisplay, on_change: O
             jobs = [train.Job(experiment, ledger.artifacts(experiment), stages) for experiment, stages in needed.jobs]
             unbuildable = train.train(jobs, events)
             shown.clear()
-            if unbuildable and ledger.sweep.search != "grid":  # all trials need it
+            if unbuildable and ledger.sweep.search != "grid":  # all trials of a search need it
                 raise PdiffError(next(iter(unbuildable.values())))
         tune.run(ledger, events, unbuildable, on_change, time.monotonic() - started)

@@ -1,4 +1,4 @@
-"""The figures of a sweep, as PNG bytes: accuracy and similarity over what varies, and how a search went."""
+"""Figures of a sweep, as PNG bytes: accuracy and similarity over the values that vary, and the course of a search."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from matplotlib.figure import Figure
 from pdiff_ray.evaluation.groups import GROUPS
 from pdiff_ray.reports.figures import bare, png
 
-MAX_COLUMNS = 3  # of panels
-MAX_TICKS = 10  # that stand at values; more are left to matplotlib
-LOG_RATIO = 20  # of the largest to the smallest value, from which on a scale is logarithmic
+MAX_COLUMNS = 3  # panels side by side
+MAX_TICKS = 10  # with more values than this, matplotlib chooses the ticks
+LOG_RATIO = 20  # an axis is logarithmic if the largest value is at least this many times the smallest
 MEASURES = {"best": ("#D55E00", "^"), "average": ("#0072B2", "o"), "median": ("#009E73", "s")}  # colour, marker
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Combinations of a sweep that share everything but one parameter.
+    """The combinations of a sweep that differ in one parameter only.
 
     Attributes:
-        title: what they share.
-        parameter: the one in which they differ.
-        values: its values, in order.
-        curves: by quantity: mean, standard deviation, lowest and highest over seeds at each value, not-a-number where
-            there is none.
+        title: the values that they share.
+        parameter: the name of the parameter in which they differ.
+        values: the values of this parameter, in order.
+        curves: for each quantity, its mean, standard deviation, minimum and maximum over seeds at each value; NaN where
+            there are no results.
     """
 
     title: str
@@ -38,26 +38,31 @@ class Panel:
 
     @property
     def numeric(self) -> bool:
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in self.values)
-        return numbers and len(self.values) > 1
+        """True if the values are at least two numbers, which then have a scale."""
+        return are_numbers(self.values) and len(self.values) > 1
 
     @property
     def places(self) -> np.ndarray:
-        """Where its values stand on the x axis."""
+        """The positions of the values on the x axis: the numbers themselves, or 0, 1, 2 and so on for names."""
         return np.array(self.values, float) if self.numeric else np.arange(len(self.values))
 
 
+def are_numbers(values: Iterable[Any]) -> bool:
+    """Tells whether all values are numbers; truth values are not."""
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
 def accuracy_over(panels: Sequence[Panel]) -> bytes:
-    """Best, average and median test accuracy of the generated networks, beside the originals' average.
+    """Draws the best, average and median test accuracy of the generated networks, beside the originals' average.
 
     Args:
-        panels: with curves `best`, `average`, `median` and `originals`, fractions.
+        panels: have the curves `best`, `average`, `median` and `originals`, as fractions.
     """
     figure, grid = _figure(panels)
     for axes, panel in zip(grid, panels, strict=True):
         _reference(axes, panel, 100 * panel.curves["originals"][:, 0], "originals, average")
         for index, (name, (colour, marker)) in enumerate(MEASURES.items()):
-            # Names leave room beside each other, so that no error bar hides another.
+            # Between names there is room to draw the measures side by side, so that no error bar hides another.
             places = panel.places if panel.numeric else panel.places + 0.2 * (index - 1)
             _points(axes, panel, places, 100 * panel.curves[name], colour, marker, f"generated, {name}")
     _finish(figure, grid, "test accuracy (%)")
@@ -65,10 +70,10 @@ def accuracy_over(panels: Sequence[Panel]) -> bytes:
 
 
 def similarity_over(panels: Sequence[Panel]) -> bytes:
-    """The range over generated networks of the largest similarity with an original.
+    """Draws the range and the average, over generated networks, of their largest similarity with an original.
 
     Args:
-        panels: with curves `smallest`, `average`, `largest` and `originals`.
+        panels: have the curves `smallest`, `average`, `largest` and `originals`.
     """
     figure, grid = _figure(panels)
     for axes, panel in zip(grid, panels, strict=True):
@@ -87,13 +92,15 @@ def similarity_over(panels: Sequence[Panel]) -> bytes:
 
 @dataclass(frozen=True)
 class Search:
-    """What is known of a search's trials, by their numbers.
+    """The trials of a search, by their numbers, as the figures need them.
 
     Attributes:
-        objective: its name, as the axis is labelled.
-        finished: objectives.
-        stopped: what they had reached when a scheduler stopped them.
-        reference: the objective of the experiment as the file has it, if it is known.
+        objective: the name of the objective, for the axis.
+        maximize: whether larger objectives are better.
+        finished: the objective of each finished trial; there is at least one.
+        stopped: the objective that each stopped trial had reached when the scheduler stopped it.
+        failed: the numbers of the failed trials.
+        reference: the objective of the experiment as the file has it, or None if it is not known.
     """
 
     objective: str
@@ -105,28 +112,31 @@ class Search:
 
     @property
     def best(self) -> int:
+        """The number of the finished trial with the best objective."""
         return (max if self.maximize else min)(self.finished, key=lambda number: self.finished[number])
+
+    @property
+    def last(self) -> int:
+        """The highest number of a trial that has ended."""
+        return max([*self.finished, *self.stopped, *self.failed])
 
 
 def history(search: Search) -> bytes:
-    """The objective of every trial, and the best so far."""
+    """Draws the objective of every trial, and the best objective so far."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = bare(figure.add_subplot())
     numbers, values = list(search.finished), list(search.finished.values())
     best = (np.maximum if search.maximize else np.minimum).accumulate(values)
-    axes.step(
-        [*numbers, _last(search)], [*best, best[-1]], where="post", color=MEASURES["best"][0], label="best so far"
-    )
+    axes.step([*numbers, search.last], [*best, best[-1]], where="post", color=MEASURES["best"][0], label="best so far")
     axes.scatter(numbers, values, s=22, color=MEASURES["average"][0], label="finished", zorder=3)
     _stopped(axes, list(search.stopped), list(search.stopped.values()))
     if search.failed:
-        # Failed trials have no objective: they stand at the lower edge.
+        # Failed trials have no objective, so they stand at the lower edge of the axes.
         edge = axes.get_xaxis_transform()
         axes.scatter(
             search.failed, [0.02] * len(search.failed), s=22, marker="|", color="black", transform=edge, label="failed"
         )
-    if search.reference is not None:
-        axes.axhline(search.reference, color="black", linestyle="--", linewidth=1, label="as in the file")
+    _as_in_the_file(axes, search)
     axes.set_xlabel("trial")
     axes.xaxis.get_major_locator().set_params(integer=True)
     _finish(figure, [axes], search.objective)
@@ -134,7 +144,7 @@ def history(search: Search) -> bytes:
 
 
 def importances(shares: Mapping[str, float]) -> bytes:
-    """How much of the objective's variance each parameter explains."""
+    """Draws the share of the objective's variance that each parameter explains."""
     names = sorted(shares, key=lambda name: shares[name])
     figure = Figure(figsize=(6, 0.8 + 0.32 * len(names)), layout="constrained")
     axes = bare(figure.add_subplot(), "x")
@@ -148,11 +158,13 @@ def importances(shares: Mapping[str, float]) -> bytes:
 
 @dataclass(frozen=True)
 class Slice:
-    """The values of one parameter: by trial, where it applies.
+    """The values of one parameter in the trials of a search.
 
     Attributes:
-        choices: all that there are, if they are counted.
-        log: whether its range is searched in the logarithm.
+        parameter: the name of the parameter.
+        values: its value in each trial to which it applies, by the number of the trial.
+        choices: all values that it can have, or None if it has a range.
+        log: whether its range is searched on a logarithmic scale.
     """
 
     parameter: str
@@ -161,11 +173,12 @@ class Slice:
     log: bool
 
     def places(self, numbers: Iterable[int]) -> list[float]:
+        """Returns the positions on the x axis of the trials with the given numbers."""
         return [self.choices.index(self.values[n]) if self.choices else self.values[n] for n in numbers]
 
 
 def slices(search: Search, parameters: Sequence[Slice]) -> bytes:
-    """The objective against each parameter; later trials are darker."""
+    """Draws the objective against each parameter, with later trials darker."""
     figure, grid = _grid(len(parameters), 2.6)
     for axes, parameter in zip(grid, parameters, strict=True):
         finished = [n for n in search.finished if n in parameter.values]
@@ -177,9 +190,8 @@ def slices(search: Search, parameters: Sequence[Slice]) -> bytes:
             objectives,
             c=finished,
             cmap="Blues",
-            # The first trials would be white on white.
-            vmin=-0.4 * _last(search) - 1,
-            vmax=_last(search),
+            vmin=-0.4 * search.last - 1,  # below 0, so that the first trials are not white on white
+            vmax=search.last,
             s=22,
             edgecolors="#08306b",
             linewidths=0.4,
@@ -190,8 +202,7 @@ def slices(search: Search, parameters: Sequence[Slice]) -> bytes:
             place = parameter.places([search.best])
             colour = MEASURES["best"][0]
             axes.scatter(place, [search.finished[search.best]], s=90, marker="*", color=colour, label="best", zorder=4)
-        if search.reference is not None:
-            axes.axhline(search.reference, color="black", linestyle="--", linewidth=1, label="as in the file")
+        _as_in_the_file(axes, search)
         axes.set_xlabel(parameter.parameter, fontsize=9)
         if parameter.choices:
             axes.set_xlim(-0.5, len(parameter.choices) - 0.5)
@@ -204,8 +215,9 @@ def slices(search: Search, parameters: Sequence[Slice]) -> bytes:
     return png(figure)
 
 
-def _last(search: Search) -> int:
-    return max([*search.finished, *search.stopped, *search.failed])
+def _as_in_the_file(axes: Any, search: Search) -> None:
+    if search.reference is not None:
+        axes.axhline(search.reference, color="black", linestyle="--", linewidth=1, label="as in the file")
 
 
 def _stopped(axes: Any, places: Sequence[float], values: Sequence[float]) -> None:
@@ -214,7 +226,7 @@ def _stopped(axes: Any, places: Sequence[float], values: Sequence[float]) -> Non
 
 
 def _figure(panels: Sequence[Panel]) -> tuple[Figure, list[Any]]:
-    """A figure whose axes have the panels' titles and values."""
+    """Returns a figure and the axes of its panels, with their titles, scales and ticks."""
     figure, grid = _grid(len(panels), 3.6 if len(panels) == 1 else 3)
     for axes, panel in zip(grid, panels, strict=True):
         axes.set_title(panel.title, fontsize=9)
@@ -227,7 +239,7 @@ def _figure(panels: Sequence[Panel]) -> tuple[Figure, list[Any]]:
         if len(positive) and panel.places.min() >= 0 and positive.max() >= LOG_RATIO * positive.min():
             if (panel.places > 0).all():
                 axes.set_xscale("log")
-            else:  # zero has a place of its own, left of the smallest
+            else:  # a logarithmic axis has no zero; this one has it to the left of the smallest value
                 axes.set_xscale("symlog", linthresh=positive.min(), linscale=0.5)
         if len(panel.values) <= MAX_TICKS:
             axes.set_xticks(panel.places, [f"{value:g}" for value in panel.values], fontsize=8)
@@ -236,7 +248,7 @@ def _figure(panels: Sequence[Panel]) -> tuple[Figure, list[Any]]:
 
 
 def _grid(panels: int, height: float) -> tuple[Figure, list[Any]]:
-    """A figure with axes for so many panels, which share their y axes."""
+    """Returns a figure and axes for so many panels, which share one y axis; `height` is in inches per row."""
     columns = min(panels, MAX_COLUMNS)
     rows = -(-panels // columns)
     figure = Figure(figsize=(6 if columns == 1 else 3.2 * columns, height * rows + 0.4), layout="constrained")
@@ -249,7 +261,7 @@ def _grid(panels: int, height: float) -> tuple[Figure, list[Any]]:
 
 
 def _finish(figure: Figure, grid: Sequence[Any], quantity: str) -> None:
-    """Names the y axes, and explains all marks in one line above the panels."""
+    """Labels the y axes, and puts one legend for all panels above them."""
     figure.supylabel(quantity, fontsize=9) if len(grid) > MAX_COLUMNS else grid[0].set_ylabel(quantity, fontsize=9)
     marks: dict[str, Any] = {}
     for axes in grid:
@@ -269,7 +281,7 @@ def _finish(figure: Figure, grid: Sequence[Any], quantity: str) -> None:
 def _points(
     axes: Any, panel: Panel, places: np.ndarray, curve: np.ndarray, colour: str, marker: str, text: str
 ) -> None:
-    """Means with error bars, joined where the values are numbers."""
+    """Draws means with error bars, joined by lines if the panel's values are numbers."""
     mean, std = curve.T[:2]
     known = ~np.isnan(mean)
     axes.errorbar(
@@ -287,7 +299,7 @@ def _points(
 
 
 def _reference(axes: Any, panel: Panel, values: np.ndarray, text: str) -> None:
-    """What the generated networks are compared with, at each value."""
+    """Draws what the generated networks are compared with, at each value."""
     known = ~np.isnan(values)
     places, values = panel.places[known], values[known]
     style: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1, "label": text}
@@ -298,9 +310,9 @@ def _reference(axes: Any, panel: Panel, values: np.ndarray, text: str) -> None:
 
 
 def _name_ticks(axes: Any, names: Sequence[Any]) -> None:
-    """Ticks with names that do not run into each other: broken into lines, or, if words are too long, slanting."""
+    """Labels the ticks with names that do not overlap: broken into lines or, if their words are too long, slanting."""
     inches = axes.figure.get_figwidth() / axes.get_gridspec().ncols - 0.6
-    room = max(4, int(14 * inches / len(names)))  # characters at this size
+    room = max(4, int(14 * inches / len(names)))  # characters per name, at this font size
     texts = [f"{name:g}" if isinstance(name, float) else str(name) for name in names]
     if max(len(word) for text in texts for word in text.split() or [""]) <= room:
         axes.set_xticks(range(len(names)), [textwrap.fill(text, room) for text in texts], fontsize=8)

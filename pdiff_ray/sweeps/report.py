@@ -1,4 +1,4 @@
-"""What came of a sweep: its verdict, tables, figures and a page, from its ledger and artifacts alone."""
+"""The results of a sweep: its verdict, tables, figures and HTML page, made from its ledger and artifacts alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pdiff_ray.stages import report
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.sweeps import figures as sweep_figures
 from pdiff_ray.sweeps import search
-from pdiff_ray.sweeps.figures import Panel, Search, Slice
+from pdiff_ray.sweeps.figures import Panel, Search, Slice, are_numbers
 from pdiff_ray.sweeps.ledger import AS_IN_THE_FILE, Ledger
 from pdiff_ray.sweeps.table import (
     HIGHEST,
@@ -50,7 +50,7 @@ CAPTIONS = {
 
 
 def headline(ledger: Ledger) -> str:
-    """How much of a sweep there is."""
+    """Returns in words how many trials of a sweep have finished, were stopped or failed, and are still to come."""
     counts = Counter(trial.state for trial in ledger.done())
     parts = [f"{counts['finished']} of {ledger.total} trials finished"]
     parts += [f"{counts[state]} {state}" for state in ("stopped", "failed") if counts[state]]
@@ -59,7 +59,7 @@ def headline(ledger: Ledger) -> str:
 
 
 def warning(rows: Sequence[Row]) -> str:
-    """Which results suffer from their autoencoder; empty if none does."""
+    """Returns a text about the results whose autoencoder loses accuracy, empty if there are none."""
     gated = [result for row in rows for result in row.results if result.gate]
     failed = [result for result in gated if not result.gate["passed"]]
     if not failed:
@@ -73,7 +73,10 @@ def warning(rows: Sequence[Row]) -> str:
 
 
 def verdict(ledger: Ledger) -> str | None:
-    """Whether a search has found a better setting than the file's own, in words; None of a grid."""
+    """Returns in words whether a search has found a better setting than the file's own.
+
+    None for a grid, or if no trial has finished.
+    """
     best, confirmation = ledger.best(), ledger.confirmation()
     if ledger.sweep.search == "grid" or best is None:
         return None
@@ -81,7 +84,13 @@ def verdict(ledger: Ledger) -> str | None:
 
 
 def _verdict(ledger: Ledger, best: Trial, compared: Sequence[Row]) -> str:
-    """Args: compared: the file's own setting and the best trial's, with seeds that the search has not seen."""
+    """Returns the verdict of a search.
+
+    Args:
+        best: the trial with the best objective.
+        compared: the rows of the confirmation: the file's own setting, then that of the best trial, with seeds that the
+            search has not seen. Empty if there is no confirmation yet.
+    """
     metric = ledger.sweep.metric
     named = f"trial {best.number} ({assignment_text(ledger, best.assignment)})"
     results = [{r.repeat: r.metrics for r in row.results if r.metrics} for row in compared]
@@ -109,15 +118,12 @@ def _verdict(ledger: Ledger, best: Trial, compared: Sequence[Row]) -> str:
         word = "beats the file's own setting on average only"
     else:
         return f"The search has not beaten the file's own setting: its best, {named}, has {numbers}; {test}."
-    return f"The best of {_finished(ledger)} finished trials, {named}, {word}: {numbers}; {test}."
-
-
-def _finished(ledger: Ledger) -> int:
-    return sum(trial.state == "finished" for trial in ledger.done())
+    finished = sum(trial.state == "finished" for trial in ledger.done())
+    return f"The best of {finished} finished trials, {named}, {word}: {numbers}; {test}."
 
 
 def write(ledger: Ledger) -> list[Row]:
-    """Writes tables, figures and page into the sweep's folder, in place of earlier ones; gives the table's rows."""
+    """Writes the tables, figures and page into the sweep's folder, replacing earlier ones; returns the table's rows."""
     rows = table(ledger)
     pngs = figures(ledger, rows)
     files = {f"{name}.png": png for name, png in pngs.items()}
@@ -132,7 +138,7 @@ def write(ledger: Ledger) -> list[Row]:
 
 
 def figures(ledger: Ledger, rows: Sequence[Row]) -> dict[str, bytes]:
-    """The figures that there is something to show in, as PNG, by name."""
+    """Returns the figures of a sweep as PNG bytes, by name; those without anything to show are left out."""
     if ledger.sweep.search != "grid":
         return _search_figures(ledger, rows)
     if not any(row.evaluated for row in rows):
@@ -156,15 +162,16 @@ def figures(ledger: Ledger, rows: Sequence[Row]) -> dict[str, bytes]:
 
 
 def _panels(ledger: Ledger, rows: Sequence[Row], curves: Mapping[str, str]) -> list[Panel]:
-    """Rows that differ in one parameter share a panel, with it as x axis: in one of numbers if there is one, else in
-    the one with the most values.
+    """Returns panels, each of the rows that differ in one parameter only, which is the panel's x axis.
+
+    This parameter is one whose values are numbers if there is one, and else the one with the most values.
 
     Args:
-        curves: the metric of each curve.
+        curves: the metric that each curve shows, by the name of the curve.
     """
     parameters = ledger.sweep.parameters
     short = short_names(list(parameters))
-    first = sorted(parameters, key=lambda n: (not _numeric(parameters[n].labels), -len(parameters[n].labels)))
+    first = sorted(parameters, key=lambda n: (not are_numbers(parameters[n].labels), -len(parameters[n].labels)))
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         x = next(name for name in first if name in row.assignment)
@@ -172,19 +179,17 @@ def _panels(ledger: Ledger, rows: Sequence[Row], curves: Mapping[str, str]) -> l
         groups.setdefault((x, title), []).append(row)
     panels = []
     for (x, title), members in groups.items():
-        if _numeric(parameters[x].labels):
+        if are_numbers(parameters[x].labels):
             members.sort(key=lambda row: float(row.assignment[x] or 0))
-        statistics = {curve: [row.statistic(metric) for row in members] for curve, metric in curves.items()}
-        points = {curve: np.array([_point(statistic) for statistic in found]) for curve, found in statistics.items()}
+        points = {
+            curve: np.array([_point(row.statistic(metric)) for row in members]) for curve, metric in curves.items()
+        }
         panels.append(Panel(title, short[x], [row.assignment[x] for row in members], points))
     return panels
 
 
-def _numeric(labels: Sequence[Label]) -> bool:
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in labels)
-
-
 def _point(statistic: Statistic | None) -> tuple[float, ...]:
+    """Returns mean, standard deviation, minimum and maximum, NaN where they are not known."""
     if statistic is None:
         return (math.nan,) * 4
     std = math.nan if statistic.std is None else statistic.std
@@ -194,9 +199,11 @@ def _point(statistic: Statistic | None) -> tuple[float, ...]:
 def _search_figures(ledger: Ledger, rows: Sequence[Row]) -> dict[str, bytes]:
     sweep, done = ledger.sweep, ledger.done()
     scale = 100 if is_percent(sweep.metric) else 1
-    known = {t.number: scale * t.objective for t in done if t.objective is not None}
-    by_state = {state: [t.number for t in done if t.state == state] for state in ("finished", "stopped", "failed")}
-    finished = {number: known[number] for number in by_state["finished"] if number in known}
+
+    def objectives(state: str) -> dict[int, float]:
+        return {t.number: scale * t.objective for t in done if t.state == state and t.objective is not None}
+
+    finished = objectives("finished")
     if not finished:
         return {}
     own = rows[0].statistic(sweep.metric) if rows[0].name == AS_IN_THE_FILE else None
@@ -205,8 +212,8 @@ def _search_figures(ledger: Ledger, rows: Sequence[Row]) -> dict[str, bytes]:
         objective=f"{group}: {quantity.replace('_', ' ')}{' (%)' if scale == 100 else ''}",
         maximize=sweep.maximize,
         finished=finished,
-        stopped={number: known[number] for number in by_state["stopped"] if number in known},
-        failed=by_state["failed"],
+        stopped=objectives("stopped"),
+        failed=[t.number for t in done if t.state == "failed"],
         reference=None if own is None else scale * own.mean,
     )
     pngs = {"history": sweep_figures.history(seen)}
@@ -223,7 +230,7 @@ def _search_figures(ledger: Ledger, rows: Sequence[Row]) -> dict[str, bytes]:
 
 
 def _importances(ledger: Ledger) -> dict[str, float]:
-    """The share of each parameter that all trials have in the variance of the objective: Hutter et al. 2014."""
+    """Returns the share in the objective's variance of parameters that all trials have: fANOVA, Hutter et al. 2014."""
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     if len({trial.objective for trial in ledger.done() if trial.state == "finished"}) < 2:
@@ -233,7 +240,7 @@ def _importances(ledger: Ledger) -> dict[str, float]:
 
 
 def summary_lines(ledger: Ledger, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Returns the rows of the table with all metrics, as JSON values."""
+    """Returns the rows of the table with all metrics, as JSON values; all have the same keys."""
     lines = [_summary_line(ledger, row) for row in rows]
     names = dict.fromkeys(name for line in lines for name in line)
     return [{name: line.get(name) for name in names} for line in lines]
@@ -266,7 +273,7 @@ def _trial_line(ledger: Ledger, row: Row, result: Result) -> dict[str, Any]:
 
 
 def _settings(ledger: Ledger, assignment: Assignment) -> dict[str, Label]:
-    """The values by full dotted path, those of variants included; None where one is not set."""
+    """Returns the value of every field that the sweep varies, by dotted path; None where the assignment sets none."""
     parameters = ledger.sweep.parameters
     varied = (path for p in parameters.values() for fields in (p.variants or {}).values() for path in fields)
     settings: dict[str, Label] = dict.fromkeys([*parameters, *varied])
@@ -310,7 +317,7 @@ def _page(ledger: Ledger, rows: Sequence[Row], pngs: Mapping[str, bytes]) -> str
 
 
 def _link(artifact: Artifact) -> str | None:
-    """A report's address, seen from the sweep's folder."""
+    """Returns the address of a report relative to the sweep's folder, or None if there is no report."""
     if not artifact.exists():
         return None
     return f"../../{artifact.folder}/{artifact.manifest()['files'][report.REPORT_FILE]['path']}"

@@ -1,6 +1,6 @@
-"""Trials, and what random and Optuna searches try next from what is known of those so far.
+"""The choice of what random and Optuna searches try next, given the trials so far.
 
-Suggestion n is determined by the sweep's seed, n and the results that are there, and by nothing else: a search has no
+The values of trial n are determined by the sweep's seed, n and the results so far, and by nothing else: a search has no
 state that could be lost.
 """
 
@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 
 
 def suggest(sweep: Sweep, number: int, done: Sequence[Trial]) -> Assignment:
-    """The values of trial `number`."""
+    """Returns the values that trial `number` is to try.
+
+    Args:
+        done: the trials that have ended, from which Optuna's TPE learns.
+    """
     import optuna
 
     seed = derive_seed(sweep.seed, "search", number) % 2**32
     study = study_of(sweep, done)
-    sampler: optuna.samplers.BaseSampler = (
-        optuna.samplers.RandomSampler(seed) if sweep.search == "random" else optuna.samplers.TPESampler(seed=seed)
-    )
-    study.sampler = sampler
+    samplers = optuna.samplers
+    study.sampler = samplers.RandomSampler(seed) if sweep.search == "random" else samplers.TPESampler(seed=seed)
     trial = study.ask()
     assignment: Assignment = {}
     for name, parameter in sweep.parameters.items():
@@ -44,7 +46,7 @@ def _draw(trial: optuna.Trial, name: str, parameter: Parameter) -> Label:
 
 
 def study_of(sweep: Sweep, done: Sequence[Trial]) -> optuna.Study:
-    """The trials as an Optuna study, in memory. Those that ASHA stopped are pruned ones there."""
+    """Returns an Optuna study in memory that holds the trials `done`; those that ASHA stopped count as pruned."""
     import optuna
     from optuna.trial import TrialState, create_trial
 

@@ -1,4 +1,4 @@
-"""A trial of a sweep: what is known of it, and how it is run."""
+"""A trial of a sweep: the record of what is known about it, and the function that runs it."""
 
 from __future__ import annotations
 
@@ -23,22 +23,25 @@ from pdiff_ray.stages.table import STAGES, Claim, artifacts_of, build_missing, u
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.files import Storage
 
-FINAL_RUNG = NUM_RUNGS + 1  # after the generator's: the evaluation
+OnChange = Callable[["Trial"], None]
+FINAL_RUNG = NUM_RUNGS + 1  # the evaluation, after the rungs of the generator
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial: its values, and what is known of it.
+    """One trial of a sweep: the values that it tries, and what is known about it.
 
     Attributes:
-        assignment: the parameters that vary.
-        repeats: what is added to the seeds; an experiment each.
-        state: failed ones of a grid are tried again by the next launch, interrupted ones remain "running".
-        objective: the sweep's metric, mean over repeats.
-        curve: (rung, objective) of the unfinished generator, where a scheduler asked for it.
-        reason: why it failed.
-        crashed: failed by the loss of its process, node or storage, not by its values.
-        seconds: that it ran.
+        number: its position in the sweep, from 0.
+        assignment: the value of each parameter that applies.
+        repeats: what is added to the seeds; the trial has one experiment for each of these numbers.
+        state: "running" until the trial has ended, and also after an interruption. The next launch tries the failed
+            trials of a grid again.
+        objective: the sweep's metric, as the mean over the repeats.
+        curve: pairs of a rung and the objective that the unfinished generator had there, if a scheduler asked for them.
+        reason: why the trial failed.
+        crashed: whether it failed because its process, node or storage was lost, and not because of its values.
+        seconds: how long the trial ran.
     """
 
     number: int
@@ -53,7 +56,7 @@ class Trial:
 
     @property
     def text(self) -> str:
-        """Its values in a few words."""
+        """The trial's values in a few words."""
         seed = f", seed +{self.repeats[0]}" if len(self.repeats) == 1 and self.repeats[0] else ""
         return describe(self.assignment) + seed
 
@@ -66,15 +69,20 @@ def run_trial(
     claim: Claim = unclaimed,
     report_rung: Callable[[int, float], None] | None = None,
 ) -> float:
-    """Builds all that a trial lacks.
+    """Builds the missing artifacts of a trial's experiments and returns the trial's objective.
 
     Args:
-        claim: holds other trials off while this one builds an artifact; gives whether it is to be built.
-        report_rung: is given the objective of the unfinished generator at each rung, and may raise to stop the trial;
-            only with one experiment.
+        experiments: one for each repeat of the trial.
+        metric: the name of the objective, one of `OBJECTIVES`.
+        claim: gives a context in which no other trial builds an artifact, and which yields whether to build it here.
+        report_rung: called with each rung and the objective that the unfinished generator has there; it may raise an
+            exception to stop the trial. It is used only if there is one experiment.
 
     Returns:
-        The objective, mean over the experiments.
+        The mean of the objective over the experiments.
+
+    Raises:
+        PdiffError: the objective is not finite, or something else that the user can mend.
     """
     objectives = []
     for experiment in experiments:
@@ -93,12 +101,12 @@ def run_trial(
 
 
 def has_results(artifacts: Mapping[str, Artifact]) -> bool:
-    """Returns whether an experiment has been evaluated and reported."""
+    """Tells whether an experiment has been evaluated and reported."""
     return artifacts["evaluation"].exists() and artifacts["report"].exists()
 
 
 def objective(artifacts: Mapping[str, Artifact], metric: str) -> float:
-    """Returns the metric of a finished evaluation."""
+    """Returns the value of a metric, named as in `OBJECTIVES`, from a finished evaluation."""
     return named_metrics(report.load_summary(artifacts))[metric]
 
 
@@ -109,14 +117,14 @@ def _preview(
     metric: str,
     report_rung: Callable[[int, float], None],
 ) -> Callable[[int, Tensor], None]:
-    """Judges the vectors of an unfinished generator as the metric does those of the finished one."""
-    field_of = metric.partition("/mean_")[2]  # such as train_accuracy
-    split = "selection" if field_of.startswith("train") else "validation"
+    """Returns a function that measures the metric on vectors (n, D) from an unfinished generator, and reports it."""
+    quantity = metric.partition("/mean_")[2]  # such as train_accuracy
+    split = "selection" if quantity.startswith("train") else "validation"
     judge = base_judge(experiment, artifacts, zoo.zoo_subset(experiment), context)
 
     def preview(rung: int, vectors: Tensor) -> None:
-        values = [getattr(judgement, field_of) for judgement in judge.judge(vectors, [split])]
+        values = [getattr(judgement, quantity) for judgement in judge.judge(vectors, [split])]
         mean = float(np.mean(values))
-        report_rung(rung, math.inf if math.isnan(mean) else mean)  # a loss; as a number that a scheduler can compare
+        report_rung(rung, math.inf if math.isnan(mean) else mean)  # a loss may be NaN, which schedulers cannot compare
 
     return preview
