@@ -74,6 +74,23 @@ def test_only_one_layer_imports(library, home):
     assert users == {home}
 
 
+# Packages that take tenths of a second or seconds to import, and that not every command needs.
+SLOW = {"ray", "mlflow", "matplotlib", "sklearn", "timm", "torchvision", "optuna"}
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if not name.startswith("cli/")])
+def test_only_slow_imports_wait(name):
+    """Imports stand at the top, but for the command line's, whose help is to come at once."""
+    for function in ast.walk(ast.parse(SOURCES[name].read_text())):
+        if isinstance(function, ast.FunctionDef):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    text = ast.unparse(node)
+                    # Ray comes with the layer that imports it, and the Python API waits for its first use.
+                    waits = text.startswith("from pdiff_ray.distributed import") or name == "__init__.py"
+                    assert text.split()[1].split(".")[0] in SLOW or waits, text
+
+
 def test_what_is_imported_is_declared():
     """A package that another one brings along today may be gone tomorrow."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())

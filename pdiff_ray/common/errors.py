@@ -24,6 +24,6 @@ class StorageError(PdiffError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x' or 'y'?"` for the names of `known` nearest to `name`, or an empty string."""
+    """Returns `"; did you mean 'x' or 'y'?"` with the known names nearest to `name`, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from pdiff_ray.common.devices import free_bytes
@@ -159,8 +160,6 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
     Raises:
         PdiffError: the cache cannot be written.
     """
-    from filelock import FileLock
-
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):

@@ -11,16 +11,16 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+from PIL import Image
 
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.registry import Registry, imported
 from pdiff_ray.config.schema import Data
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 SPLITS = ("train", "test")
 
@@ -223,8 +223,6 @@ class _Digits:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> Sample:
-        from PIL import Image
-
         return Image.fromarray(self.images[index]), int(self.targets[index])
 
 
@@ -260,15 +258,11 @@ class ParquetImages:
 
     @functools.cached_property
     def _encoded(self) -> pa.ChunkedArray:
-        import pyarrow as pa
-
         assert self.arrow is not None
         return pa.ipc.open_file(pa.memory_map(str(self.arrow))).read_all()["bytes"]
 
     def write_arrow(self, path: Path, progress: Progress | None = None) -> None:
         """Copies the encoded images to a new Arrow file and reads them from there."""
-        import pyarrow as pa
-
         self.arrow = path
         done, schema = 0, pa.schema({"bytes": pa.binary()})
         with pa.ipc.new_file(str(path), schema) as writer:
@@ -279,10 +273,7 @@ class ParquetImages:
                     progress(done, len(self))
 
     def _batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
-        """The files' rows, with "bytes", "label" or both."""
-        import pyarrow as pa
-        import pyarrow.dataset as ds
-
+        """Yields the files' rows in batches, with the columns "bytes", "label" or both."""
         for file in self.files:
             try:
                 dataset = ds.dataset(str(file), format="parquet")
@@ -304,8 +295,6 @@ class ParquetImages:
 
 
 def _open_image(encoded: pa.Scalar) -> Any:
-    from PIL import Image
-
     return Image.open(io.BytesIO(encoded.as_py()))
 
 

@@ -46,7 +46,7 @@ def summarize(
 
 
 def _verdict(groups: dict[str, dict[str, Any]], member_spread: float, sample_spread: float) -> dict[str, Any]:
-    """Replica, interpolation or new; compare arXiv 2506.07998."""
+    """Decides whether samples are replicas of members, interpolations or new; compare arXiv 2506.07998."""
     generated, original = groups["generated"], groups["original"]
     spread = sample_spread / member_spread if member_spread else None
     own, near = original["nearest_distance"], generated["nearest_distance"]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from pdiff_ray.evaluation.groups import GROUPS, Group
 from pdiff_ray.evaluation.similarity import iou, unpack_wrong
 from pdiff_ray.evaluation.summary import by_label
 from pdiff_ray.storage.parameters import Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_POINTS = 500  # t-SNE
 
@@ -120,7 +122,7 @@ def latent_map(latents: Mapping[str, np.ndarray], seed: int) -> bytes:
 def loss_curves(histories: Mapping[str, Sequence[float]]) -> bytes:
     """Draws training losses, a panel per model."""
     shown = {name: np.asarray(values) for name, values in histories.items() if len(values)}
-    figure = Figure(figsize=(3.2 * max(1, len(shown)), 2.8), layout="constrained")
+    figure = new_figure(3.2 * max(1, len(shown)), 2.8)
     for index, (name, values) in enumerate(shown.items()):
         axes = figure.add_subplot(1, len(shown), index + 1)
         axes.plot(values, linewidth=0.5, color="#0072B2", alpha=0.5 if len(values) > 100 else 1)
@@ -140,8 +142,15 @@ def _name_columns(axes: Any, names: Sequence[str]) -> None:
     axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=8)
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """Returns an empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = new_figure(width, height)
     return figure, bare(figure.add_subplot())
 
 

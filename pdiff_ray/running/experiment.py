@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pdiff_ray import distributed, tracking
 from pdiff_ray.common.devices import exact_float32
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Display, Progress, console, display
@@ -60,7 +61,7 @@ class Plan:
         return "\n".join([f"{self.experiment.name} in {self.storage.place}", *rows])
 
     def missing_on(self, *places: str) -> list[str]:
-        """Missing stages that are built at these places."""
+        """Returns the missing stages that are built at these places (`Stage.place`), in order."""
         return [stage for stage in self.missing if STAGES[stage].place in places]
 
 
@@ -132,8 +133,6 @@ def run(plan: Plan, *, in_process: bool = False, track: bool = False) -> None:
         for stage in plan.missing_on("driver"):
             build_missing(stage, plan.experiment, plan.artifacts, here(progress))
     if track:
-        from pdiff_ray import tracking
-
         try:
             tracking.record(plan.experiment, plan.artifacts)
         except tracking.TrackingError as error:
@@ -155,8 +154,6 @@ def _run_here(plan: Plan, progress: Display) -> None:
 
 
 def _run_on_ray(plan: Plan, progress: Display) -> None:
-    from pdiff_ray import distributed
-
     progress("Ray", 0, 1, "starting")
     distributed.prepare(plan.experiment.resources)
     from pdiff_ray.distributed import pool, session, train
@@ -195,7 +192,7 @@ def _announce(plan: Plan, *stages: str) -> None:
 
 
 def notes(plan: Plan) -> Sequence[str]:
-    """What would stop the plan from running as things are; for a dry run, which may be for another machine."""
+    """Returns what would stop the plan on this machine; a dry run, which may be for another one, only prints it."""
     found = []
     # scikit-learn carries the digits; to import it takes longer than all the rest.
     if plan.needs_ray and plan.experiment.data.name != "digits":

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from pdiff_ray import distributed, tracking
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.running.experiment import check as check_plan
 from pdiff_ray.running.experiment import here, make_plan
@@ -93,8 +94,6 @@ def run(ledger: Ledger, *, in_process: bool = False, track: bool = True) -> Swee
     Raises:
         PdiffError: something is wrong that the user can mend. Failed trials do not raise it; see `SweepResult.failed`.
     """
-    from pdiff_ray import tracking
-
     follow = tracking.follow if track else _untold
     with follow(ledger) as tell:
         run_trials(ledger, in_process=in_process, on_result=tell)
@@ -156,8 +155,6 @@ def _run_here(ledger: Ledger, _: Needs, shown: SweepDisplay, on_change: OnChange
 
 
 def _run_on_ray(ledger: Ledger, needed: Needs, shown: SweepDisplay, on_change: OnChange) -> None:
-    from pdiff_ray import distributed
-
     started, resources = time.monotonic(), ledger.file.experiment.resources
     shown("Ray", 0, 1, "starting")
     distributed.prepare(resources)

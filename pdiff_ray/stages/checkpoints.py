@@ -32,7 +32,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training s
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth`, `.pt` or safetensors file.
+    """Reads the tensors of a `.pth`, `.pt` or safetensors file, by name.
 
     Raises:
         PdiffError: the file is damaged, holds anything but tensors, or would run code when loaded.

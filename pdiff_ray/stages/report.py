@@ -13,6 +13,7 @@ import yaml
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.evaluation.groups import groups_of
 from pdiff_ray.evaluation.metrics import described
+from pdiff_ray.reports import figures
 from pdiff_ray.reports.pages import render
 from pdiff_ray.reports.tables import comma_separated, legend, markdown, paper_row, sharing_text, table_rows
 from pdiff_ray.stages.base import HISTORY_FILE
@@ -35,8 +36,6 @@ FIGURES = {
 
 def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
     """Builds the report from the evaluation and what led to it."""
-    from pdiff_ray.reports import figures  # imports matplotlib
-
     started = time.monotonic()
     summary = load_summary(artifacts)
     records, groups = ParameterStore(artifacts["evaluation"]).records(), groups_of(experiment.evaluation)

@@ -134,7 +134,7 @@ assert tuple(STAGES) == KINDS
 
 
 def artifacts_of(experiment: Experiment, storage: Storage) -> dict[str, Artifact]:
-    """The artifact of every stage: what the experiment's results are stored under, whether they are there or not."""
+    """Returns the artifact of every stage: where an experiment's results are stored, be they there or not."""
     found: dict[str, Artifact] = {}
     for stage in STAGES.values():
         inputs = {name: found[name].key for name in stage.inputs}

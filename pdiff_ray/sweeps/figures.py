@@ -5,13 +5,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from pdiff_ray.evaluation.groups import GROUPS
-from pdiff_ray.reports.figures import bare, png
+from pdiff_ray.reports.figures import bare, new_figure, png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_COLUMNS = 3  # panels side by side
 MAX_TICKS = 10  # with more values than this, matplotlib chooses the ticks
@@ -123,7 +125,7 @@ class Search:
 
 def history(search: Search) -> bytes:
     """Draws the objective of every trial, and the best objective so far."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = new_figure(6, 3.6)
     axes = bare(figure.add_subplot())
     numbers, values = list(search.finished), list(search.finished.values())
     best = (np.maximum if search.maximize else np.minimum).accumulate(values)
@@ -146,7 +148,7 @@ def history(search: Search) -> bytes:
 def importances(shares: Mapping[str, float]) -> bytes:
     """Draws the share of the objective's variance that each parameter explains."""
     names = sorted(shares, key=lambda name: shares[name])
-    figure = Figure(figsize=(6, 0.8 + 0.32 * len(names)), layout="constrained")
+    figure = new_figure(6, 0.8 + 0.32 * len(names))
     axes = bare(figure.add_subplot(), "x")
     bars = axes.barh(names, [shares[name] for name in names], 0.6, color=MEASURES["average"][0])
     axes.bar_label(bars, [f"{shares[name]:.2f}" for name in names], padding=3, fontsize=8)
@@ -251,7 +253,7 @@ def _grid(panels: int, height: float) -> tuple[Figure, list[Any]]:
     """Returns a figure and axes for so many panels, which share one y axis; `height` is in inches per row."""
     columns = min(panels, MAX_COLUMNS)
     rows = -(-panels // columns)
-    figure = Figure(figsize=(6 if columns == 1 else 3.2 * columns, height * rows + 0.4), layout="constrained")
+    figure = new_figure(6 if columns == 1 else 3.2 * columns, height * rows + 0.4)
     grid: list[Any] = []
     for index in range(panels):
         axes = bare(figure.add_subplot(rows, columns, index + 1, sharey=grid[0] if grid else None))

@@ -68,7 +68,7 @@ class Ledger:
         return trial.state == "running"
 
     def planned(self) -> list[Trial]:
-        """The trials that are known to be run; of a search, those that were begun."""
+        """Returns the trials that are known to be run, in order; of a search these are the ones that were begun."""
         new = [Trial(n, *c) for n, c in enumerate(self._combinations) if n not in self.trials]
         return sorted([*self.open_trials(), *new], key=lambda trial: trial.number)
 
@@ -77,7 +77,7 @@ class Ledger:
         return [t for _, t in sorted(self.trials.items()) if t.state != "running" and t.number < self.total]
 
     def ask(self) -> Trial | None:
-        """The next trial to run, None if there is none."""
+        """Chooses the next trial to run and records that it is running; returns None if none is left."""
         if self._again:
             trial = replace(self._again.pop(0), state="running", reason=None, crashed=False)
         else:
@@ -112,7 +112,7 @@ class Ledger:
         return found
 
     def possible(self, trial: Trial) -> list[Experiment]:
-        """The experiments of a trial; none, if a search has combined values that do not fit together."""
+        """Returns the experiments of a trial; none if a search has combined values that do not fit together."""
         try:
             return self.experiments(trial)
         except ConfigError:
@@ -128,7 +128,7 @@ class Ledger:
         return artifacts_of(experiment, self.storage)
 
     def confirmation(self) -> Ledger | None:
-        """The sweep that compares the best setting of a search with the file's own, with seeds that it has not seen.
+        """Returns the sweep that compares a search's best setting with the file's own, with seeds that it has not seen.
 
         None while the search goes on, and for a grid.
         """
@@ -151,7 +151,7 @@ class Ledger:
         return Ledger(SweepFile(experiment, compared, raw, self.file.path), self.storage)
 
     def best(self) -> Trial | None:
-        """The finished trial with the best objective."""
+        """Returns the finished trial with the best objective, or None."""
         finished = [t for t in self.done() if t.state == "finished" and t.objective is not None]
         sign = 1 if self.sweep.maximize else -1
         return max(finished, key=lambda t: sign * (t.objective or 0.0), default=None)
@@ -166,7 +166,7 @@ def _read(storage: Storage, name: str) -> Trial:
 
 
 def _combinations(file: SweepFile) -> Iterator[tuple[Assignment, tuple[int, ...]]]:
-    """A grid's trials: all combinations with the first seeds, then all with the next."""
+    """Yields the trials of a grid: all combinations with the first seeds, then all with the next."""
     for repeat in range(file.sweep.repeats):
         for assignment in file.sweep.grid():
             yield assignment, (repeat,)
@@ -187,7 +187,7 @@ class Needs:
 
 
 def needs(ledger: Ledger) -> Needs:
-    """What the trials to be run need."""
+    """Finds the distinct artifacts that the trials which are to be run need."""
     trials = ledger.planned()
     if ledger.sweep.search != "grid" and not ledger.varies_zoos and len(ledger.done()) < ledger.total:
         trials.append(Trial(-1, {}, tuple(range(ledger.sweep.repeats))))  # all have the zoos of this one

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import yaml
 
 from pdiff_ray.config.sweep import Assignment, Label, label
 from pdiff_ray.stages import report
@@ -292,8 +293,6 @@ def _csv(lines: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _page(ledger: Ledger, rows: Sequence[Row], pngs: Mapping[str, bytes]) -> str:
-    import yaml
-
     experiment, sweep = ledger.file.experiment, ledger.sweep
     results = [result for row in rows for result in row.results]
     head, *body = cells(ledger, rows)

@@ -89,11 +89,11 @@ class Row:
         return sum(bool(result.metrics) for result in self.results)
 
     def statistic(self, metric: str) -> Statistic | None:
-        """Over the seeds that have the metric."""
+        """Returns the statistic of a metric over the seeds that have it."""
         return Statistic.of([result.metrics[metric] for result in self.results if metric in result.metrics])
 
     def objective(self, metric: str) -> Statistic | None:
-        """The metric or, where there is no evaluation, what the trials had reached."""
+        """Returns the statistic of the objective; without an evaluation, that of what the trials had reached."""
         known = [trial.objective for trial in self.trials if trial.objective is not None]
         return self.statistic(metric) or Statistic.of(known)
 
@@ -112,8 +112,10 @@ def _state(trial: Trial) -> str:
 
 
 def table(ledger: Ledger) -> list[Row]:
-    """All combinations of a grid; the trials of a search, the best first, below the file's own setting if that is
-    evaluated."""
+    """Returns a row for each combination of a grid, or for each trial of a search, the best first.
+
+    The file's own setting stands above a search's trials, if it has been evaluated.
+    """
     trials = [trial for _, trial in sorted(ledger.trials.items()) if trial.number < ledger.total]
     repeats = ledger.sweep.repeats
     if ledger.sweep.search == "grid":
@@ -193,7 +195,7 @@ def _width(found: Sequence[Sequence[str]]) -> int:
 
 
 def broken(head: str) -> str:
-    """A heading as narrow as may be."""
+    """Breaks a heading into lines wherever its words allow, as columns are narrow."""
     return re.sub(r"(?<=[._ ])(?=\w)", "\n", head)
 
 
@@ -239,7 +241,7 @@ def number(
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Each dotted path by as many of its last parts as tell it from the others."""
+    """Shortens dotted paths to as many of their last parts as tell them from each other."""
 
     def tails(name: str) -> Iterator[str]:
         parts = name.split(".")
