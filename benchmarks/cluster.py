@@ -99,7 +99,7 @@ class Evaluation:
         actors: int,
     ) -> Artifact:
         evaluation.judge_missing(self.experiment, artifacts, self.context, judge_all, actors)
-        evaluation.finish(self.experiment, artifacts)
+        evaluation.commit(self.experiment, artifacts)
         return artifacts["evaluation"]
 
     @property

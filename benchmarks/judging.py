@@ -144,7 +144,7 @@ def _evaluated(case: Case, networks: int, precision: str) -> Iterator[Result]:
     subject = Subject(case.network, case.subset, case.image_size, count, precision)
     vectors = subject.vectors(networks)
     subject.check(vectors[:3], slice(0, min(200, some)))
-    shared = subject.judge.split.shared
+    shared = subject.judge.partitioned.shared
     pairs: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for start in range(0, size * case.blocks, size):
         block, part = slice(start, start + size), slice(start, start + some)
@@ -179,7 +179,7 @@ def _evaluated(case: Case, networks: int, precision: str) -> Iterator[Result]:
 def zoo_step(batch_size: int = 128, branches: int = 4, case: Case = CASES[0]) -> Iterator[Result]:
     """A training step of the subset: on cached frontier tensors, against the whole network; and of several subsets."""
     subject = Subject(case.network, case.subset, case.image_size, batch_size)
-    split = subject.judge.split
+    split = subject.judge.partitioned
     images = subject.judge.dataset.prepare(subject.images.images, DEVICE)
     labels = subject.images.labels.to(DEVICE)
     values = [subject.subset.unflatten(vector) for vector in subject.vectors(branches).to(DEVICE)]
@@ -278,5 +278,6 @@ def growth(
                 f"the first case x {factor:g}",
                 [(own, first * factor) for own in taken],
                 peak_mib=peak,
-                note=f"{subject.judge.split.shared:.1%} of a network's operations are shared" * (axis == "parameters"),
+                note=f"{subject.judge.partitioned.shared:.1%} of a network's operations are shared"
+                * (axis == "parameters"),
             )

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from test_split import CONVNET, LAST_NORMS
+from test_partition import CONVNET, LAST_NORMS
 
 from benchmarks import __main__ as command
 from benchmarks import cluster, core, judging

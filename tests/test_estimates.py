@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import TINY, tiny
-from test_split import CONVNET, CONVNEXT, LAST_NORMS, RESNET, SMALL_VIT, TIMM_RESNET
+from test_partition import CONVNET, CONVNEXT, LAST_NORMS, RESNET, SMALL_VIT, TIMM_RESNET
 from torch import nn
 
 from pdiff_ray.cli import printing
@@ -21,7 +21,7 @@ from pdiff_ray.estimates.flops import count
 from pdiff_ray.generators.gaussian import GaussianSettings
 from pdiff_ray.generators.latent_diffusion import LatentDiffusionSettings
 from pdiff_ray.networks.build import build_network
-from pdiff_ray.networks.split import split_network
+from pdiff_ray.networks.partition import partition_network
 from pdiff_ray.networks.subset import resolve
 from pdiff_ray.running import experiment as pipeline
 from pdiff_ray.stages.table import STAGES
@@ -58,7 +58,7 @@ def test_layers_are_two_flops_for_each_weight(name):
 def test_as_much_is_shared_as_in_the_split_network(network, size):
     found = count(network, info_of(size), Zoo(subset=LAST_NORMS))
     built = build_network(network, info_of(size), 0).eval()
-    split = split_network(built, resolve(LAST_NORMS, built).names, torch.randn(2, 3, size, size))
+    split = partition_network(built, resolve(LAST_NORMS, built).names, torch.randn(2, 3, size, size))
     assert split.reason is None
     assert found.flops - found.suffix_flops == split.prefix_flops
     assert found.shared == pytest.approx(split.shared)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import build, context, interrupted_zoo, tiny
-from test_split import CONVNET, CONVNEXT, LAST_NORMS, RESNET, SMALL_VIT, Twice, names
+from test_partition import CONVNET, CONVNEXT, LAST_NORMS, RESNET, SMALL_VIT, Twice, names
 from torch import nn
 
 from pdiff_ray.config.schema import Data, Experiment
@@ -18,7 +18,7 @@ from pdiff_ray.evaluation.judge import Judge
 from pdiff_ray.networks import frontier as frontiers
 from pdiff_ray.networks.build import build_network
 from pdiff_ray.networks.frontier import Kept, keep
-from pdiff_ray.networks.split import SplitNetwork
+from pdiff_ray.networks.partition import PartitionedNetwork
 from pdiff_ray.networks.subset import resolve
 from pdiff_ray.stages import zoo
 from pdiff_ray.storage.parameters import ParameterStore
@@ -65,7 +65,7 @@ def test_what_is_kept_is_the_prefix_s(tmp_path, network, size, rule):
     judge = judge_of(network, rule, dataset, tmp_path)
     kept = judge.frontier("train").frontier
     images = dataset.prepare(dataset.train.source.images, CPU)
-    expected = judge.split.prefix(images)
+    expected = judge.partitioned.prefix(images)
     some = torch.randperm(IMAGES)[:7]
     for chosen in (slice(3, 9), some):
         found, labels = kept.batch(chosen)
@@ -76,14 +76,18 @@ def test_what_is_kept_is_the_prefix_s(tmp_path, network, size, rule):
                 assert ours.is_contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         own = judge.capacity.own
-        torch.testing.assert_close(judge.split.suffix(kept.batch(some)[0], own), judge.split(images[some], own))
+        torch.testing.assert_close(
+            judge.partitioned.suffix(kept.batch(some)[0], own), judge.partitioned(images[some], own)
+        )
 
 
 def test_it_is_computed_once(tmp_path, monkeypatch):
     kept = judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path).frontier("train").frontier
     again = judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path)
-    calls, prefix = [], SplitNetwork.prefix
-    monkeypatch.setattr(SplitNetwork, "prefix", lambda self, images: calls.append(len(images)) or prefix(self, images))
+    calls, prefix = [], PartitionedNetwork.prefix
+    monkeypatch.setattr(
+        PartitionedNetwork, "prefix", lambda self, images: calls.append(len(images)) or prefix(self, images)
+    )
     (ours,), _ = again.frontier("train").frontier.batch(slice(None))
     assert torch.equal(ours, kept.batch(slice(None))[0][0])
     assert max(calls) < IMAGES  # examples alone
@@ -335,7 +339,7 @@ def test_a_full_disk_is_a_reason(tmp_path, monkeypatch):
 def test_few_reads_use_what_is_there(tmp_path):
     judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path).frontier("train")
     judge = judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path)
-    kept = keep(judge.split, judge.dataset, judge.dataset.train, CPU, tmp_path, 16, reads=1)
+    kept = keep(judge.partitioned, judge.dataset, judge.dataset.train, CPU, tmp_path, 16, reads=1)
     assert kept.frontier is not None
 
 

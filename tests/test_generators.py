@@ -326,10 +326,10 @@ def test_a_kill_while_a_rung_is_shown_does_not_lose_the_rung():
 
 
 def test_what_cannot_be_learned_is_refused_before_work_starts():
-    small().check(14)
-    GaussianSettings().check(100_000_000)
+    small().check_dimension(14)
+    GaussianSettings().check_dimension(100_000_000)
     with pytest.raises(ConfigError, match=r"100,000,000 values at stride 2 .* raise generator\.autoencoder\.stride"):
-        LatentDiffusionSettings().check(100_000_000)
+        LatentDiffusionSettings().check_dimension(100_000_000)
     with pytest.raises(ValueError, match=r"sampling\.steps is 21, but generator\.diffusion\.num_timesteps is 20"):
         small().check_sampling(Sampling(steps=21))
     GaussianSettings().check_sampling(Sampling(steps=21))

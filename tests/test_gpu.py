@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import EVALUATED, build_missing, tiny
 from test_frontier import experiment_of, judge_of, noise
-from test_split import CONVNET, CONVNEXT, LAST_NORMS, RESNET, SMALL_VIT
+from test_partition import CONVNET, CONVNEXT, LAST_NORMS, RESNET, SMALL_VIT
 from torch.func import functional_call
 
 from pdiff_ray.common import devices
@@ -40,7 +40,7 @@ def test_predictions_are_those_of_full_passes(tmp_path, device, network, size, k
     together = None if device.type == "cuda" else 2
     judge, vectors = on(device, network, size, tmp_path if keep else None, networks_per_program=together)
     judgements = judge.judge(vectors, ["test"])
-    assert judge.split.reason is None
+    assert judge.partitioned.reason is None
     assert judge.capacity.networks > 1
     assert (judge.frontier("test").frontier is not None) == keep
     images, labels = next(judge.dataset.test.in_order(len(judge.dataset.test)))
@@ -58,7 +58,7 @@ def test_predictions_are_those_of_full_passes(tmp_path, device, network, size, k
 def test_half_the_precision_is_split_as_well(tmp_path, device, network, size):
     judge, vectors = on(device, network, size, tmp_path, precision="bfloat16")
     assert judge.judge(vectors, ["test"])[0].test_loss > 0
-    assert judge.split.reason is None
+    assert judge.partitioned.reason is None
 
 
 @pytest.mark.parametrize(("network", "size"), [(RESNET, 8), (SMALL_VIT, 8)])

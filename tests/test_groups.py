@@ -15,7 +15,7 @@ from pdiff_ray.evaluation.groups import GROUPS, Material
 from pdiff_ray.evaluation.metrics import METRICS, named_metrics
 from pdiff_ray.networks.subset import Entry, Subset
 from pdiff_ray.reports.tables import legend, table_rows
-from pdiff_ray.running.experiment import check, make_plan
+from pdiff_ray.running.experiment import check_plan, make_plan
 from pdiff_ray.stages import evaluation
 from pdiff_ray.stages.evaluation import made_networks, make_tasks
 from pdiff_ray.stages.report import described, load_summary
@@ -79,7 +79,7 @@ def test_noise_is_in_standard_deviations_of_each_tensor():
     assert noise[:40_000].std() == pytest.approx(0.5, rel=0.02)
     assert noise[40_000:].std() == pytest.approx(5, rel=0.02)
     np.testing.assert_array_equal(group.vector(record, material) - member, noise)
-    assert group.label(record) == "noise-added 0.5"
+    assert group.title(record) == "noise-added 0.5"
     assert len({group.style(position) for position in range(3)}) == 3
     assert group.style(3) == group.style(0)
 
@@ -165,7 +165,7 @@ def test_baselines_and_metrics_of_ones_own_are_in_the_results(own, tmp_path, mon
 def test_what_is_no_baseline_or_metric_is_refused_before_work(own, tmp_path, setting, message):
     experiment, _ = tiny(tmp_path, f"evaluation.{setting}")
     with pytest.raises(ConfigError, match=message):
-        check(make_plan(experiment))
+        check_plan(make_plan(experiment))
 
 
 def test_a_name_without_a_module_is_refused_when_it_is_read(tmp_path):

@@ -170,7 +170,7 @@ def test_less_is_taken_at_a_time_where_memory_ends(monkeypatch, dataset, network
     expected = Judge(network, subset, dataset, CPU).judge(vectors)
     judge = Judge(network, subset, dataset, CPU, batch_size=100, networks_per_program=4)
     assert (judge.capacity.networks, judge.capacity.images) == (4, 100)
-    suffix, room, tried = judge.split.suffix, 30, []
+    suffix, room, tried = judge.partitioned.suffix, 30, []
 
     def with_little_memory(frontier, tensors):
         tried.append((judge.capacity.networks, len(frontier[0])))
@@ -178,7 +178,7 @@ def test_less_is_taken_at_a_time_where_memory_ends(monkeypatch, dataset, network
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         return suffix(frontier, tensors)
 
-    monkeypatch.setattr(judge.split, "suffix", with_little_memory)
+    monkeypatch.setattr(judge.partitioned, "suffix", with_little_memory)
     for a, b in zip(judge.judge(vectors), expected, strict=True):
         assert a.wrong == b.wrong
         assert a.test_loss == pytest.approx(b.test_loss)
@@ -187,7 +187,7 @@ def test_less_is_taken_at_a_time_where_memory_ends(monkeypatch, dataset, network
     assert stages == [(4, 100), (4, 50), (2, 50), (1, 50), (1, 25)]
     again = Judge(network, subset, dataset, CPU, batch_size=100, networks_per_program=4)
     assert again.capacity.networks == 4
-    monkeypatch.setattr(again.split, "suffix", with_little_memory)
+    monkeypatch.setattr(again.partitioned, "suffix", with_little_memory)
     assert torch.equal(again.predictions(vectors), Judge(network, subset, dataset, CPU).predictions(vectors))
     room = 0
     with pytest.raises(PdiffError, match=r"judging: CUDA out of memory; lower evaluation\.networks_per_task"):
@@ -198,14 +198,14 @@ def test_less_is_taken_where_memory_ends_while_a_frontier_is_made(monkeypatch, d
     judge = Judge(
         network, resolve(SubsetRule(last_norm_layers=1), network), dataset, CPU, cache=tmp_path, batch_size=100
     )
-    prefix = judge.split.prefix
+    prefix = judge.partitioned.prefix
 
     def with_little_memory(images):
         if len(images) > 50:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         return prefix(images)
 
-    monkeypatch.setattr(judge.split, "prefix", with_little_memory)
+    monkeypatch.setattr(judge.partitioned, "prefix", with_little_memory)
     assert len(judge.frontier("test").frontier) == len(dataset.test)
     assert judge.capacity.images == 50
 
@@ -214,7 +214,7 @@ def test_what_cannot_be_stacked_is_judged_in_a_loop(dataset):
     network = Branching()
     judge = Judge(network, resolve(SubsetRule(all=True), network), dataset, CPU, networks_per_program=4)
     assert judge.judge(make_vectors(network, judge.subset, 2), ["test"])[1].test_accuracy is not None
-    assert judge.split.reason
+    assert judge.partitioned.reason
     assert judge.capacity.networks == 1
 
 
@@ -233,7 +233,7 @@ class Counting(nn.Module):
 def test_a_network_that_branches_has_chunks(dataset):
     network = Counting()
     judge = Judge(network, resolve(SubsetRule(all=True), network), dataset, CPU)
-    assert judge.split.reason
+    assert judge.partitioned.reason
     assert judge.capacity.images == 500
     assert judge.judge(make_vectors(network, judge.subset, 1), ["test"])[0].test_accuracy is not None
 

@@ -124,7 +124,7 @@ def no_data(root):
 
 def test_data_of_the_users_own(tmp_path):
     config = Data(name=f"{__name__}:own_data", root=str(tmp_path))
-    sources.check(config)
+    sources.check_data(config)
     assert sources.describe(config).std == (0.25,)
     assert sources.count_images(config) == (6, 4)
     images, labels = images_of(data.load(config, tmp_path / "cache").test)
@@ -177,7 +177,7 @@ def test_custom_needs_a_source():
 )
 def test_missing_root(tmp_path, config, remedy):
     with pytest.raises(ConfigError) as caught:
-        sources.check(with_(config, root=str(tmp_path / "nowhere")))
+        sources.check_data(with_(config, root=str(tmp_path / "nowhere")))
     assert str(caught.value).startswith("data.root: ")
     assert "nowhere" in str(caught.value)
     assert remedy in str(caught.value)
@@ -186,7 +186,7 @@ def test_missing_root(tmp_path, config, remedy):
 def test_empty_image_folder(tmp_path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"data\.root: .*train has to hold a folder of images per class"):
-        sources.check(Data(name="custom", source="folder", root=str(tmp_path)))
+        sources.check_data(Data(name="custom", source="folder", root=str(tmp_path)))
 
 
 def test_truncated_parquet_file_is_named(parquet):
@@ -194,7 +194,7 @@ def test_truncated_parquet_file_is_named(parquet):
     path = Path(config.root) / "train-1.parquet"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"data\.root: .*train-1\.parquet cannot be read as Parquet images"):
-        sources.check(config)
+        sources.check_data(config)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_labels_of_another_data_set(tmp_path, label):
     for split in ("train", "test"):
         write_parquet(tmp_path / f"{split}.parquet", pixels(4, size=32), [0, 1, 2, label])
     with pytest.raises(ConfigError, match=rf"cifar10 has the labels 0 to 9, but the train data .* has .*{label}"):
-        sources.check(Data(name="cifar10", source="parquet", root=str(tmp_path)))
+        sources.check_data(Data(name="cifar10", source="parquet", root=str(tmp_path)))
 
 
 @pytest.mark.parametrize("max_cache_gib", [1.0, 0.0])

@@ -12,7 +12,7 @@ from helpers import EVALUATED, build, build_missing, context, interrupted_zoo, t
 from pdiff_ray.cli import printing
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.evaluation.judge import Judge
-from pdiff_ray.networks.split import split_network
+from pdiff_ray.networks.partition import partition_network
 from pdiff_ray.reports.tables import sharing_text, table_rows
 from pdiff_ray.running.experiment import make_plan
 from pdiff_ray.running.experiment import run as run_plan
@@ -161,9 +161,9 @@ def test_a_network_is_split_once_for_all_stages(tmp_path, monkeypatch):
 
     def counted(network, names, images):
         split.append(names)
-        return split_network(network, names, images)
+        return partition_network(network, names, images)
 
-    monkeypatch.setattr("pdiff_ray.evaluation.judge.split_network", counted)
+    monkeypatch.setattr("pdiff_ray.evaluation.judge.partition_network", counted)
     here = context()
     for number, overrides in enumerate([[], ["generator.seed=1"], ["zoo.batchnorm=recalibrated"]], 1):
         experiment, artifacts = tiny(tmp_path, "data.train_noise=0", *overrides)

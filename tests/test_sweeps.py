@@ -53,7 +53,7 @@ def draw(sweep, seed):
         if not sweep.applies(parameter, assignment):
             continue
         if parameter.range is None:
-            assignment[name] = rng.choice(parameter.labels)
+            assignment[name] = rng.choice(parameter.values)
         elif seed % 2:
             assignment[name] = rng.choice(parameter.range)
         else:
@@ -123,7 +123,7 @@ def test_searches_contain_the_defaults(name, preset, load):
             continue
         if parameter.variants:
             # The one that changes nothing; of several, that which leaves most to the parameters after it.
-            same = [label for label in parameter.labels if file.vary({parameter_name: label}) == default]
+            same = [label for label in parameter.values if file.vary({parameter_name: label}) == default]
             assert same
             assignment[parameter_name] = same[-1]
             continue
@@ -132,8 +132,8 @@ def test_searches_contain_the_defaults(name, preset, load):
         if parameter.range:
             assert parameter.range[0] <= value <= parameter.range[1]
         else:
-            assert space.label(value) in parameter.labels
-        assignment[parameter_name] = space.label(value)
+            assert space.as_value(value) in parameter.values
+        assignment[parameter_name] = space.as_value(value)
     assert file.vary(assignment) == default
 
 

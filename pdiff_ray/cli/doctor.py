@@ -87,7 +87,7 @@ def _cache(experiment: Experiment) -> str:
 def _data(experiment: Experiment) -> str:
     from pdiff_ray.data import sources
 
-    sources.check(experiment.data)
+    sources.check_data(experiment.data)
     return f"{experiment.data.name}: there"
 
 

@@ -65,7 +65,7 @@ def _settings(data: str, network: str) -> dict[str, Any]:
     """Returns the experiment as a mapping, with sizes that suit the data and the network."""
     section = _data(data)
     parsed = schema.Data.model_validate(section)
-    sources.check(parsed)
+    sources.check_data(parsed)
     info, counts = sources.describe(parsed), sources.count_images(parsed)
     chosen: dict[str, Any] = {"name": network}
     if network.startswith(("resnet", "resnext", "wide_resnet")) and info.image_size <= SMALL_IMAGE:

@@ -14,7 +14,7 @@ from pdiff_ray import distributed
 from pdiff_ray.cli.options import DEFAULT_STORAGE, print_json
 from pdiff_ray.common.progress import console
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.config.sweep import Parameter, format_label, label
+from pdiff_ray.config.sweep import Parameter, as_value, format_value
 from pdiff_ray.evaluation.metrics import described
 from pdiff_ray.reports import tables
 from pdiff_ray.running import experiment as experiments
@@ -144,14 +144,14 @@ def _print_question(ledger: Ledger) -> None:
     )
     rows = []
     for field, parameter in sweep.parameters.items():
-        condition = ", ".join(f"{other} is {label(values)}" for other, values in parameter.when.items())
+        condition = ", ".join(f"{other} is {as_value(values)}" for other, values in parameter.when.items())
         rows.append((field, _values(parameter), condition))
     _print_table("space", ("parameter", "values", "if"), rows)
 
 
 def _values(parameter: Parameter) -> str:
     if parameter.range is None:
-        return ", ".join(format_label(value) for value in parameter.labels)
+        return ", ".join(format_value(value) for value in parameter.values)
     kind = "in the logarithm" if parameter.loguniform else "whole numbers" if parameter.integers else ""
     low, high = parameter.range
     return f"{low:g} to {high:g} {kind}".rstrip()

@@ -36,7 +36,7 @@ class Registry(dict[str, T]):
         """All names without a colon."""
         return [*self.also, *self]
 
-    def check(self, name: str) -> None:
+    def check_name(self, name: str) -> None:
         """Raises ConfigError unless there is such a name, or it can be imported."""
         if name not in self.also:
             self[name]

@@ -18,6 +18,6 @@ def seed_global(*parts: int | str) -> None:
     torch.manual_seed(derive_seed(*parts))
 
 
-def generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
+def rng(device: torch.device | str, *parts: int | str) -> torch.Generator:
     """Returns a torch generator on `device`, seeded by `derive_seed(*parts)`."""
     return torch.Generator(device).manual_seed(derive_seed(*parts))

@@ -66,7 +66,7 @@ class Known:
         return AfterValidator(self._checked).__get_pydantic_core_schema__(source, handler)
 
     def _checked(self, name: str) -> str:
-        self.registry.check(name)
+        self.registry.check_name(name)
         return name
 
 
@@ -334,7 +334,7 @@ class Generator(Choice):
     def check_sampling(self, sampling: Sampling) -> None:
         """Raises ValueError if the generator cannot draw samples in this way."""
 
-    def check(self, dimension: int) -> None:
+    def check_dimension(self, dimension: int) -> None:
         """Raises ConfigError if the generator cannot learn vectors with this number of values."""
 
     def cost(self, values: int, members: int, sampling: Sampling) -> tuple[float, float, float]:

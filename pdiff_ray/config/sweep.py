@@ -1,6 +1,6 @@
 """The section `sweep` of an experiment file, which says what varies, and the experiments of its trials.
 
-An assignment maps each parameter that applies to the label of one of its values: a number, a truth value or text.
+An assignment maps each parameter that applies to one of its values: a number, a truth value, or text that stands for it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.config import loading
 from pdiff_ray.config.schema import Experiment, Section, merge
 
-Label = int | float | bool | str | None
-Assignment = dict[str, Label]
+Value = int | float | bool | str | None
+Assignment = dict[str, Value]
 
 # What a search may optimize, named as in `evaluation.metrics`. Test labels must not choose anything.
 OBJECTIVES = (
@@ -74,29 +74,29 @@ class Parameter(Section):
         return self.uniform or self.loguniform or self.integers
 
     @property
-    def labels(self) -> list[Label]:
-        """The labels of a choice or of variants; empty for a range."""
-        return list(self.variants) if self.variants else [label(value) for value in self.choice or ()]
+    def values(self) -> list[Value]:
+        """What a choice or variants offer, lists and mappings as text; empty for a range."""
+        return list(self.variants) if self.variants else [as_value(value) for value in self.choice or ()]
 
     def paths(self, name: str) -> list[str]:
         """Returns the dotted paths of the fields that this parameter, by its name, can change."""
         return [path for fields in self.variants.values() for path in fields] if self.variants else [name]
 
-    def fields(self, name: str, chosen: Label) -> dict[str, Any]:
+    def fields(self, name: str, chosen: Value) -> dict[str, Any]:
         """Returns the fields that a value of this parameter changes, by dotted path.
 
         Args:
             name: the name of this parameter.
-            chosen: the label of the value.
+            chosen: one of `values`, or a number in the range.
         """
         if self.variants:
             return self.variants[str(chosen)]
         if self.choice:
-            return {name: next(value for value in self.choice if label(value) == chosen)}
+            return {name: next(value for value in self.choice if as_value(value) == chosen)}
         return {name: chosen}
 
 
-def label(value: Any) -> Label:
+def as_value(value: Any) -> Value:
     """Returns a value as it is shown and tracked: scalars unchanged, others as one line of YAML."""
     if isinstance(value, int | float | bool | str) or value is None:
         return value
@@ -165,9 +165,9 @@ class Sweep(Section):
                 earlier = list(self.parameters)[:position]
                 if other not in earlier:
                     raise ValueError(f"parameters.{name}.when.{other}: not one of the parameters before it")
-                known = self.parameters[other].labels
+                known = self.parameters[other].values
                 for value in _listed(values):
-                    if known and label(value) not in known:
+                    if known and as_value(value) not in known:
                         raise ValueError(f"parameters.{name}.when.{other}: {value!r} is not among its values")
         return self
 
@@ -176,10 +176,10 @@ class Sweep(Section):
         """True if larger values of the metric are better."""
         return self.metric.endswith("accuracy")
 
-    def applies(self, parameter: Parameter, assignment: Mapping[str, Label]) -> bool:
+    def applies(self, parameter: Parameter, assignment: Mapping[str, Value]) -> bool:
         """Tells whether the condition `when` of a parameter holds, given the values of the parameters before it."""
         return all(
-            name in assignment and assignment[name] in [label(v) for v in _listed(values)]
+            name in assignment and assignment[name] in [as_value(v) for v in _listed(values)]
             for name, values in parameter.when.items()
         )
 
@@ -190,7 +190,7 @@ class Sweep(Section):
             extended: list[Assignment] = []
             for assigned in combinations:
                 applies = self.applies(parameter, assigned)
-                extended += [{**assigned, name: value} for value in parameter.labels] if applies else [assigned]
+                extended += [{**assigned, name: value} for value in parameter.values] if applies else [assigned]
             combinations = extended
         return combinations
 
@@ -256,13 +256,13 @@ class SweepFile:
         return raw
 
 
-def describe(assignment: Mapping[str, Label]) -> str:
+def describe(assignment: Mapping[str, Value]) -> str:
     """Returns an assignment in a few words."""
-    return ", ".join(f"{name.rpartition('.')[2]} {format_label(value)}" for name, value in assignment.items())
+    return ", ".join(f"{name.rpartition('.')[2]} {format_value(value)}" for name, value in assignment.items())
 
 
-def format_label(value: Label) -> str:
-    """Returns a label as text, with four significant digits of a float."""
+def format_value(value: Value) -> str:
+    """Returns a value as it is shown, with four significant digits of a float."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -311,13 +311,13 @@ def _check(file: SweepFile) -> None:
 
 def _corners(sweep: Sweep) -> Iterator[Assignment]:
     """Yields assignments in which both ends of each range, each choice and each value of a condition occur."""
-    values: dict[str, list[Label]] = {
-        name: list(parameter.range) if parameter.range else parameter.labels
+    values: dict[str, list[Value]] = {
+        name: list(parameter.range) if parameter.range else parameter.values
         for name, parameter in sweep.parameters.items()
     }
     longest = max(len(v) for v in values.values())
     conditions: list[Assignment] = [
-        {other: label(value)}
+        {other: as_value(value)}
         for parameter in sweep.parameters.values()
         for other, wanted in parameter.when.items()
         for value in _listed(wanted)

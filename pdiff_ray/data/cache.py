@@ -23,9 +23,9 @@ from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config.schema import Data
 from pdiff_ray.data.sources import (
+    Advance,
     DataInfo,
     ParquetImages,
-    Progress,
     Samples,
     decoded,
     keyed,
@@ -112,7 +112,7 @@ def default_cache() -> Path:
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pdiff_ray"
 
 
-def open_source(config: Data, info: DataInfo, split: str, cache: Path, progress: Progress | None) -> Cached | Streamed:
+def open_source(config: Data, info: DataInfo, split: str, cache: Path, progress: Advance | None) -> Cached | Streamed:
     """Opens the images of a split, decoding them into `cache` first if they are not there.
 
     Returns:
@@ -181,7 +181,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
 
 
 def _decode_all(
-    config: Data, info: DataInfo, split: str, samples: Samples, folder: Path, progress: Progress | None
+    config: Data, info: DataInfo, split: str, samples: Samples, folder: Path, progress: Advance | None
 ) -> None:
     count, shape = len(samples), (info.channels, info.image_size, info.image_size)
     dtype = np.dtype(np.float32 if config.pixel_noise else np.uint8)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from pdiff_ray.common.errors import ConfigError
-from pdiff_ray.common.seeds import derive_seed, generator
+from pdiff_ray.common.seeds import derive_seed, rng
 from pdiff_ray.config.schema import Data
 from pdiff_ray.data.cache import Cached, Streamed, digest, open_source
-from pdiff_ray.data.sources import SPLITS, DataInfo, Progress, describe
+from pdiff_ray.data.sources import SPLITS, Advance, DataInfo, describe
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Dataset:
         """
         positions = (batch[rank::world] for batch in self.training_positions(batch_size, start, stop, *seed))
         for step, (images, labels) in enumerate(self.train.batches(positions), start):
-            random = generator(device, *seed, "augment", step, rank)
+            random = rng(device, *seed, "augment", step, rank)
             yield self._augment(self.prepare(images, device), random), labels.to(device)
 
     def training_positions(self, batch_size: int, start: int, stop: int, *seed: int | str) -> Iterator[np.ndarray]:
@@ -146,7 +146,7 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
     return num_images // batch_size
 
 
-def load(config: Data, cache: Path, progress: Progress | None = None) -> Dataset:
+def load(config: Data, cache: Path, progress: Advance | None = None) -> Dataset:
     """Opens a data set, and decodes it into `cache` first if that has not been done yet.
 
     Args:

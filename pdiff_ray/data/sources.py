@@ -70,7 +70,7 @@ _TABLE = {
 DATASETS: Registry[DataInfo] = Registry("data set", _TABLE, also=["custom"])
 
 Sample = tuple[Any, int]  # a PIL image and its label
-Progress = Callable[[int, int], None]  # done, total
+Advance = Callable[[int, int], None]  # done, total
 
 
 @runtime_checkable
@@ -120,12 +120,12 @@ def keyed(config: Data) -> dict[str, Any]:
     if config.source in ("parquet", "folder"):
         try:
             content["fingerprint"] = _fingerprint(config)
-        except ConfigError:  # `check` says so; a plan may be for another machine
+        except ConfigError:  # `check_data` says so; a plan may be for another machine
             content["fingerprint"] = "missing"
     return content
 
 
-def check(config: Data) -> None:
+def check_data(config: Data) -> None:
     """Raises ConfigError unless both splits can be opened and their labels are those of the data set."""
     info = describe(config)
     if config.source == "folder":
@@ -261,7 +261,7 @@ class ParquetImages:
         assert self.arrow is not None
         return pa.ipc.open_file(pa.memory_map(str(self.arrow))).read_all()["bytes"]
 
-    def write_arrow(self, path: Path, progress: Progress | None = None) -> None:
+    def write_arrow(self, path: Path, progress: Advance | None = None) -> None:
         """Copies the encoded images to a new Arrow file and reads them from there."""
         self.arrow = path
         done, schema = 0, pa.schema({"bytes": pa.binary()})

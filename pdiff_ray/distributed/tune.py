@@ -64,7 +64,7 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
         "rungs": sweep.scheduler == "asha",
     }
     scheduler = _ASHA(ledger) if sweep.scheduler == "asha" else None
-    searcher = _Ledger(ledger, unbuildable, shared, on_change)
+    searcher = _LedgerSearcher(ledger, unbuildable, shared, on_change)
     storage, name = ledger.storage, f"ray-tune-{uuid.uuid4().hex[:8]}"
     tuner = tune.Tuner(
         tune.with_resources(_trial, {"cpu": resources.cpus_per_trial, "gpu": gpus}),
@@ -136,7 +136,7 @@ class _NotInSnapshots:
         return {}
 
 
-class _Ledger(_NotInSnapshots, Searcher):
+class _LedgerSearcher(_NotInSnapshots, Searcher):
     """The searcher that gives Tune the ledger's trials, one at a time."""
 
     def __init__(
@@ -205,7 +205,7 @@ class _ASHA(ASHAScheduler):
 class _Recorder(_NotInSnapshots, tune.Callback):
     """The callback that records the trials' results in the ledger."""
 
-    def __init__(self, ledger: Ledger, searcher: _Ledger, scheduler: _ASHA | None, on_change: OnChange) -> None:
+    def __init__(self, ledger: Ledger, searcher: _LedgerSearcher, scheduler: _ASHA | None, on_change: OnChange) -> None:
         self.ledger, self.searcher, self.scheduler, self.on_change = ledger, searcher, scheduler, on_change
         self.started: dict[str, float] = {}
 

@@ -38,7 +38,7 @@ class Counts:
     def shared(self) -> float:
         """The part of the FLOPs, 0 to 1, that is the same for networks that differ in the subset alone.
 
-        `split_network` finds no more, and less where it cannot take a network apart.
+        `partition_network` finds no more, and less where it cannot take a network apart.
         """
         return 1 - self.suffix_flops / max(1, self.flops)
 

@@ -80,7 +80,7 @@ class Group:
         """
         raise NotImplementedError
 
-    def label(self, record: Record) -> str:
+    def title(self, record: Record) -> str:
         """Returns the name that a network's line in tables and figures has."""
         return self.name.replace("_", "-")
 
@@ -132,7 +132,7 @@ class NoiseAdded(Group):
             noise[piece] *= (record.sigma or 0.0) * parent[piece].std()
         return parent + noise
 
-    def label(self, record: Record) -> str:
+    def title(self, record: Record) -> str:
         return f"noise-added {record.sigma:g}"
 
 

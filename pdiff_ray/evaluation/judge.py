@@ -23,7 +23,7 @@ from pdiff_ray.data.dataset import Dataset
 from pdiff_ray.evaluation.memory import Capacity
 from pdiff_ray.evaluation.recalibration import fresh_statistics, recalibrate
 from pdiff_ray.networks.frontier import Kept, keep
-from pdiff_ray.networks.split import SplitNetwork, split_network
+from pdiff_ray.networks.partition import PartitionedNetwork, partition_network
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.storage.parameters import Record
 
@@ -95,20 +95,20 @@ class Judge:
         return self._others[precision]
 
     @functools.cached_property
-    def split(self) -> SplitNetwork:
-        """The network, split at what differs."""
+    def partitioned(self) -> PartitionedNetwork:
+        """The network in two parts, cut where the generated tensors begin to matter."""
         names = set(self.subset.names)
         if self.batchnorm == "recalibrated":
             names |= fresh_statistics(self.network).keys()
         with autocast(self.device, self.precision):
-            return split_network(self.network.eval(), sorted(names), self._examples)
+            return partition_network(self.network.eval(), sorted(names), self._examples)
 
     @functools.cached_property
     def capacity(self) -> Capacity:
         """How many images and networks are judged at a time."""
         state = dict([*self.network.named_parameters(remove_duplicate=False), *self.network.named_buffers()])
-        own = {name: state[name].detach() for name in self.split.names}
-        return Capacity(self.split, own, self._examples, self.precision, *self._at_a_time)
+        own = {name: state[name].detach() for name in self.partitioned.names}
+        return Capacity(self.partitioned, own, self._examples, self.precision, *self._at_a_time)
 
     @functools.cached_property
     def _examples(self) -> Tensor:
@@ -121,7 +121,7 @@ class Judge:
             return Kept(reason="no cache is given")
         found = self._kept.get(name) or self._kept.get((name, reads))
         if found is None:
-            network, cache, split = self.split, self.cache, getattr(self.dataset, name)
+            network, cache, split = self.partitioned, self.cache, getattr(self.dataset, name)
             found = self.capacity.with_less(
                 lambda: keep(network, self.dataset, split, self.device, cache, self.capacity.images, reads)
             )
@@ -205,7 +205,7 @@ class Judge:
         """Yields a network's number, logits (B, M) and labels (B,), for each chunk of a split and each network."""
         kept, prefix_s, suffix_s = self.frontier(name).frontier, 0.0, 0.0
         together = self.capacity.networks
-        suffix = self.split.suffix if together == 1 else torch.vmap(self.split.suffix, in_dims=(None, 0))
+        suffix = self.partitioned.suffix if together == 1 else torch.vmap(self.partitioned.suffix, in_dims=(None, 0))
         programs = tensors if together == 1 else self._stacked(tensors, together)
         images = self.capacity.images
         chunks = self._computed(name, images) if kept is None else kept.in_order(images)
@@ -227,12 +227,14 @@ class Judge:
     def _computed(self, name: str, batch_size: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """Yields the frontier and labels (B,) of each chunk of a split, computed from its images."""
         for images, labels in getattr(self.dataset, name).in_order(batch_size):
-            yield self.split.prefix(self.dataset.prepare(images, self.device)), labels.to(self.device)
+            yield self.partitioned.prefix(self.dataset.prepare(images, self.device)), labels.to(self.device)
 
     def _stacked(self, tensors: Sequence[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
         """Returns the tensors of networks, so many stacked at a time."""
         groups = (tensors[start : start + count] for start in range(0, len(tensors), count))
-        return [{name: torch.stack([own[name] for own in group]) for name in self.split.names} for group in groups]
+        return [
+            {name: torch.stack([own[name] for own in group]) for name in self.partitioned.names} for group in groups
+        ]
 
     def _now(self) -> float:
         if self.device.type == "cuda":

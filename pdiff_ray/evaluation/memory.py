@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pdiff_ray.common.devices import autocast, differentiable_in_vmap, enough_memory, free_bytes
-from pdiff_ray.networks.split import SplitNetwork
+from pdiff_ray.networks.partition import PartitionedNetwork
 
 # Images of a chunk. On a CPU their largest tensor stays in its caches, without which prefixes and wide suffixes take up
 # to twice as long; an accelerator wants much work at a time.
@@ -46,7 +46,7 @@ class Capacity:
 
     def __init__(
         self,
-        network: SplitNetwork,
+        network: PartitionedNetwork,
         own: Mapping[str, Tensor],
         examples: Tensor,
         precision: str = "float32",

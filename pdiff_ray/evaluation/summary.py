@@ -13,11 +13,11 @@ REPLICA_DISTANCE = 0.5  # of the distance that members keep from their nearest f
 NEW_SPREAD = 0.8  # of the distance, and of the disagreement, among members
 
 
-def by_label(records: Sequence[Record], groups: Mapping[str, Group] = GROUPS) -> dict[str, list[Record]]:
+def by_title(records: Sequence[Record], groups: Mapping[str, Group] = GROUPS) -> dict[str, list[Record]]:
     """Returns the networks of each line of tables and figures, in order of appearance."""
     found: dict[str, list[Record]] = {}
     for record in records:
-        found.setdefault(groups[record.group].label(record), []).append(record)
+        found.setdefault(groups[record.group].title(record), []).append(record)
     return found
 
 
@@ -37,7 +37,7 @@ def summarize(
     """
     originals = [record for record in records if record.group == "original"]
     lines: list[dict[str, Any]] = []
-    for name, members in by_label(records, groups).items():
+    for name, members in by_title(records, groups).items():
         networks = JudgedGroup(members, originals, num_test, num_classes)
         lines.append({"group": name, **{field: metric.function(networks) for field, metric in metrics.items()}})
     verdict = _verdict({line["group"]: line for line in lines}, member_spread, sample_spread)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pdiff_ray.common.seeds import generator
+from pdiff_ray.common.seeds import rng
 from pdiff_ray.config import schema
 from pdiff_ray.generators.interface import Fitting, Generator, State
 from pdiff_ray.networks.subset import Subset
@@ -39,7 +39,7 @@ class Gaussian(Generator):
         self.factor = (vectors - self.mean) / max(1, len(vectors) - 1) ** 0.5
 
     def sample(self, count: int, sampling: schema.Sampling, device: torch.device) -> Tensor:
-        random = generator(device, sampling.seed or 0, "samples")
+        random = rng(device, sampling.seed or 0, "samples")
         z = torch.randn(count, len(self.factor), generator=random, device=device)
         return self.mean.to(device) + z @ self.factor.to(device)
 

@@ -80,7 +80,7 @@ class LatentDiffusionSettings(schema.Generator):
                 "raise the second"
             )
 
-    def check(self, dimension: int) -> None:
+    def check_dimension(self, dimension: int) -> None:
         with torch.device("meta"):
             Autoencoder(self.autoencoder, dimension)
 

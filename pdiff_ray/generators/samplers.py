@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pdiff_ray.common.registry import Registry
-from pdiff_ray.common.seeds import generator
+from pdiff_ray.common.seeds import rng
 from pdiff_ray.config.schema import Sampling
 from pdiff_ray.generators.diffusion import Diffusion
 from pdiff_ray.generators.graphs import capture
@@ -25,7 +25,7 @@ Draw = Callable[[], Tensor]
 @torch.inference_mode()
 def sample(model: Diffusion, count: int, sampling: Sampling, device: torch.device) -> Tensor:
     """Draws latents (count, Z) from noise, all in one batch, determined by `sampling.seed`."""
-    random = generator(device, sampling.seed or 0, "samples")
+    random = rng(device, sampling.seed or 0, "samples")
     x = torch.randn(count, model.latent_dim, generator=random, device=device)
     return denoise(model, x, sampling, lambda: torch.randn(x.shape, generator=random, device=device))
 

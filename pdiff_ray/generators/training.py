@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pdiff_ray.common.seeds import generator
+from pdiff_ray.common.seeds import rng
 from pdiff_ray.config.schema import Optimizer
 from pdiff_ray.generators.graphs import graphed
 from pdiff_ray.generators.interface import Fitting
@@ -51,7 +51,7 @@ def fit_model(
         rungs: at which `fitting.preview` is shown the vectors that `preview` gives; spread evenly over the steps.
     """
     trainer = Trainer(list(model.parameters()), settings, num_steps, f"training of the {name}")
-    random = generator(fitting.device, fitting.seed, name)
+    random = rng(fitting.device, fitting.seed, name)
     ema = EMA(model, ema_decay) if ema_decay else None
     losses = torch.zeros(num_steps, device=fitting.device)
     first = 0
@@ -111,7 +111,7 @@ def fit_model(
             show(due[step + 1])
         if (step + 1) % 50 == 0 or step + 1 == num_steps:
             value = losses[step].item()
-            trainer.check(value, step, f"generator.{name}.lr")
+            trainer.check_loss(value, step, f"generator.{name}.lr")
             fitting.progress(name, step + 1, num_steps, f"loss {value:.4f}")
             if time.monotonic() - last_saved >= fitting.checkpoint_s:
                 save(step + 1)

@@ -25,7 +25,7 @@ from pdiff_ray.common.devices import free_bytes
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.data.cache import build_once
 from pdiff_ray.data.dataset import Dataset, Split
-from pdiff_ray.networks.split import SplitNetwork
+from pdiff_ray.networks.partition import PartitionedNetwork
 
 SMALL_BYTES = 256 * 2**20  # kept whatever it costs to compute
 FLOPS_PER_BYTE = 1000  # of a prefix: with fewer, computing is as fast as a disk
@@ -71,7 +71,7 @@ class Frontier:
         device: where batches of it go.
     """
 
-    network: SplitNetwork
+    network: PartitionedNetwork
     layouts: Sequence[_Layout]
     rows: Sequence[Tensor]
     labels: Tensor
@@ -107,7 +107,7 @@ class Kept:
 
 
 def keep(
-    network: SplitNetwork,
+    network: PartitionedNetwork,
     dataset: Dataset,
     split: Split,
     device: torch.device,

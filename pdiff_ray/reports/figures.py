@@ -10,7 +10,7 @@ import numpy as np
 
 from pdiff_ray.evaluation.groups import GROUPS, Group
 from pdiff_ray.evaluation.similarity import iou, unpack_wrong
-from pdiff_ray.evaluation.summary import by_label
+from pdiff_ray.evaluation.summary import by_title
 from pdiff_ray.storage.parameters import Record
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ MAX_POINTS = 500  # t-SNE
 
 def accuracy_by_group(records: Sequence[Record], groups: Mapping[str, Group] = GROUPS) -> bytes:
     """Draws the test accuracy of every network, a column per group, with its mean."""
-    columns = by_label(records, groups)
+    columns = by_title(records, groups)
     figure, axes = _figure(7, 4)
     random = np.random.default_rng(0)
     for column, members in enumerate(columns.values()):
@@ -71,7 +71,7 @@ def accuracy_against_similarity(
     originals = unpack_wrong([r.wrong or b"" for r in records if r.group == "original"], num_test)
     figure, axes = _figure(6, 4.2)
     sigmas = sorted({r.sigma for r in records if r.sigma is not None})
-    for name, members in by_label(records, groups).items():
+    for name, members in by_title(records, groups).items():
         similarity = iou(unpack_wrong([r.wrong or b"" for r in members], num_test), originals)
         group = groups[members[0].group]
         if group.name == "original":

@@ -88,7 +88,7 @@ def make_plan(experiment: Experiment, target: str = "report", storage: Storage |
     return Plan(experiment, storage, artifacts, tuple(missing))
 
 
-def check(plan: Plan) -> int:
+def check_plan(plan: Plan) -> int:
     """Finds what is wrong before work starts: with network, subset, generator, baselines, metrics, data and storage.
 
     Returns:
@@ -99,7 +99,7 @@ def check(plan: Plan) -> int:
     """
     network = check_network(plan.experiment.network, sources.describe(plan.experiment.data))
     subset = subset_of(plan.experiment, network)
-    plan.experiment.generator.check(subset.size)
+    plan.experiment.generator.check_dimension(subset.size)
     groups_of(plan.experiment.evaluation)
     metrics_of(plan.experiment.evaluation)
     if "zoo" in plan.missing and plan.experiment.zoo.imported:
@@ -108,7 +108,7 @@ def check(plan: Plan) -> int:
             "with `pdiff import FOLDER FILE`"
         )
     if plan.needs_ray:
-        sources.check(plan.experiment.data)
+        sources.check_data(plan.experiment.data)
     plan.storage.check_writable()
     return subset.size
 
@@ -124,7 +124,7 @@ def run(plan: Plan, *, in_process: bool = False, track: bool = False) -> None:
         PdiffError: something that the user can mend.
     """
     if plan.missing:
-        check(plan)
+        check_plan(plan)
     with display() as progress:
         if plan.needs_ray:
             started = time.monotonic()
@@ -197,7 +197,7 @@ def notes(plan: Plan) -> Sequence[str]:
     # scikit-learn carries the digits; to import it takes longer than all the rest.
     if plan.needs_ray and plan.experiment.data.name != "digits":
         try:
-            sources.check(plan.experiment.data)
+            sources.check_data(plan.experiment.data)
         except PdiffError as error:
             found.append(str(error))
     return found

@@ -13,8 +13,7 @@ import torch
 
 from pdiff_ray import distributed, tracking
 from pdiff_ray.common.errors import PdiffError
-from pdiff_ray.running.experiment import check as check_plan
-from pdiff_ray.running.experiment import here, make_plan
+from pdiff_ray.running.experiment import check_plan, here, make_plan
 from pdiff_ray.running.progress import SweepDisplay, sweep_display
 from pdiff_ray.sweeps import report
 from pdiff_ray.sweeps.ledger import Ledger, Needs, needs
@@ -22,7 +21,7 @@ from pdiff_ray.sweeps.table import Row, table
 from pdiff_ray.sweeps.trial import OnChange, Trial, run_trial
 
 
-def check(ledger: Ledger) -> None:
+def check_sweep(ledger: Ledger) -> None:
     """Checks all that can be checked before work starts, once for each distinct data set, network and subset.
 
     Raises:
@@ -36,7 +35,7 @@ def check(ledger: Ledger) -> None:
             same = repr((experiment.data, experiment.network, zoo))
             if same not in sizes:
                 sizes[same] = check_plan(make_plan(experiment, storage=ledger.storage))
-            experiment.generator.check(sizes[same])
+            experiment.generator.check_dimension(sizes[same])
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def run_trials(ledger: Ledger, *, in_process: bool = False, on_result: OnChange 
     """
     if not ledger.open_trials() and len(ledger.done()) == ledger.total:
         return
-    check(ledger)
+    check_sweep(ledger)
     with sweep_display(ledger.total, ledger.sweep.metric, ledger.sweep.maximize, ledger.done()) as shown:
 
         def on_change(trial: Trial) -> None:

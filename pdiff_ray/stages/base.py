@@ -131,7 +131,7 @@ def train_network(
                 if main and step % 10 == 0:
                     context.progress(task, step, config.epochs * per_epoch, f"epoch {epoch + 1}/{config.epochs}")
         mean = _mean_over_workers(total / per_epoch, context)
-        trainer.check(mean, start + per_epoch, "training.optimizer.lr")
+        trainer.check_loss(mean, start + per_epoch, "training.optimizer.lr")
         if not main:
             continue
         accuracy = judge.judge(torch.empty(1, 0), ["validation"])[0].validation_accuracy

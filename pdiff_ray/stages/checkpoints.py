@@ -21,7 +21,7 @@ from pdiff_ray.networks.build import build_network
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.base import NETWORK_FILE, describe_base, open_dataset
 from pdiff_ray.stages.context import Context
-from pdiff_ray.stages.zoo import finish, zoo_subset
+from pdiff_ray.stages.zoo import commit, zoo_subset
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.parameters import PARTS, ParameterStore, Record, stamp
 from pdiff_ray.storage.trees import load_tree, save_tree
@@ -116,7 +116,7 @@ def import_zoo(
         progress("import", stack.stop, count, "")
     origin = {"imported_from": str(folder)}
     artifacts["base"].commit({NETWORK_FILE: save_tree(dict(network.state_dict()))}, {**info, **origin}, 0.0)
-    finish(artifacts["zoo"], subset, count, time.monotonic() - started)
+    commit(artifacts["zoo"], subset, count, time.monotonic() - started)
 
 
 def _vector(file: Path, subset: Subset, base: Mapping[str, Tensor], others: Collection[str]) -> Tensor:

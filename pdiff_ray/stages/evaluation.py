@@ -42,7 +42,7 @@ Task = list[Record]  # networks that are judged together, without vectors
 def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
     """Judges what is not judged yet, in any order, and commits all rows with their summary."""
     judge_missing(experiment, artifacts, context)
-    finish(experiment, artifacts)
+    commit(experiment, artifacts)
 
 
 def judge_missing(
@@ -72,7 +72,7 @@ def judge_missing(
         context.progress("evaluation", done, len(wanted), "networks")
 
 
-def finish(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> None:
+def commit(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> None:
     """Commits the rows of all networks, which have been judged, with their summary."""
     started, artifact, zoo = time.monotonic(), artifacts["evaluation"], ParameterStore(artifacts["zoo"])
     store, members = ParameterStore(artifact), zoo.vectors(range(experiment.num_members))

@@ -52,8 +52,8 @@ def describe_sharing(judge: Judge) -> dict[str, Any]:
     and how many images and networks were judged at a time.
     """
     return {
-        "shared": judge.split.shared,
-        "runs_whole": judge.split.reason,
+        "shared": judge.partitioned.shared,
+        "runs_whole": judge.partitioned.reason,
         "images_at_a_time": judge.capacity.images,
         "networks_at_a_time": judge.capacity.networks,
     }

@@ -38,7 +38,7 @@ SHARING_FILE = "sharing.json"
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """A training run and the members it keeps, in order; interleaved, so that the first K of a zoo are of all runs."""
 
     index: int
@@ -50,13 +50,13 @@ class NewMembers:
     """Members that are to be stored, with the states of their runs after them."""
 
     records: list[Record]
-    states: dict[Run, dict[str, Any]]
+    states: dict[TrainingRun, dict[str, Any]]
 
 
-def runs_of(config: Zoo) -> list[Run]:
+def runs_of(config: Zoo) -> list[TrainingRun]:
     """Returns the runs that a zoo is made by."""
     count = {"trajectory": 1, "branches": config.branches, "independent": config.members}[config.regime]
-    return [Run(index, range(index, config.members, count)) for index in range(count)]
+    return [TrainingRun(index, range(index, config.members, count)) for index in range(count)]
 
 
 def zoo_subset(experiment: Experiment) -> Subset:
@@ -102,10 +102,10 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
             for run, state in new.states.items():
                 artifact.save_work(_state_file(run), save_tree(state))
     if set(ParameterStore(artifact).ids).issuperset(range(config.members)):
-        finish(artifact, subset, config.members, time.monotonic() - started)
+        commit(artifact, subset, config.members, time.monotonic() - started)
 
 
-def finish(artifact: Artifact, subset: Subset, members: int, seconds: float) -> None:
+def commit(artifact: Artifact, subset: Subset, members: int, seconds: float) -> None:
     """Commits the zoo from its part files."""
     store, ids = ParameterStore(artifact), range(members)
     records = store.records(ids)
@@ -117,7 +117,9 @@ def finish(artifact: Artifact, subset: Subset, members: int, seconds: float) -> 
     artifact.commit({"subset.json": subset.to_json().encode()}, info, seconds, store.manifest_entries(ids))
 
 
-def _independent(experiment: Experiment, dataset: Dataset, subset: Subset, run: Run, context: Context) -> Record:
+def _independent(
+    experiment: Experiment, dataset: Dataset, subset: Subset, run: TrainingRun, context: Context
+) -> Record:
     """Returns one member, trained from its own initialisation by the recipe of the base."""
     (id_,) = run.member_ids
     seed = derive_seed(experiment.zoo.seed or 0, "independent", id_)
@@ -149,7 +151,7 @@ class _FromBase:
         self.num_runs = len(runs_of(config))
         self.seconds, self.unshared = 0.0, 0.0  # of steps, and what full passes would have taken
 
-    def members(self, runs: Sequence[Run], present: set[int]) -> Iterator[NewMembers]:
+    def members(self, runs: Sequence[TrainingRun], present: set[int]) -> Iterator[NewMembers]:
         """Yields the members of `runs` but those `present`; some at a time, each time with the states of their runs."""
         config, judge = self.experiment.zoo, self.judge
         reads = self.num_runs * max(map(self._steps, runs))
@@ -158,7 +160,11 @@ class _FromBase:
         if len(runs) > 1 and kept.frontier is not None:
             capacity = judge.at(config.precision).capacity
             most = capacity.trained_together(config.batch_size, config.runs_per_program)
-        note = f"runs whole: {judge.split.reason}" if judge.split.reason else f"{judge.split.shared:.0%} shared"
+        note = (
+            f"runs whole: {judge.partitioned.reason}"
+            if judge.partitioned.reason
+            else f"{judge.partitioned.shared:.0%} shared"
+        )
         note += f"; full steps: {kept.reason}" if kept.reason else ""
         note += f"; up to {min(most, len(runs))} runs as one program" if most > 1 else ""
         self.context.progress("zoo", 0, config.members, note)
@@ -166,7 +172,7 @@ class _FromBase:
         for together in _in_step(made, most):
             yield from self._as_one(together, made[together[0]], present, kept)
 
-    def _as_one(self, runs: Sequence[Run], made: int, present: set[int], kept: Kept) -> Iterator[NewMembers]:
+    def _as_one(self, runs: Sequence[TrainingRun], made: int, present: set[int], kept: Kept) -> Iterator[NewMembers]:
         """Yields the members of runs of one length, of which each has made so many."""
         config, zoo, frontier = self.experiment.zoo, self.artifacts["zoo"], kept.frontier
         seeds = [derive_seed(config.seed or 0, "zoo", run.index) for run in runs]
@@ -209,14 +215,14 @@ class _FromBase:
         """Returns after how many steps a run keeps its member at a position."""
         return self.experiment.zoo.warmup_steps + self.every * (position + 1)
 
-    def _steps(self, run: Run) -> int:
+    def _steps(self, run: TrainingRun) -> int:
         return self._step_of(len(run.member_ids) - 1)
 
 
-def _in_step(kept: Mapping[Run, int], most: int) -> Iterator[list[Run]]:
+def _in_step(kept: Mapping[TrainingRun, int], most: int) -> Iterator[list[TrainingRun]]:
     """Yields runs that are equally long and have kept equally many members, at most so many at a time."""
 
-    def phase(run: Run) -> tuple[int, int]:
+    def phase(run: TrainingRun) -> tuple[int, int]:
         return len(run.member_ids), kept[run]
 
     for _, group in itertools.groupby(sorted(kept, key=phase), phase):
@@ -224,11 +230,11 @@ def _in_step(kept: Mapping[Run, int], most: int) -> Iterator[list[Run]]:
         yield from (same[start : start + most] for start in range(0, len(same), most))
 
 
-def _state_file(run: Run) -> str:
+def _state_file(run: TrainingRun) -> str:
     return f"run-{run.index}.safetensors"
 
 
-def _load_state(zoo: Artifact, run: Run) -> dict[str, Any] | None:
+def _load_state(zoo: Artifact, run: TrainingRun) -> dict[str, Any] | None:
     saved = zoo.load_work(_state_file(run))
     return None if saved is None else load_tree(saved, f"zoo run {run.index}")
 

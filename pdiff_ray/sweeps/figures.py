@@ -67,7 +67,7 @@ def accuracy_over(panels: Sequence[Panel]) -> bytes:
             # Between names there is room to draw the measures side by side, so that no error bar hides another.
             places = panel.places if panel.numeric else panel.places + 0.2 * (index - 1)
             _points(axes, panel, places, 100 * panel.curves[name], colour, marker, f"generated, {name}")
-    _finish(figure, grid, "test accuracy (%)")
+    _explain(figure, grid, "test accuracy (%)")
     return png(figure)
 
 
@@ -88,7 +88,7 @@ def similarity_over(panels: Sequence[Panel]) -> bytes:
         else:
             axes.bar(panel.places, high - low, 0.35, low, label="generated, range", **shade)
         _points(axes, panel, panel.places, panel.curves["average"], colour, "o", "generated, average")
-    _finish(figure, grid, "largest IoU with an original")
+    _explain(figure, grid, "largest IoU with an original")
     return png(figure)
 
 
@@ -141,7 +141,7 @@ def history(search: Search) -> bytes:
     _as_in_the_file(axes, search)
     axes.set_xlabel("trial")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _finish(figure, [axes], search.objective)
+    _explain(figure, [axes], search.objective)
     return png(figure)
 
 
@@ -213,7 +213,7 @@ def slices(search: Search, parameters: Sequence[Slice]) -> bytes:
             axes.set_xscale("log")
         elif all(isinstance(value, int) for value in parameter.values.values()):
             axes.xaxis.get_major_locator().set_params(integer=True)
-    _finish(figure, grid, search.objective)
+    _explain(figure, grid, search.objective)
     return png(figure)
 
 
@@ -262,7 +262,7 @@ def _grid(panels: int, height: float) -> tuple[Figure, list[Any]]:
     return figure, grid
 
 
-def _finish(figure: Figure, grid: Sequence[Any], quantity: str) -> None:
+def _explain(figure: Figure, grid: Sequence[Any], quantity: str) -> None:
     """Labels the y axes, and puts one legend for all panels above them."""
     figure.supylabel(quantity, fontsize=9) if len(grid) > MAX_COLUMNS else grid[0].set_ylabel(quantity, fontsize=9)
     marks: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pdiff_ray.config.sweep import Assignment, Label, label
+from pdiff_ray.config.sweep import Assignment, Value, as_value
 from pdiff_ray.stages import report
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.sweeps import figures as sweep_figures
@@ -172,7 +172,7 @@ def _panels(ledger: Ledger, rows: Sequence[Row], curves: Mapping[str, str]) -> l
     """
     parameters = ledger.sweep.parameters
     short = short_names(list(parameters))
-    first = sorted(parameters, key=lambda n: (not are_numbers(parameters[n].labels), -len(parameters[n].labels)))
+    first = sorted(parameters, key=lambda n: (not are_numbers(parameters[n].values), -len(parameters[n].values)))
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         x = next(name for name in first if name in row.assignment)
@@ -180,7 +180,7 @@ def _panels(ledger: Ledger, rows: Sequence[Row], curves: Mapping[str, str]) -> l
         groups.setdefault((x, title), []).append(row)
     panels = []
     for (x, title), members in groups.items():
-        if are_numbers(parameters[x].labels):
+        if are_numbers(parameters[x].values):
             members.sort(key=lambda row: float(row.assignment[x] or 0))
         points = {
             curve: np.array([_point(row.statistic(metric)) for row in members]) for curve, metric in curves.items()
@@ -224,7 +224,7 @@ def _search_figures(ledger: Ledger, rows: Sequence[Row]) -> dict[str, bytes]:
     slices = []
     for name, parameter in sweep.parameters.items():
         values = {t.number: t.assignment[name] for t in done if name in t.assignment}
-        choices = None if parameter.range else parameter.labels
+        choices = None if parameter.range else parameter.values
         slices.append(Slice(short[name], values, choices, log=parameter.loguniform is not None))
     pngs["slices"] = sweep_figures.slices(seen, slices)
     return pngs
@@ -273,14 +273,14 @@ def _trial_line(ledger: Ledger, row: Row, result: Result) -> dict[str, Any]:
     }
 
 
-def _settings(ledger: Ledger, assignment: Assignment) -> dict[str, Label]:
+def _settings(ledger: Ledger, assignment: Assignment) -> dict[str, Value]:
     """Returns the value of every field that the sweep varies, by dotted path; None where the assignment sets none."""
     parameters = ledger.sweep.parameters
     varied = (path for p in parameters.values() for fields in (p.variants or {}).values() for path in fields)
-    settings: dict[str, Label] = dict.fromkeys([*parameters, *varied])
+    settings: dict[str, Value] = dict.fromkeys([*parameters, *varied])
     for name, value in assignment.items():
         fields = (parameters[name].variants or {}).get(str(value), {})
-        settings |= {path: label(content) for path, content in fields.items()}
+        settings |= {path: as_value(content) for path, content in fields.items()}
     return settings | assignment
 
 

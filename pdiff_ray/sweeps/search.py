@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pdiff_ray.common.seeds import derive_seed
-from pdiff_ray.config.sweep import Assignment, Label, Parameter, Sweep
+from pdiff_ray.config.sweep import Assignment, Parameter, Sweep, Value
 from pdiff_ray.sweeps.trial import Trial
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ def suggest(sweep: Sweep, number: int, done: Sequence[Trial]) -> Assignment:
     return assignment
 
 
-def _draw(trial: optuna.Trial, name: str, parameter: Parameter) -> Label:
+def _draw(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
     if parameter.integers:
         return trial.suggest_int(name, *parameter.integers)
     if parameter.range:
         return trial.suggest_float(name, *parameter.range, log=parameter.loguniform is not None)
-    return trial.suggest_categorical(name, parameter.labels)
+    return trial.suggest_categorical(name, parameter.values)
 
 
 def study_of(sweep: Sweep, done: Sequence[Trial]) -> optuna.Study:
@@ -73,5 +73,5 @@ def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution
         return IntDistribution(*parameter.integers)
     if parameter.range:
         return FloatDistribution(*parameter.range, log=parameter.loguniform is not None)
-    labels: list[Label] = parameter.labels
+    labels: list[Value] = parameter.values
     return CategoricalDistribution(labels)

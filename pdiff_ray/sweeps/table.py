@@ -14,7 +14,7 @@ from rich.text import Text
 
 from pdiff_ray.common.errors import ConfigError, StorageError
 from pdiff_ray.common.progress import console
-from pdiff_ray.config.sweep import Assignment, format_label
+from pdiff_ray.config.sweep import Assignment, format_value
 from pdiff_ray.evaluation.metrics import METRICS, Metric, metrics_of, named_metrics
 from pdiff_ray.evaluation.similarity import iou, unpack_wrong
 from pdiff_ray.reports import tables
@@ -210,7 +210,7 @@ def _cells(ledger: Ledger, rows: Sequence[Row], columns: Mapping[str, str], spre
     short = short_names(list(ledger.sweep.parameters))
     found = [[*(["trial"] * searched), *short.values(), "n", *(["state"] * unfinished), *columns.values()]]
     for row in rows:
-        values = [format_label(row.assignment[name]) if name in row.assignment else "" for name in short]
+        values = [format_value(row.assignment[name]) if name in row.assignment else "" for name in short]
         n = str(row.evaluated) if row.evaluated == row.seeds else f"{row.evaluated}/{row.seeds}"
         numbers = []
         for metric, head in columns.items():
@@ -255,7 +255,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 def assignment_text(ledger: Ledger, assignment: Assignment) -> str:
     short = short_names(list(ledger.sweep.parameters))
-    return ", ".join(f"{short[name]} {format_label(value)}" for name, value in assignment.items())
+    return ", ".join(f"{short[name]} {format_value(value)}" for name, value in assignment.items())
 
 
 def legend(ledger: Ledger) -> str:

@@ -144,7 +144,7 @@ def settings(sweep: Sweep) -> dict[str, str]:
     }
     described["sweep.seeds"] = ", ".join(sweep.seeds)
     for name, parameter in sweep.parameters.items():
-        values = ", ".join(map(str, parameter.labels))
+        values = ", ".join(map(str, parameter.values))
         if parameter.range:
             values = "{} to {}".format(*parameter.range) + (", logarithmic" if parameter.loguniform else "")
         described[f"sweep.parameters.{name}"] = values

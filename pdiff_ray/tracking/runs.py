@@ -29,7 +29,7 @@ Curve = Sequence[tuple[int, float]]  # step, value
 
 
 @dataclass(frozen=True)
-class Run:
+class MlflowRun:
     """What a run says.
 
     Attributes:
@@ -81,7 +81,7 @@ def record(experiment: Experiment, artifacts: Mapping[str, Artifact], *, anew: b
     return any(written)
 
 
-def ensure(at: Connection, run: Run) -> bool:
+def ensure(at: Connection, run: MlflowRun) -> bool:
     """Writes a run that belongs to no sweep unless it is there; returns whether it was written."""
     for old in at.search(f"tags.`pdiff.key` = '{run.key}' and tags.kind = '{run.kind}'"):
         if old.info.status == "FINISHED":
@@ -92,7 +92,7 @@ def ensure(at: Connection, run: Run) -> bool:
     return True
 
 
-def write(at: Connection, run: Run) -> str:
+def write(at: Connection, run: MlflowRun) -> str:
     """Writes a run and returns its id. It is RUNNING until all of it is there, so that what a crash leaves is known."""
     from mlflow.entities import Metric
 
@@ -134,13 +134,13 @@ def write_files(at: Connection, run_id: str, files: Mapping[str, bytes]) -> None
         at.client.log_artifacts(run_id, folder)
 
 
-def zoo_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Run:
+def zoo_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> MlflowRun:
     """Returns the run of a zoo and the base that it was trained from."""
     zoo, base = artifacts["zoo"], artifacts["base"]
     metrics = {k: v for k, v in zoo.manifest()["info"].items() if k.endswith("_test_accuracy")}
     metrics |= {f"base/{k}": v for k, v in base.manifest()["info"].items() if k.endswith("_accuracy")}
     configuration = experiment.model_dump(mode="json", include={"data", "network", "training", "zoo"})
-    return Run(
+    return MlflowRun(
         kind="zoo",
         key=zoo.key,
         name=f"zoo-{zoo.key[:6]}",
@@ -151,7 +151,7 @@ def zoo_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Run:
     )
 
 
-def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Run:
+def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> MlflowRun:
     """Returns the run of a finished experiment, from its generator to its report."""
     report, evaluation = artifacts["report"], artifacts["evaluation"]
     summary = load_summary(artifacts)
@@ -159,7 +159,7 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Run:
     files = [(report, name) for name in report.manifest()["files"]]
     files += [(evaluation, name) for name in evaluation.manifest()["files"] if name.endswith(".parquet")]
     contents = {name: artifact.read(name) for artifact, name in files}
-    return Run(
+    return MlflowRun(
         kind="trial",
         key=report.key,
         name=f"{experiment.name}-{report.key[:6]}",

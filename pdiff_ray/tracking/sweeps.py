@@ -24,7 +24,7 @@ from pdiff_ray.tracking.runs import (
     NOTE,
     OBJECTIVE,
     PARENT,
-    Run,
+    MlflowRun,
     ensure,
     now,
     trial_run,
@@ -152,7 +152,7 @@ class _Writer:
                 self._tell(at, finished=False)
             return written
 
-    def _results(self, at: Connection, trial: Trial) -> tuple[list[Run], str]:
+    def _results(self, at: Connection, trial: Trial) -> tuple[list[MlflowRun], str]:
         """Returns what the experiments of a trial made, or why that is gone; writes the runs of their zoos."""
         results = []
         try:

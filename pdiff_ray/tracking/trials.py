@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pdiff_ray.config.schema import SEEDED, Experiment
-from pdiff_ray.config.sweep import format_label
+from pdiff_ray.config.sweep import format_value
 from pdiff_ray.storage.artifacts import digest
 from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.sweeps.trial import Trial
-from pdiff_ray.tracking.runs import MAX_NOTE, OBJECTIVE, Run, flat, now, tracked
+from pdiff_ray.tracking.runs import MAX_NOTE, OBJECTIVE, MlflowRun, flat, now, tracked
 
 MAX_NAME = 50  # characters of a run's name
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "incomplete": "KILLED"}  # by state
@@ -42,7 +42,7 @@ def short_digest(text: str) -> str:
     return digest(text.encode())[:16]
 
 
-def run_of(ledger: Ledger, trial: Trial, results: Sequence[Run], tags: Mapping[str, str], note: str) -> Run:
+def run_of(ledger: Ledger, trial: Trial, results: Sequence[MlflowRun], tags: Mapping[str, str], note: str) -> MlflowRun:
     """Returns the run of a trial that has ended.
 
     Args:
@@ -78,7 +78,7 @@ def run_of(ledger: Ledger, trial: Trial, results: Sequence[Run], tags: Mapping[s
     if trial.reason:
         own["reason"] = trial.reason[:MAX_NOTE]
         note = f"**failed:** {trial.reason}"
-    return Run(
+    return MlflowRun(
         kind="trial",
         key=short_digest(keys) if len(results) > 1 else keys or f"{ledger.key}-{trial.number}",
         name=name_of(trial),
@@ -105,7 +105,7 @@ def _params(ledger: Ledger, trial: Trial, experiment: Experiment) -> dict[str, s
     sweep = ledger.sweep
     configuration = dict(flat(tracked(experiment)))
     chosen = {
-        name: format_label(trial.assignment[name]) if name in trial.assignment else _text(configuration.get(name))
+        name: format_value(trial.assignment[name]) if name in trial.assignment else _text(configuration.get(name))
         for name in sweep.parameters
     }
     seeds = {path: str(configuration[path]) for path in ("seed", *sweep.seeds)}

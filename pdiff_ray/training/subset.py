@@ -105,7 +105,7 @@ class SubsetTraining:
                 # The mean over a network's images, and their sum, as no network's gradient depends on another one's.
                 loss = functional.cross_entropy(logits.float(), labels) * self.count
                 self.trainer.step(loss, step)
-        self.trainer.check(loss.item(), stop, "zoo.optimizer.lr")
+        self.trainer.check_loss(loss.item(), stop, "zoo.optimizer.lr")
 
     def _full(self, dataset: Dataset, start: int, stop: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields logits (B, M) and labels (B,) of each batch, from the images."""

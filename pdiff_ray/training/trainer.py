@@ -74,7 +74,7 @@ class Trainer:
             group["lr"] = self.config.lr * self.schedule(step, self.num_steps)
         self.optimizer.step()
 
-    def check(self, loss: float, step: int, lr_field: str) -> None:
+    def check_loss(self, loss: float, step: int, lr_field: str) -> None:
         """Raises PdiffError if `loss` is not a finite number."""
         if not math.isfinite(loss):
             raise PdiffError(

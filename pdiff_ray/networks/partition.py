@@ -1,4 +1,4 @@
-"""Networks split in two, so that what their generated tensors do not reach is computed once for all of them.
+"""Networks cut in two parts, so that what their generated tensors do not reach is computed once for all of them.
 
 A node of the network's graph belongs to the suffix if it depends on a generated tensor. The frontier is what the suffix
 reads of the nodes before it: the prefix computes it from the images, and the suffix computes the logits from it and the
@@ -23,17 +23,16 @@ aten = torch.ops.aten
 TOLERANCE, AUTOCAST_TOLERANCE = 1e-4, 3e-2
 
 
-class SplitNetwork(nn.Module):
-    """A network as prefix and suffix; `split_network` makes it.
+class PartitionedNetwork(nn.Module):
+    """A network as prefix and suffix; `partition_network` makes it.
 
-    The shared tensors of a split network are frozen: buffers that use the network's memory until either one moves to
-    another device.
+    Its shared tensors are frozen: buffers that use the network's memory until either one moves to another device.
 
     Attributes:
         names: of the generated tensors.
         shared: the prefix's part of the FLOPs of a forward pass, 0 to 1.
         prefix_flops: of the prefix, per image.
-        reason: why the network runs whole, with the images as the frontier; None if it was split.
+        reason: why the network runs whole, with the images as the frontier; None if it was cut.
     """
 
     def __init__(
@@ -60,10 +59,10 @@ class SplitNetwork(nn.Module):
         Gradients flow to `tensors`.
 
         Raises:
-            ValueError: `tensors` are not the ones that the network was split for.
+            ValueError: `tensors` are not the ones that the network was cut for.
         """
         if wrong := sorted(tensors.keys() ^ set(self.names)):
-            raise ValueError(f"the network was split for other tensors; missing or too many: {', '.join(wrong)}")
+            raise ValueError(f"the network was cut for other tensors; missing or too many: {', '.join(wrong)}")
         return self._suffix(*frontier, *(tensors[name] for name in self.names))
 
     def forward(self, images: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -91,8 +90,8 @@ class _Whole(nn.Module):
         return functional_call(self.network, dict(zip(self.names, tensors, strict=True)), (images,))
 
 
-def split_network(network: nn.Module, names: Collection[str], images: Tensor) -> SplitNetwork:
-    """Splits a network and compares the parts with the whole; what cannot be split, or differs, runs whole.
+def partition_network(network: nn.Module, names: Collection[str], images: Tensor) -> PartitionedNetwork:
+    """Cuts a network in two and compares the parts with the whole; what cannot be cut, or differs, runs whole.
 
     Under autocast the parts get its casts as operations of their own; a network that runs whole needs it again.
 
@@ -101,23 +100,23 @@ def split_network(network: nn.Module, names: Collection[str], images: Tensor) ->
         names: of the generated parameters and buffers.
         images: a few (B >= 2, C, S, S), of the size and in the memory format of those to come.
     """
-    whole = SplitNetwork(names, None, _Whole(network, names))
+    whole = PartitionedNetwork(names, None, _Whole(network, names))
     if not names:  # a graph would keep the tensors as they are now
         whole.reason = "nothing is generated"
         return whole
     try:
-        split = _split(network, names, images)
-        _verify(split, whole, images, {name: _tensors(network)[name] for name in names})
+        found = _partition(network, names, images)
+        _verify(found, whole, images, {name: _tensors(network)[name] for name in names})
     except (torch.OutOfMemoryError, torch.AcceleratorError):  # say nothing of the network
         raise
     except Exception as error:  # the network's own code is traced, and may raise anything
         whole.reason = _first_line(error)
         return whole
-    return split
+    return found
 
 
-def _split(network: nn.Module, names: Collection[str], images: Tensor) -> SplitNetwork:
-    """Splits a network, or raises ValueError with the reason why it cannot be split."""
+def _partition(network: nn.Module, names: Collection[str], images: Tensor) -> PartitionedNetwork:
+    """Cuts a network in two, or raises ValueError with the reason why it cannot be cut."""
     tensors = _tensors(network)
     if unknown := set(names) - tensors.keys():
         raise ValueError(f"the network has no tensor {min(unknown)}")
@@ -136,7 +135,7 @@ def _split(network: nn.Module, names: Collection[str], images: Tensor) -> SplitN
         before = counter.get_total_flops()
         suffix(*values, *(tensors[name] for name in names))
     shared = before / max(1, counter.get_total_flops())
-    return SplitNetwork(names, prefix, suffix, shared, prefix_flops=before / len(images))
+    return PartitionedNetwork(names, prefix, suffix, shared, prefix_flops=before / len(images))
 
 
 class _Graph:
@@ -228,21 +227,23 @@ class _Graph:
         return fx.GraphModule(attributes, part)
 
 
-def _verify(split: SplitNetwork, whole: SplitNetwork, images: Tensor, tensors: Mapping[str, Tensor]) -> None:
+def _verify(
+    parts: PartitionedNetwork, whole: PartitionedNetwork, images: Tensor, tensors: Mapping[str, Tensor]
+) -> None:
     """Raises ValueError unless both give the same logits: for other tensors, other batches and part of a frontier."""
     random = torch.Generator().manual_seed(0)
     tensors = {name: _perturbed(tensor, random) for name, tensor in tensors.items()}
     larger, first = torch.cat([images, images[:1]]), images[:1]
     with torch.no_grad():
-        frontier = split.prefix(larger)
+        frontier = parts.prefix(larger)
         cases = [(larger, frontier), (first, [tensor[:1] for tensor in frontier])]
-        for batch, values in [*cases, (images, split.prefix(images)), (first, split.prefix(first))]:
+        for batch, values in [*cases, (images, parts.prefix(images)), (first, parts.prefix(first))]:
             expected = whole(batch, tensors)
             if not expected.isfinite().all():
                 raise ValueError("the network's logits are not finite")
             if not expected.any():
                 raise ValueError("the network's logits are all zero, so that parts cannot be compared with it")
-            if not _close(split.suffix(values, tensors), expected):
+            if not _close(parts.suffix(values, tensors), expected):
                 if not _close(whole(batch, tensors), expected):
                     raise ValueError("two forward passes of the network over the same images differ")
                 raise ValueError("the network's parts do not compute what the whole does")

@@ -13,7 +13,7 @@ from pdiff_ray.common.devices import autocast
 from pdiff_ray.config.schema import Network, SubsetRule
 from pdiff_ray.data.sources import DataInfo
 from pdiff_ray.networks.build import build_network
-from pdiff_ray.networks.split import _verify, split_network
+from pdiff_ray.networks.partition import _verify, partition_network
 from pdiff_ray.networks.subset import resolve
 
 aten = torch.ops.aten
@@ -100,7 +100,7 @@ def names(*patterns):
 )
 def test_exact(config, size, rule, shared, batchnorm):
     network = build(config, size)
-    split = split_network(network, resolve(rule, network, batchnorm).names, batch(3, size))
+    split = partition_network(network, resolve(rule, network, batchnorm).names, batch(3, size))
     assert split.reason is None
     assert split.shared == 0 if shared == 0 else shared < split.shared < 1
     assert_exact(split, network, size)
@@ -121,7 +121,7 @@ def test_exact_for_random_subsets(config, size, seed):
     network = build(config, size)
     parameters = [name for name, _ in network.named_parameters()]
     chosen = random.Random(seed).sample(parameters[len(parameters) // 2 :], 4)  # the first half stays shared
-    split = split_network(network, chosen, batch(3, size))
+    split = partition_network(network, chosen, batch(3, size))
     assert split.reason is None
     assert split.shared > 0.3
     assert_exact(split, network, size)
@@ -131,7 +131,7 @@ def test_exact_for_random_subsets(config, size, seed):
 def test_gradients(config):
     network = build(config, 8)
     chosen = resolve(LAST_NORMS, network).names
-    split = split_network(network, chosen, batch(3, 8))
+    split = partition_network(network, chosen, batch(3, 8))
     images, labels, gradients = batch(7, 8, seed=1), torch.arange(7), []
     for forward in (lambda t: split(images, t), lambda t: functional_call(network, t, (images,))):
         tensors = {name: tensor.requires_grad_() for name, tensor in changed(network, chosen).items()}
@@ -150,7 +150,7 @@ def test_gradients(config):
 @torch.no_grad()
 def test_vmap_over_the_suffix(config, rule):
     network = build(config, 8)
-    split = split_network(network, resolve(rule, network).names, batch(3, 8))
+    split = partition_network(network, resolve(rule, network).names, batch(3, 8))
     frontier = split.prefix(batch(7, 8))
     members = [changed(network, split.names, seed) for seed in range(3)]
     stacked = {name: torch.stack([member[name] for member in members]) for name in split.names}
@@ -161,7 +161,7 @@ def test_vmap_over_the_suffix(config, rule):
 
 def test_parts_move_whole():
     network = build(CONVNET, 8)
-    split = split_network(network, resolve(LAST_NORMS, network).names, batch(3, 8)).double()
+    split = partition_network(network, resolve(LAST_NORMS, network).names, batch(3, 8)).double()
     network.double()
     images, tensors = batch(2, 8).double(), changed(network, split.names)
     assert torch.equal(split(images, tensors), functional_call(network, tensors, (images,)))
@@ -172,7 +172,7 @@ def test_parts_move_whole():
 
 def test_frontier_is_small_and_channels_last():
     network = build(RESNET, 16)
-    split = split_network(network, resolve(LAST_NORMS, network).names, batch(3, 16))
+    split = partition_network(network, resolve(LAST_NORMS, network).names, batch(3, 16))
     frontier = split.prefix(batch(2, 16))  # of the last block, the first convolution's output and the shortcut
     assert [tuple(tensor.shape) for tensor in frontier] == [(2, 512, 2, 2)] * 2
     assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in frontier)
@@ -180,7 +180,7 @@ def test_frontier_is_small_and_channels_last():
 
 def test_other_tensors_are_refused():
     network = build(MLP, 8)
-    split = split_network(network, ["5.weight"], batch(3, 8))
+    split = partition_network(network, ["5.weight"], batch(3, 8))
     with pytest.raises(ValueError, match=r"5\.bias"):
         split(batch(2, 8), changed(network, ["5.weight", "5.bias"]))
 
@@ -255,7 +255,7 @@ class Tied(Small):
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "-".join(value),
 )
 def test_exact_for_peculiar_networks(network, chosen):
-    split = split_network(network.eval(), chosen, batch(3, 4))
+    split = partition_network(network.eval(), chosen, batch(3, 4))
     assert split.reason is None
     assert split.shared > 0.5  # the first layer's 48 x 16 of at most 48 x 16 + 2 x 16 x 16 + 16 x 10
     assert_exact(split, network, 4)
@@ -312,7 +312,7 @@ class OneSize(Small):
 )
 def test_falls_back(network, chosen, reason):
     images = batch(3, 4)
-    split = split_network(network.eval(), chosen, images)
+    split = partition_network(network.eval(), chosen, images)
     assert reason in split.reason
     assert split.shared == 0
     assert split.prefix(images)[0] is images
@@ -326,11 +326,11 @@ def test_falls_back(network, chosen, reason):
 def test_falls_back_in_training_mode():
     network = build(CONVNET, 8)
     network.layers[2].bn.train()
-    assert "training mode" in split_network(network, ["fc.weight"], batch(3, 8)).reason
+    assert "training mode" in partition_network(network, ["fc.weight"], batch(3, 8)).reason
 
 
 def test_falls_back_for_unknown_tensors():
-    assert "no tensor fc.wait" in split_network(build(CONVNET, 8), ["fc.wait"], batch(3, 8)).reason
+    assert "no tensor fc.wait" in partition_network(build(CONVNET, 8), ["fc.wait"], batch(3, 8)).reason
 
 
 class OtherKernels(TorchDispatchMode):
@@ -357,15 +357,15 @@ def test_kernels_that_round_otherwise_are_no_reason_to_run_whole(monkeypatch, co
         with OtherKernels():
             _verify(*arguments)
 
-    monkeypatch.setattr("pdiff_ray.networks.split._verify", verify)
+    monkeypatch.setattr("pdiff_ray.networks.partition._verify", verify)
     network = build(config, size)
     names = resolve(LAST_NORMS, network).names
     with autocast(torch.device("cpu"), precision):
-        assert split_network(network, names, batch(4, size)).reason is None
+        assert partition_network(network, names, batch(4, size)).reason is None
 
 
 def test_logits_that_are_all_zero_show_nothing():
     network = build(CONVNET, 8)
     nn.init.zeros_(network.fc.weight)
     nn.init.zeros_(network.fc.bias)
-    assert "all zero" in split_network(network, resolve(LAST_NORMS, network).names, batch(4, 8)).reason
+    assert "all zero" in partition_network(network, resolve(LAST_NORMS, network).names, batch(4, 8)).reason
