@@ -1,6 +1,6 @@
 """The section `sweep` of an experiment file, which says what varies, and the experiments of its trials.
 
-An assignment maps each parameter that applies to one of its values: a number, a truth value, or text that stands for it.
+An assignment maps each parameter that applies to one of its values: a number, a truth value, or text that names it.
 """
 
 from __future__ import annotations
