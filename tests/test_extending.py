@@ -1,6 +1,7 @@
 """The examples of `docs/extending.md`, each run as a user would: from a module of one's own to the report."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,9 @@ def test_example_runs(tmp_path, monkeypatch, heading):
     name, source, settings = EXAMPLES[heading]
     (tmp_path / name).write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
+    module = name.removesuffix(".py")
+    monkeypatch.setitem(sys.modules, module, None)  # so that what is imported is forgotten afterwards
+    del sys.modules[module]
     assert f"{name.removesuffix('.py')}:" in settings
     settings = yaml.safe_load(settings)
 
