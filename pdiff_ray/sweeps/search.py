@@ -37,7 +37,8 @@ def suggest(sweep: Sweep, number: int, done: Sequence[Trial]) -> Assignment:
     return assignment
 
 
-def _draw(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
+def _draw(trial: optuna.trial.BaseTrial, name: str, parameter: Parameter) -> Value:
+    """Returns the value that an Optuna trial has or chooses for a parameter."""
     if parameter.integers:
         return trial.suggest_int(name, *parameter.integers)
     if parameter.range:
@@ -48,30 +49,21 @@ def _draw(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
 def study_of(sweep: Sweep, done: Sequence[Trial]) -> optuna.Study:
     """Returns an Optuna study in memory that holds the trials `done`; those that ASHA stopped count as pruned."""
     import optuna
-    from optuna.trial import TrialState, create_trial
+    from optuna.trial import FixedTrial, TrialState, create_trial
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     states = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
     study = optuna.create_study(direction="maximize" if sweep.maximize else "minimize")
-    study.add_trials(
-        create_trial(
+    for trial in done:
+        fixed = FixedTrial(dict(trial.assignment))
+        for name in trial.assignment:  # which tells it the distributions
+            _draw(fixed, name, sweep.parameters[name])
+        ended = create_trial(
             state=states[trial.state],
             value=trial.objective if trial.state == "finished" else None,
-            params=dict(trial.assignment),
-            distributions={name: _distribution(sweep.parameters[name]) for name in trial.assignment},
+            params=fixed.params,
+            distributions=fixed.distributions,
             intermediate_values=dict(trial.curve),
         )
-        for trial in done
-    )
+        study.add_trial(ended)
     return study
-
-
-def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if parameter.integers:
-        return IntDistribution(*parameter.integers)
-    if parameter.range:
-        return FloatDistribution(*parameter.range, log=parameter.loguniform is not None)
-    labels: list[Value] = parameter.values
-    return CategoricalDistribution(labels)
