@@ -176,6 +176,11 @@ class Sweep(Section):
         """True if larger values of the metric are better."""
         return self.metric.endswith("accuracy")
 
+    @property
+    def paths(self) -> list[str]:
+        """The dotted paths of the fields that the parameters can change."""
+        return [path for name, parameter in self.parameters.items() for path in parameter.paths(name)]
+
     def applies(self, parameter: Parameter, assignment: Mapping[str, Value]) -> bool:
         """Tells whether the condition `when` of a parameter holds, given the values of the parameters before it."""
         return all(

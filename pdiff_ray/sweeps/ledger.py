@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from pdiff_ray.common.errors import ConfigError, StorageError
 from pdiff_ray.config import loading
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.config.sweep import Assignment, Parameter, Sweep, SweepFile
+from pdiff_ray.config.sweep import Parameter, Sweep, SweepFile
 from pdiff_ray.stages.table import STAGES, artifacts_of
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.files import Storage
@@ -44,7 +43,9 @@ class Ledger:
         for name in self.storage.list(f"{self.folder}/trials"):
             trial = _read(self.storage, name)
             self.trials[trial.number] = trial
-        self._combinations = list(_combinations(file)) if file.sweep.search == "grid" else []
+        # All combinations of a grid with the first seeds, then all with the next.
+        grid = self.sweep.grid() if self.sweep.search == "grid" else []
+        self._combinations = [(assignment, (repeat,)) for repeat in range(self.sweep.repeats) for assignment in grid]
         self._again = self.open_trials()
 
     @property
@@ -121,8 +122,7 @@ class Ledger:
     @property
     def varies_zoos(self) -> bool:
         """Whether trials may need different zoos, repeats apart."""
-        paths = [path for name, parameter in self.sweep.parameters.items() for path in parameter.paths(name)]
-        return any(path.split(".")[0] in ("seed", "data", "network", "training", "zoo") for path in paths)
+        return any(path.split(".")[0] in ("seed", "data", "network", "training", "zoo") for path in self.sweep.paths)
 
     def artifacts(self, experiment: Experiment) -> dict[str, Artifact]:
         return artifacts_of(experiment, self.storage)
@@ -163,13 +163,6 @@ def _read(storage: Storage, name: str) -> Trial:
         return Trial(**{**content, "repeats": tuple(content["repeats"]), "curve": tuple(map(tuple, content["curve"]))})
     except (ValueError, TypeError, KeyError) as error:
         raise StorageError(f"{storage.location(name)}: damaged ({error}); delete it to run its trial again") from None
-
-
-def _combinations(file: SweepFile) -> Iterator[tuple[Assignment, tuple[int, ...]]]:
-    """Yields the trials of a grid: all combinations with the first seeds, then all with the next."""
-    for repeat in range(file.sweep.repeats):
-        for assignment in file.sweep.grid():
-            yield assignment, (repeat,)
 
 
 @dataclass(frozen=True)
