@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -183,18 +182,17 @@ def _panels(ledger: Ledger, rows: Sequence[Row], curves: Mapping[str, str]) -> l
         if are_numbers(parameters[x].values):
             members.sort(key=lambda row: float(row.assignment[x] or 0))
         points = {
-            curve: np.array([_point(row.statistic(metric)) for row in members]) for curve, metric in curves.items()
+            # None becomes NaN.
+            curve: np.array([_point(row.statistic(metric)) for row in members], float)
+            for curve, metric in curves.items()
         }
         panels.append(Panel(title, short[x], [row.assignment[x] for row in members], points))
     return panels
 
 
-def _point(statistic: Statistic | None) -> tuple[float, ...]:
-    """Returns mean, standard deviation, minimum and maximum, NaN where they are not known."""
-    if statistic is None:
-        return (math.nan,) * 4
-    std = math.nan if statistic.std is None else statistic.std
-    return statistic.mean, std, statistic.lowest, statistic.highest
+def _point(known: Statistic | None) -> tuple[float | None, ...]:
+    """Returns mean, standard deviation, minimum and maximum, None where they are not known."""
+    return (known.mean, known.std, known.lowest, known.highest) if known else (None,) * 4
 
 
 def _search_figures(ledger: Ledger, rows: Sequence[Row]) -> dict[str, bytes]:
@@ -275,12 +273,8 @@ def _trial_line(ledger: Ledger, row: Row, result: Result) -> dict[str, Any]:
 
 def _settings(ledger: Ledger, assignment: Assignment) -> dict[str, Value]:
     """Returns the value of every field that the sweep varies, by dotted path; None where the assignment sets none."""
-    parameters = ledger.sweep.parameters
-    varied = (path for p in parameters.values() for fields in (p.variants or {}).values() for path in fields)
-    settings: dict[str, Value] = dict.fromkeys([*parameters, *varied])
-    for name, value in assignment.items():
-        fields = (parameters[name].variants or {}).get(str(value), {})
-        settings |= {path: as_value(content) for path, content in fields.items()}
+    settings: dict[str, Value] = dict.fromkeys([*ledger.sweep.parameters, *ledger.sweep.paths])
+    settings |= {path: as_value(value) for path, value in ledger.file.fields(assignment).items()}
     return settings | assignment
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from pdiff_ray.common.errors import ConfigError, StorageError
+from pdiff_ray.common.errors import StorageError
 from pdiff_ray.common.progress import console
 from pdiff_ray.config.sweep import Assignment, format_value
 from pdiff_ray.evaluation.metrics import METRICS, Metric, metrics_of, named_metrics
@@ -133,9 +133,7 @@ def table(ledger: Ledger) -> list[Row]:
 
 
 def _results(ledger: Ledger, trial: Trial) -> list[Result]:
-    try:
-        experiments = ledger.experiments(trial)
-    except ConfigError:  # a search has combined values that do not fit together; the trial says so
+    if not (experiments := ledger.possible(trial)):
         return [Result(trial, repeat, {}, {}) for repeat in trial.repeats]
     results = []
     for repeat, experiment in zip(trial.repeats, experiments, strict=True):
