@@ -67,8 +67,7 @@ def accuracy_over(panels: Sequence[Panel]) -> bytes:
             # Between names there is room to draw the measures side by side, so that no error bar hides another.
             places = panel.places if panel.numeric else panel.places + 0.2 * (index - 1)
             _points(axes, panel, places, 100 * panel.curves[name], colour, marker, f"generated, {name}")
-    _explain(figure, grid, "test accuracy (%)")
-    return png(figure)
+    return _explained(figure, grid, "test accuracy (%)")
 
 
 def similarity_over(panels: Sequence[Panel]) -> bytes:
@@ -88,8 +87,7 @@ def similarity_over(panels: Sequence[Panel]) -> bytes:
         else:
             axes.bar(panel.places, high - low, 0.35, low, label="generated, range", **shade)
         _points(axes, panel, panel.places, panel.curves["average"], colour, "o", "generated, average")
-    _explain(figure, grid, "largest IoU with an original")
-    return png(figure)
+    return _explained(figure, grid, "largest IoU with an original")
 
 
 @dataclass(frozen=True)
@@ -141,18 +139,16 @@ def history(search: Search) -> bytes:
     _as_in_the_file(axes, search)
     axes.set_xlabel("trial")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _explain(figure, [axes], search.objective)
-    return png(figure)
+    return _explained(figure, [axes], search.objective)
 
 
 def importances(shares: Mapping[str, float]) -> bytes:
     """Draws the share of the objective's variance that each parameter explains."""
-    names = sorted(shares, key=lambda name: shares[name])
+    names, values = zip(*sorted(shares.items(), key=lambda share: share[1]), strict=True)
     figure = new_figure(6, 0.8 + 0.32 * len(names))
     axes = bare(figure.add_subplot(), "x")
-    bars = axes.barh(names, [shares[name] for name in names], 0.6, color=MEASURES["average"][0])
-    axes.bar_label(bars, [f"{shares[name]:.2f}" for name in names], padding=3, fontsize=8)
-    axes.set_xlim(0, max(shares.values()) * 1.12)
+    axes.bar_label(axes.barh(names, values, 0.6, color=MEASURES["average"][0]), fmt="%.2f", padding=3, fontsize=8)
+    axes.set_xlim(0, max(values) * 1.12)
     axes.set_xlabel("importance (fANOVA; all sum to 1)")
     axes.tick_params(axis="y", labelsize=8, length=0)
     return png(figure)
@@ -213,8 +209,7 @@ def slices(search: Search, parameters: Sequence[Slice]) -> bytes:
             axes.set_xscale("log")
         elif all(isinstance(value, int) for value in parameter.values.values()):
             axes.xaxis.get_major_locator().set_params(integer=True)
-    _explain(figure, grid, search.objective)
-    return png(figure)
+    return _explained(figure, grid, search.objective)
 
 
 def _as_in_the_file(axes: Any, search: Search) -> None:
@@ -262,22 +257,16 @@ def _grid(panels: int, height: float) -> tuple[Figure, list[Any]]:
     return figure, grid
 
 
-def _explain(figure: Figure, grid: Sequence[Any], quantity: str) -> None:
-    """Labels the y axes, and puts one legend for all panels above them."""
+def _explained(figure: Figure, grid: Sequence[Any], quantity: str) -> bytes:
+    """Labels the y axes, puts one legend for all panels above them, and returns the figure as PNG bytes."""
     figure.supylabel(quantity, fontsize=9) if len(grid) > MAX_COLUMNS else grid[0].set_ylabel(quantity, fontsize=9)
     marks: dict[str, Any] = {}
     for axes in grid:
         for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
             marks.setdefault(text, handle)
-    columns = 4 if figure.get_figwidth() > 6 else 2
-    figure.legend(
-        marks.values(),
-        marks.keys(),
-        loc="outside upper center",
-        ncols=min(columns, len(marks)),
-        fontsize=8,
-        frameon=False,
-    )
+    columns = min(4 if figure.get_figwidth() > 6 else 2, len(marks))
+    figure.legend(marks.values(), marks.keys(), loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
+    return png(figure)
 
 
 def _points(
