@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 from urllib.parse import quote, urlencode
 
 from pdiff_ray.config.sweep import Sweep
@@ -16,11 +15,6 @@ TRAINING = {"workflowType": "machine_learning"}  # MLflow's pages for it, not th
 MAX_COMPARED = 100  # runs on a compare page: the best
 TRIALS = "tags.kind = 'trial'"
 BEST = "generated/best_test_accuracy"  # what trials of no sweep are sorted by
-
-
-def trials_of(sweep: str) -> str:
-    """Returns the condition that the trials of a sweep meet, which it names by the ledger's key."""
-    return f"{TRIALS} and tags.`pdiff.sweep` = '{sweep}'"
 
 
 # Addresses, from the `#` on: they hold on any server.
@@ -65,8 +59,11 @@ def sweep_addresses(
         ascending: whether the smallest objective is the best.
         runs: of trials with a result, the best first.
     """
-    trials = addresses(experiment_id, trials_of(sweep), OBJECTIVE, ascending, runs)
-    return {"sweep": run_address(experiment_id, parent), **trials}
+    condition = f"{TRIALS} and tags.`pdiff.sweep` = '{sweep}'"
+    return {
+        "sweep": run_address(experiment_id, parent),
+        **addresses(experiment_id, condition, OBJECTIVE, ascending, runs),
+    }
 
 
 def links(uri: str, server: str) -> dict[str, dict[str, str]]:
@@ -138,8 +135,8 @@ def describe_sweep(ledger: Ledger, counts: dict[str, int], best: str, links: dic
 
 def settings(sweep: Sweep) -> dict[str, str]:
     """Returns what a sweep varies and how, as parameters of its run: all that makes it another sweep if it changes."""
-    described: dict[str, Any] = {
-        f"sweep.{name}": getattr(sweep, name)
+    described = {
+        f"sweep.{name}": str(getattr(sweep, name))
         for name in ("search", "metric", "repeats", "scheduler", "reduction_factor", "seed")
     }
     described["sweep.seeds"] = ", ".join(sweep.seeds)
@@ -148,4 +145,4 @@ def settings(sweep: Sweep) -> dict[str, str]:
         if parameter.range:
             values = "{} to {}".format(*parameter.range) + (", logarithmic" if parameter.loguniform else "")
         described[f"sweep.parameters.{name}"] = values
-    return {name: str(value) for name, value in described.items()}
+    return described

@@ -17,11 +17,9 @@ from pdiff_ray.stages.table import STAGES
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.tracking.server import Connection, Mark, connect, experiment_name, tracking_uri, translated
 
-MAX_METRICS, MAX_PARAMS = 1000, 100  # per call, MLflow's limits
 MAX_POINTS = 500  # of a curve
 MAX_NOTE = 8000  # characters of a description, MLflow's limit
 MAX_VALUE = 500  # characters of a parameter
-UNTRACKED = ("resources", "tracking", "storage")  # sections that say where things run
 PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"  # MLflow's tags
 OBJECTIVE = "objective"  # the metric that a sweep's trials are compared by, whatever it is
 
@@ -101,25 +99,21 @@ def write(at: Connection, run: MlflowRun) -> str:
         tags[NOTE] = run.note[:MAX_NOTE]
     created = at.client.create_run(at.experiment_id, run_name=run.name, tags=tags, start_time=run.started)
     run_id: str = created.info.run_id
-    write_params(at, run_id, run.params)
     points = [Metric(name, float(value), run.ended, 0) for name, value in run.metrics.items()]
     for name, curve in run.curves.items():
         every = max(1, len(curve) // MAX_POINTS)
         points += [Metric(name, float(value), run.ended, step) for step, value in curve[::every]]
-    for start in range(0, len(points), MAX_METRICS):
-        at.client.log_batch(run_id, metrics=points[start : start + MAX_METRICS])
+    at.client.log_batch(run_id, points, params_of(run.params))
     write_files(at, run_id, run.files)
     at.client.set_terminated(run_id, run.status, end_time=run.ended)
     return run_id
 
 
-def write_params(at: Connection, run_id: str, values: Mapping[str, str]) -> None:
-    """Writes a run's parameters."""
+def params_of(values: Mapping[str, str]) -> list[Any]:
+    """Returns parameters as MLflow has them, as long as it takes."""
     from mlflow.entities import Param
 
-    params = [Param(path, value[:MAX_VALUE]) for path, value in values.items()]
-    for start in range(0, len(params), MAX_PARAMS):
-        at.client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
+    return [Param(path, value[:MAX_VALUE]) for path, value in values.items()]
 
 
 def write_files(at: Connection, run_id: str, files: Mapping[str, bytes]) -> None:
@@ -156,9 +150,8 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Mlfl
     report, evaluation = artifacts["report"], artifacts["evaluation"]
     summary = load_summary(artifacts)
     seconds = {f"seconds/{stage}": artifacts[stage].manifest()["seconds"] for stage in STAGES}
-    files = [(report, name) for name in report.manifest()["files"]]
-    files += [(evaluation, name) for name in evaluation.manifest()["files"] if name.endswith(".parquet")]
-    contents = {name: artifact.read(name) for artifact, name in files}
+    files = {name: report.read(name) for name in report.manifest()["files"]}
+    files |= {name: evaluation.read(name) for name in evaluation.manifest()["files"] if name.endswith(".parquet")}
     return MlflowRun(
         kind="trial",
         key=report.key,
@@ -167,8 +160,8 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Mlfl
         params={path: str(value) for path, value in flat(tracked(experiment)) if value is not None},
         metrics=named_metrics(summary) | seconds,
         curves={f"{name}/loss": list(enumerate(v)) for name, v in load_history(artifacts["generator"]).items()},
-        files=contents,
-        note=f"{contents.get('table.md', b'').decode()}\n{summary['verdict']['text']}",
+        files=files,
+        note=f"{files.get('table.md', b'').decode()}\n{summary['verdict']['text']}",
     )
 
 
@@ -188,7 +181,7 @@ def _made(experiment: Experiment, artifacts: Mapping[str, Artifact], stages: Seq
 
 def tracked(experiment: Experiment) -> dict[str, Any]:
     """Returns the configuration without the sections that say where things run."""
-    return experiment.model_dump(mode="json", exclude=set(UNTRACKED))
+    return experiment.model_dump(mode="json", exclude={"resources", "tracking", "storage"})
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

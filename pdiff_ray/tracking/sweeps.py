@@ -27,10 +27,10 @@ from pdiff_ray.tracking.runs import (
     MlflowRun,
     ensure,
     now,
+    params_of,
     trial_run,
     write,
     write_files,
-    write_params,
     zoo_run,
 )
 from pdiff_ray.tracking.server import Connection, Mark, connect, experiment_name, tracking_uri, translated, warn
@@ -80,9 +80,7 @@ def _follow(writer: _Writer, inbox: queue.SimpleQueue[Message]) -> None:
             return
         if changed and (last or time.monotonic() >= paused_until):
             try:
-                writer.catch_up()
-                if last:
-                    writer.finish()
+                writer.catch_up(finish=last)
             except PdiffError as error:
                 writer.disconnect()
                 paused_until = time.monotonic() + PAUSE_S
@@ -102,10 +100,7 @@ def log(ledger: Ledger) -> int:
     Raises:
         TrackingError
     """
-    writer = _Writer(ledger)
-    written = writer.catch_up()
-    writer.finish()
-    return written
+    return _Writer(ledger).catch_up(finish=True)
 
 
 class _Writer:
@@ -133,8 +128,12 @@ class _Writer:
         content = "".join(fingerprint(trial) for _, trial in sorted(self.trials.items())) + self._table()
         return Mark(self.ledger.storage, self.uri, self.experiment, f"{self.ledger.key}-{short_digest(content)}")
 
-    def catch_up(self) -> int:
-        """Writes every trial that is not there as it is known now; returns how many these were."""
+    def catch_up(self, *, finish: bool) -> int:
+        """Writes every trial that is not there as it is known now; returns how many these were.
+
+        Args:
+            finish: ends the sweep's run too, with all that the sweep's folder holds, and notes that all is written.
+        """
         with translated(self.uri):
             at = self.at or self._open()
             written = 0
@@ -148,9 +147,15 @@ class _Writer:
                 run = run_of(self.ledger, trial, results, {PARENT: self.parent, "sweep": self.name}, note)
                 self.children[number] = write(at, run), fingerprint(trial)
                 written += 1
-            if written:
-                self._tell(at, finished=False)
-            return written
+            if written or finish:
+                self._tell(at, finished=finish)
+            if finish:
+                if not self.hurry.is_set():
+                    write_files(at, self.parent, self._files())
+                at.client.set_terminated(self.parent, STATUS[self._state()])
+        if finish and not self.hurry.is_set():
+            self.mark().leave()
+        return written
 
     def _results(self, at: Connection, trial: Trial) -> tuple[list[MlflowRun], str]:
         """Returns what the experiments of a trial made, or why that is gone; writes the runs of their zoos."""
@@ -166,17 +171,6 @@ class _Writer:
             return [], str(error)
         return results, ""
 
-    def finish(self) -> None:
-        """Ends the sweep's run, with all that the sweep's folder holds, and notes that all of it is written."""
-        with translated(self.uri):
-            at = self.at or self._open()
-            self._tell(at, finished=True)
-            if not self.hurry.is_set():
-                write_files(at, self.parent, self._files())
-            at.client.set_terminated(self.parent, STATUS[self._state()])
-        if not self.hurry.is_set():
-            self.mark().leave()
-
     def _state(self) -> str:
         if any(trial.state == "failed" for trial in self.trials.values()):
             return "failed"
@@ -184,14 +178,16 @@ class _Writer:
 
     def _open(self) -> Connection:
         """Connects, and finds what is there of the sweep."""
-        at = connect(self.uri, self.experiment, self.ledger.storage)
-        found = at.search(f"tags.kind = 'sweep' and tags.`pdiff.key` = '{self.ledger.key}'")
+        ledger, at = self.ledger, connect(self.uri, self.experiment, self.ledger.storage)
+        found = at.search(f"tags.kind = 'sweep' and tags.`pdiff.key` = '{ledger.key}'")
         if found:
             self.parent = found[0].info.run_id
             at.client.update_run(self.parent, status="RUNNING")
         else:
-            self.parent = self._create(at)
-        self.children = {}
+            location = ledger.storage.location(ledger.folder)
+            tags = {"kind": "sweep", "pdiff.key": ledger.key, "pdiff.location": location}
+            self.parent = at.client.create_run(at.experiment_id, run_name=self.name, tags=tags).info.run_id
+            at.client.log_batch(self.parent, params=params_of(pages.settings(ledger.sweep)))
         for run in at.search(f"tags.`{PARENT}` = '{self.parent}'"):
             number = int(run.data.tags["pdiff.trial"])
             if run.info.status == "RUNNING" or number in self.children:  # left by a crash
@@ -201,14 +197,6 @@ class _Writer:
         self.at = at
         self._tell(at, finished=False)
         return at
-
-    def _create(self, at: Connection) -> str:
-        ledger = self.ledger
-        location = ledger.storage.location(ledger.folder)
-        tags = {"kind": "sweep", "pdiff.key": ledger.key, "pdiff.location": location}
-        run_id: str = at.client.create_run(at.experiment_id, run_name=self.name, tags=tags).info.run_id
-        write_params(at, run_id, pages.settings(ledger.sweep))
-        return run_id
 
     def _tell(self, at: Connection, *, finished: bool) -> None:
         """Tells on the sweep's run, and on the experiment, how far the sweep is."""

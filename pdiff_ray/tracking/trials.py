@@ -112,7 +112,7 @@ def _params(ledger: Ledger, trial: Trial, experiment: Experiment) -> dict[str, s
     # Seeds that sections take from the experiment say nothing more than it does.
     raw, varied = ledger.file.raw, {*sweep.seeds, *sweep.parameters}
     taken = {f"{s}.seed" for s in SEEDED if f"{s}.seed" not in varied and "seed" not in (raw.get(s) or {})}
-    touched = tuple(f"{path}." for name, parameter in sweep.parameters.items() for path in parameter.paths(name))
+    touched = tuple(f"{path}." for path in sweep.paths)
     rest = {
         # What no trial sets is left out; what only some set must not be.
         path: _text(value)
