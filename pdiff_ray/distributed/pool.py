@@ -57,8 +57,7 @@ class Pool:
 
     def build(self, stage: str) -> None:
         """Builds a stage ("generator", "samples" or what is left of "evaluation") on one actor."""
-        for _ in self._run("build", [stage]):
-            pass
+        list(self._run("build", [stage]))
 
     def evaluate(self, tasks: Sequence[Task]) -> Iterator[int]:
         """Judges and stores the networks of tasks; yields how many each has had, in the order in which they end."""
