@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Result, compare
-from pdiff_ray.config.schema import Evaluation, Optimizer, Sampling
+from pdiff_ray.config.schema import Evaluation, Sampling
 from pdiff_ray.generators import samplers
 from pdiff_ray.generators.diffusion import Diffusion, DiffusionSettings
 from pdiff_ray.generators.interface import Fitting
@@ -93,11 +93,11 @@ def _check_sampling(model: Diffusion, singles: int, schedule: Sampling) -> None:
 def few_step(samples: int = 100, train_steps: int = 600) -> Iterator[Result]:
     """Latents with few-step samplers, against all 1000 steps; of a trained denoiser, so that they can be compared."""
     torch.manual_seed(0)
-    model = Diffusion(DiffusionSettings(), LATENT_DIM).to(DEVICE)
+    settings = DiffusionSettings(steps=train_steps)
+    model = Diffusion(settings, LATENT_DIM).to(DEVICE)
     latents = torch.randn(200, 8) @ torch.randn(8, LATENT_DIM)
     latents = ((latents - latents.mean(0)) / latents.std(0)).to(DEVICE)
-    optimizer = Optimizer(lr=1e-3, schedule="cosine")
-    fit_model("diffusion", model, latents, model.loss, optimizer, train_steps, 50, Fitting(DEVICE, 0), ema_decay=0.999)
+    fit_model("diffusion", model, latents, settings, Fitting(DEVICE, 0), ema_decay=settings.ema_decay)
     whole = Sampling(seed=0)
     expected = samplers.sample(model, 500, whole, DEVICE)
     for sampler, steps in (("ddim", 50), ("dpmsolver++", 20)):
@@ -131,7 +131,8 @@ def training(members: int = 200, dimension: int = 2048, steps: int = 300) -> Ite
         whole = LatentDiffusion(settings, subset)
         model = whole.autoencoder if name == "autoencoder" else whole.diffusion
         fitting = Fitting(DEVICE, 0, graphs=graphs)
-        fit_model(name, model.to(DEVICE), rows[name], model.loss, Optimizer(lr=1e-3), steps, 50, fitting)
+        own = model.settings.model_copy(update={"steps": steps})
+        fit_model(name, model.to(DEVICE), rows[name], own, fitting)
         return torch.tensor(fitting.history[name])
 
     for name, data in rows.items():

@@ -129,13 +129,10 @@ def test_average_of_weights_is_that_of_a_loop():
 
 
 def test_model_ends_with_the_average_of_its_weights():
-    model, saved = torch.nn.Linear(4, 4), {}
-
-    def loss_of(batch, random):
-        return (model(batch) - batch).square().mean()
-
+    settings, saved = small(diffusion={"steps": 20, "batch_size": 8}).diffusion, {}
+    model = Diffusion(settings, 4)
     fitting = Fitting(CPU, 0, save=lambda name, state: saved.update({name: load_tree(save_tree(state))}))
-    fit_model("diffusion", model, draw(8, 4), loss_of, Optimizer(lr=0.01), 20, 8, fitting, ema_decay=0.9)
+    fit_model("diffusion", model, draw(8, 4), settings, fitting, ema_decay=0.9)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, saved["diffusion"]["ema"][name])
         assert not torch.equal(parameter, saved["diffusion"]["model"][name])
@@ -148,13 +145,13 @@ class Killed(Exception):
 @pytest.mark.parametrize("batch_size", [16, 1000])
 def test_resumed_training_ends_in_the_same_weights(batch_size):
     """Stopped after a checkpoint, and gone on in a new process, as storage would hand the state over."""
-    settings = small(diffusion={"steps": 120, "batch_size": batch_size, "denoiser": "cnn"}).diffusion
-    latents, optimizer = draw(40, 4), Optimizer(lr=1e-2, weight_decay=0.1, schedule="cosine")
+    changes = {"steps": 120, "batch_size": batch_size, "denoiser": "cnn", "lr": 1e-2, "weight_decay": 0.1}
+    settings, latents = small(diffusion=changes).diffusion, draw(40, 4)
 
     def fit(fitting):
         torch.manual_seed(0)
         model = Diffusion(settings, 4)
-        fit_model("diffusion", model, latents, model.loss, optimizer, 120, batch_size, fitting, ema_decay=0.9)
+        fit_model("diffusion", model, latents, settings, fitting, ema_decay=0.9)
         return model.state_dict(), fitting.history["diffusion"]
 
     saved = {}

@@ -7,6 +7,7 @@ Shapes: B vectors of D values, Z latent dimensions.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Annotated
 
 import torch
@@ -58,25 +59,21 @@ class Autoencoder(nn.Module):
         channels, kernel, stride = settings.channels, settings.kernel_size, settings.stride
         self.length = math.ceil(dimension / stride ** len(channels))  # of the innermost sequence
         self.padding = self.length * stride ** len(channels) - dimension
-        inner = channels[-1] * self.length
-        if 2 * inner * settings.latent_dim > MAX_PARAMETERS:
+        innermost = channels[-1] * self.length
+        if (weights := 2 * innermost * settings.latent_dim) > MAX_PARAMETERS:
             raise ConfigError(
-                f"generator.autoencoder: {dimension:,} values at stride {stride} need linear layers of "
-                f"{2 * inner * settings.latent_dim:,} weights; raise generator.autoencoder.stride"
+                f"generator.autoencoder: {dimension:,} values at stride {stride} need linear layers of {weights:,} "
+                "weights; raise generator.autoencoder.stride"
             )
+        widths, window = list(pairwise((1, *channels))), (kernel, stride, kernel // 2)
         encoder: list[nn.Module] = []
-        for width_in, width_out in zip((1, *channels[:-1]), channels, strict=True):
-            encoder += [nn.Conv1d(width_in, width_out, kernel, stride, kernel // 2), nn.GELU()]
-        decoder: list[nn.Module] = []
-        for width_in, width_out in zip(channels[::-1], (*channels[-2::-1], 1), strict=True):
-            decoder += [
-                nn.GELU(),
-                nn.ConvTranspose1d(width_in, width_out, kernel, stride, kernel // 2, output_padding=stride - 1),
-            ]
-        self.encoder = nn.Sequential(*encoder, nn.Flatten(), nn.Linear(inner, settings.latent_dim))
-        self.decoder = nn.Sequential(
-            nn.Linear(settings.latent_dim, inner), nn.Unflatten(1, (channels[-1], self.length)), *decoder
-        )
+        for outer, inner in widths:
+            encoder += [nn.Conv1d(outer, inner, *window), nn.GELU()]
+        decoder: list[nn.Module] = [nn.Unflatten(1, (channels[-1], self.length))]
+        for outer, inner in reversed(widths):
+            decoder += [nn.GELU(), nn.ConvTranspose1d(inner, outer, *window, output_padding=stride - 1)]
+        self.encoder = nn.Sequential(*encoder, nn.Flatten(), nn.Linear(innermost, settings.latent_dim))
+        self.decoder = nn.Sequential(nn.Linear(settings.latent_dim, innermost), *decoder)
 
     def encode(self, vectors: Tensor) -> Tensor:
         """Encodes normalized vectors (B, D) as latents (B, Z)."""

@@ -5,6 +5,7 @@ Shapes: B latents of Z dimensions.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -102,19 +103,13 @@ class CNNDenoiser(nn.Module):
         super().__init__()
         self.embedding = TimestepEmbedding(width)
         self.positions = nn.Parameter(torch.randn(1, width, latent_dim) * 0.02)
-        self.first = nn.Conv1d(1, width, 7, padding=3)
-        groups = math.gcd(8, width)
+        conv = functools.partial(nn.Conv1d, kernel_size=7, padding=3)
+        norm = functools.partial(nn.GroupNorm, math.gcd(8, width), width)
+        self.first = conv(1, width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.GroupNorm(groups, width),
-                nn.SiLU(),
-                nn.Conv1d(width, width, 7, padding=3),
-                nn.SiLU(),
-                nn.Conv1d(width, width, 7, padding=3),
-            )
-            for _ in range(depth)
+            nn.Sequential(norm(), nn.SiLU(), conv(width, width), nn.SiLU(), conv(width, width)) for _ in range(depth)
         )
-        self.last = nn.Sequential(nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv1d(width, 1, 7, padding=3))
+        self.last = nn.Sequential(norm(), nn.SiLU(), conv(width, 1))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         time, hidden = time[:, :, None], self.first(x[:, None]) + self.positions

@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdiff_ray.common.operations import Operations
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config import schema
-from pdiff_ray.config.schema import Optimizer
 from pdiff_ray.generators import samplers
 from pdiff_ray.generators.autoencoder import Autoencoder, AutoencoderSettings
 from pdiff_ray.generators.diffusion import Diffusion, DiffusionSettings
@@ -97,12 +96,13 @@ class LatentDiffusionSettings(schema.Generator):
         return 3 * trained + members * coded, drawn, 16 * parameters + rows * kept
 
 
-class LatentDiffusion(Generator):
+class LatentDiffusion(nn.Module, Generator):
     """The paper's generator: diffusion of the latents of an autoencoder."""
 
     Settings = LatentDiffusionSettings
 
     def __init__(self, settings: LatentDiffusionSettings, subset: Subset) -> None:
+        super().__init__()
         self.settings, self.subset = settings, subset
         latent_dim = settings.autoencoder.latent_dim
         with torch.random.fork_rng(devices=[]):
@@ -113,17 +113,15 @@ class LatentDiffusion(Generator):
         self.latents = Normalizer(torch.zeros(latent_dim), torch.ones(latent_dim))
 
     def fit(self, vectors: Tensor, fitting: Fitting) -> None:
+        self.to(fitting.device)
         self.normalizer = Normalizer.fit(vectors, self.settings.normalize, self.subset)
         normalized = self.normalizer.normalize(vectors)
-        ae, diffusion = self.settings.autoencoder, self.settings.diffusion
+        diffusion = self.settings.diffusion
         fit_model(
             "autoencoder",
-            self.autoencoder.to(fitting.device),
+            self.autoencoder,
             normalized,
-            self.autoencoder.loss,
-            Optimizer(lr=ae.lr, weight_decay=ae.weight_decay, schedule="cosine"),
-            ae.steps,
-            ae.batch_size,
+            self.settings.autoencoder,
             fitting,
             rungs=AUTOENCODER_RUNGS,
             preview=lambda: self.normalizer.unnormalize(
@@ -141,18 +139,13 @@ class LatentDiffusion(Generator):
         if diffusion.standardize_latents:
             std = latents.std(0, correction=0)
             self.latents = Normalizer(latents.mean(0), std.clamp(min=1e-6))
-        else:
-            self.latents = Normalizer(torch.zeros_like(latents[0]), torch.ones_like(latents[0]))
         steps = min(PREVIEW_STEPS, diffusion.num_timesteps)
         few_steps = schema.Sampling(sampler="dpmsolver++", steps=steps, seed=fitting.seed % 2**31)
         fit_model(
             "diffusion",
-            self.diffusion.to(fitting.device),
+            self.diffusion,
             self.latents.normalize(latents),
-            self.diffusion.loss,
-            Optimizer(lr=diffusion.lr, weight_decay=diffusion.weight_decay, schedule="cosine"),
-            diffusion.steps,
-            diffusion.batch_size,
+            diffusion,
             fitting,
             ema_decay=diffusion.ema_decay,
             rungs=DIFFUSION_RUNGS,
@@ -173,36 +166,23 @@ class LatentDiffusion(Generator):
         }
 
     def sample(self, count: int, sampling: schema.Sampling, device: torch.device) -> Tensor:
-        self._to(device)
+        self.to(device)
         latents = samplers.sample(self.diffusion, count, sampling, device)
         with torch.inference_mode():
             return self.normalizer.unnormalize(_in_chunks(self.autoencoder.decode, self.latents.unnormalize(latents)))
 
     @torch.inference_mode()
     def encode(self, vectors: Tensor) -> Tensor:
-        self._to(vectors.device)
+        self.to(vectors.device)
         return self.latents.normalize(_in_chunks(self.autoencoder.encode, self.normalizer.normalize(vectors)))
 
     def state(self) -> State:
-        return {
-            "autoencoder": self.autoencoder.state_dict(),
-            "diffusion": self.diffusion.state_dict(),
-            "normalizer": vars(self.normalizer),
-            "latents": vars(self.latents),
-        }
+        return {name: part.state_dict() for name, part in self.named_children()}
 
     def load_state(self, state: State) -> None:
-        self.autoencoder.load_state_dict(state["autoencoder"])
-        self.diffusion.load_state_dict(state["diffusion"])
-        self.normalizer, self.latents = Normalizer(**state["normalizer"]), Normalizer(**state["latents"])
-        self.autoencoder.eval()
-        self.diffusion.eval()
-
-    def _to(self, device: torch.device) -> None:
-        self.autoencoder.to(device)
-        self.diffusion.to(device)
-        for part in (self.normalizer, self.latents):
-            part.mean, part.std = part.mean.to(device), part.std.to(device)
+        for name, part in self.named_children():
+            part.load_state_dict(state[name])
+        self.eval()
 
 
 def _spread(count: int) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdiff_ray.networks.subset import Subset
 
 MIN_RELATIVE_STD = 1e-6  # of the mean over all values
 
 
-class Normalizer:
+class Normalizer(nn.Module):
     """Shifts and scales vectors (n, D).
 
     Args:
@@ -17,8 +17,13 @@ class Normalizer:
         std: (D,), above zero.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Tensor, std: Tensor) -> None:
-        self.mean, self.std = mean, std
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
 
     @staticmethod
     def fit(vectors: Tensor, mode: str, subset: Subset) -> Normalizer:

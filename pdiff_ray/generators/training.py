@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from pdiff_ray.common.seeds import rng
 from pdiff_ray.config.schema import Optimizer
+from pdiff_ray.generators.autoencoder import Autoencoder, AutoencoderSettings
+from pdiff_ray.generators.diffusion import Diffusion, DiffusionSettings
 from pdiff_ray.generators.graphs import graphed
 from pdiff_ray.generators.interface import Fitting
 from pdiff_ray.training.trainer import Trainer
@@ -31,12 +33,9 @@ class EMA:
 
 def fit_model(
     name: str,
-    model: nn.Module,
+    model: Autoencoder | Diffusion,
     data: Tensor,
-    loss_of: Callable[[Tensor, torch.Generator], Tensor],
-    settings: Optimizer,
-    num_steps: int,
-    batch_size: int,
+    settings: AutoencoderSettings | DiffusionSettings,
     fitting: Fitting,
     ema_decay: float = 0.0,
     rungs: range = range(0),
@@ -46,11 +45,13 @@ def fit_model(
 
     Args:
         name: of the model, for progress, messages and the history of losses.
-        loss_of: the loss of a batch (B, ...), with the random numbers of the given generator.
+        settings: the model's, of which training takes steps, batch_size, lr and weight_decay.
         ema_decay: above 0, the model ends with the average of its weights.
         rungs: at which `fitting.preview` is shown the vectors that `preview` gives; spread evenly over the steps.
     """
-    trainer = Trainer(list(model.parameters()), settings, num_steps, f"training of the {name}")
+    num_steps, batch_size = settings.steps, settings.batch_size
+    optimizer = Optimizer(lr=settings.lr, weight_decay=settings.weight_decay, schedule="cosine")
+    trainer = Trainer(list(model.parameters()), optimizer, num_steps, f"training of the {name}")
     random = rng(fitting.device, fitting.seed, name)
     ema = EMA(model, ema_decay) if ema_decay else None
     losses = torch.zeros(num_steps, device=fitting.device)
@@ -75,29 +76,15 @@ def fit_model(
         }
         fitting.save(name, {**state, "losses": losses[:step], **({"ema": ema.average} if ema else {})})
 
-    due = {num_steps * (i + 1) // len(rungs): rung for i, rung in enumerate(rungs)} if fitting.preview else {}
-
-    def show(rung: int) -> None:
-        assert fitting.preview is not None
-        assert preview is not None
-        current = {name: p.detach().clone() for name, p in model.named_parameters()}
-        if ema:
-            model.load_state_dict(ema.average, strict=False)
-        model.eval()
-        with torch.inference_mode():
-            vectors = preview()
-        fitting.preview(rung, vectors)
-        model.load_state_dict(current, strict=False)
-        model.train()
-
     def backward() -> Tensor:
         batch = data
         if batch_size < len(data):
             batch = data[torch.randint(len(data), (batch_size,), generator=random, device=fitting.device)]
-        loss = loss_of(batch, random)
+        loss = model.loss(batch, random)
         trainer.backward(loss)
         return loss.detach()
 
+    due = {num_steps * (i + 1) // len(rungs): rung for i, rung in enumerate(rungs)}
     last_saved = time.monotonic()
     model.train()
     if fitting.graphs and fitting.device.type == "cuda" and first < num_steps:
@@ -107,8 +94,17 @@ def fit_model(
         trainer.apply(step)
         if ema:
             ema.update(model, step)
-        if step + 1 in due:  # before the state is saved: a rung may be shown twice, but is never left out
-            show(due[step + 1])
+        # Before the state is saved: a rung may be shown twice, but is never left out.
+        if fitting.preview and preview and step + 1 in due:
+            current = {name: p.detach().clone() for name, p in model.named_parameters()}
+            if ema:
+                model.load_state_dict(ema.average, strict=False)
+            model.eval()
+            with torch.inference_mode():
+                vectors = preview()
+            fitting.preview(due[step + 1], vectors)
+            model.load_state_dict(current, strict=False)
+            model.train()
         if (step + 1) % 50 == 0 or step + 1 == num_steps:
             value = losses[step].item()
             trainer.check_loss(value, step, f"generator.{name}.lr")
