@@ -81,8 +81,7 @@ def parse(model: type[S], raw: Any, where: str, at: str = "") -> S:
         by_path: dict[tuple[str, ...], list[Any]] = {}
         for problem in error.errors():
             by_path.setdefault(_path(model, raw, problem["loc"]), []).append(problem)
-        prefix = f"{at}." if at else ""
-        lines = [_explain(model, raw, path, prefix, problems) for path, problems in by_path.items()]
+        lines = [_explain(model, raw, path, at, problems) for path, problems in by_path.items()]
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
@@ -158,9 +157,9 @@ def _path(model: type[BaseModel], raw: Any, location: Sequence[int | str]) -> tu
     return tuple(kept)
 
 
-def _explain(model: type[BaseModel], raw: Any, path: Sequence[str], prefix: str, problems: Sequence[Any]) -> str:
+def _explain(model: type[BaseModel], raw: Any, path: Sequence[str], at: str, problems: Sequence[Any]) -> str:
     """Returns a line for pydantic's problems with one field: path, value, remedy. Several are of alternatives."""
-    problem, named = problems[0], f"{prefix}{'.'.join(path)}".rstrip(".")
+    problem, named = problems[0], ".".join([at, *path] if at else path)
     if problem["type"] == "extra_forbidden":
         *parent, key = path
         known = _fields_at(model, raw, parent)
@@ -181,24 +180,19 @@ def _fields_at(model: type[BaseModel], raw: Any, location: Sequence[str]) -> lis
     return [field.alias or name for name, field in fields.items()]
 
 
-def _type_at(model: type[BaseModel], raw: Any, location: Sequence[str]) -> Any:
-    """Returns the type of what is at a path of a mapping; None where no path can lead."""
-    found: Any = _chosen(model, raw)
-    for part in location:
-        if get_origin(found) is dict:
-            found = get_args(found)[1]
-        elif _has_keys(found) and part in found.model_fields:
-            found = found.model_fields[part].annotation
-        else:
-            return None
-        raw = raw.get(part) if isinstance(raw, dict) else None
-        found = _chosen(found, raw)
-    return found
-
-
-def _chosen(found: Any, raw: Any) -> Any:
-    """Returns the type that the name in a mapping chooses, if it chooses any."""
-    return found.type_of(raw) or found if isinstance(found, type) and issubclass(found, Choice) else found
+def _type_at(kind: Any, raw: Any, location: Sequence[str]) -> Any:
+    """Returns the type of what is at a path of `raw`, which is of a kind; None where no path can lead."""
+    if isinstance(kind, type) and issubclass(kind, Choice):
+        kind = kind.type_of(raw) or kind
+    if not location:
+        return kind
+    key, *rest = location
+    inner = raw.get(key) if isinstance(raw, dict) else None
+    if get_origin(kind) is dict:
+        return _type_at(get_args(kind)[1], inner, rest)
+    if _has_keys(kind) and key in kind.model_fields:
+        return _type_at(kind.model_fields[key].annotation, inner, rest)
+    return None
 
 
 def _has_keys(found: Any) -> bool:

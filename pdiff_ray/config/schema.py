@@ -259,17 +259,16 @@ class Zoo(Section):
     def _possible(self) -> Zoo:
         if isinstance(self.steps_per_member, int) and self.steps_per_member < 1:
             raise ValueError(f"steps_per_member is {self.steps_per_member}; it must be 1 or more, or 'epoch'")
-        if self.regime == "independent":
-            if not self.subset.all:
-                raise ValueError(
-                    "regime independent makes networks that share no parameter, so subset must be 'all' "
-                    f"(it is {self.subset})"
-                )
-            if self.batchnorm == "frozen":
-                raise ValueError(
-                    "regime independent has no base whose statistics could stay frozen; set batchnorm to "
-                    "'included' or 'recalibrated'"
-                )
+        if self.regime == "independent" and not self.subset.all:
+            raise ValueError(
+                "regime independent makes networks that share no parameter, so subset must be 'all' "
+                f"(it is {self.subset})"
+            )
+        if self.regime == "independent" and self.batchnorm == "frozen":
+            raise ValueError(
+                "regime independent has no base whose statistics could stay frozen; set batchnorm to 'included' or "
+                "'recalibrated'"
+            )
         if self.regime == "branches" and self.branches > self.members:
             raise ValueError(f"branches is {self.branches}, more than members ({self.members}); lower it")
         return self
@@ -287,9 +286,7 @@ class Choice(Section):
     @classmethod
     def _chosen(cls, value: Any, handler: ModelWrapValidatorHandler[Choice]) -> Choice:
         """Validates a mapping as the class that its name chooses; an unknown name is the only thing wrong with it."""
-        if not isinstance(value, dict):
-            return handler(value)
-        chosen = cls.type_of(value)
+        chosen = cls.type_of(value) if isinstance(value, dict) else cls
         if chosen is None:
             handler({"name": value["name"]})
             raise ValueError(f"name is {value['name']!r}, which has no class Settings for the fields of this section")
