@@ -31,6 +31,8 @@ class DataInfo:
 
     Attributes:
         images: training and test images, where known; for estimates before the data is there.
+        torchvision: the class in torchvision.datasets.
+        splits: what that class calls the training and the test data, if it takes names.
     """
 
     channels: int
@@ -38,34 +40,25 @@ class DataInfo:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    torchvision: str | None = None  # class in torchvision.datasets
-    arguments: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})  # of it, per split
     images: tuple[int, int] | None = None
+    torchvision: str | None = None
+    splits: tuple[str, str] | None = None
 
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_TRAIN_TEST = ({"split": "train"}, {"split": "test"})
 _TABLE = {
-    "digits": DataInfo(1, 8, 10, (0.3076,), (0.3771,), images=(900, 897)),
-    "mnist": DataInfo(1, 28, 10, (0.1307,), (0.3081,), "MNIST", images=(60_000, 10_000)),
-    "fashion_mnist": DataInfo(1, 28, 10, (0.2860,), (0.3530,), "FashionMNIST", images=(60_000, 10_000)),
-    "cifar10": DataInfo(
-        3, 32, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR10", images=(50_000, 10_000)
-    ),
-    "cifar100": DataInfo(
-        3, 32, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "CIFAR100", images=(50_000, 10_000)
-    ),
+    "digits": DataInfo(1, 8, 10, (0.3076,), (0.3771,), (900, 897)),
+    "mnist": DataInfo(1, 28, 10, (0.1307,), (0.3081,), (60_000, 10_000), "MNIST"),
+    "fashion_mnist": DataInfo(1, 28, 10, (0.2860,), (0.3530,), (60_000, 10_000), "FashionMNIST"),
+    "cifar10": DataInfo(3, 32, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), (50_000, 10_000), "CIFAR10"),
+    "cifar100": DataInfo(3, 32, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), (50_000, 10_000), "CIFAR100"),
     "stl10": DataInfo(
-        3, 96, 10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), "STL10", _TRAIN_TEST, images=(5000, 8000)
+        3, 96, 10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), (5000, 8000), "STL10", ("train", "test")
     ),
-    "flowers102": DataInfo(3, 224, 102, *_IMAGENET, "Flowers102", _TRAIN_TEST, images=(1020, 6149)),
-    "pets": DataInfo(
-        3, 224, 37, *_IMAGENET, "OxfordIIITPet", ({"split": "trainval"}, {"split": "test"}), images=(3680, 3669)
-    ),
-    "food101": DataInfo(3, 224, 101, *_IMAGENET, "Food101", _TRAIN_TEST, images=(75_750, 25_250)),
-    "imagenet": DataInfo(
-        3, 224, 1000, *_IMAGENET, "ImageNet", ({"split": "train"}, {"split": "val"}), images=(1_281_167, 50_000)
-    ),
+    "flowers102": DataInfo(3, 224, 102, *_IMAGENET, (1020, 6149), "Flowers102", ("train", "test")),
+    "pets": DataInfo(3, 224, 37, *_IMAGENET, (3680, 3669), "OxfordIIITPet", ("trainval", "test")),
+    "food101": DataInfo(3, 224, 101, *_IMAGENET, (75_750, 25_250), "Food101", ("train", "test")),
+    "imagenet": DataInfo(3, 224, 1000, *_IMAGENET, (1_281_167, 50_000), "ImageNet", ("train", "val")),
 }
 DATASETS: Registry[DataInfo] = Registry("data set", _TABLE, also=["custom"])
 
@@ -96,21 +89,19 @@ def describe(config: Data) -> DataInfo:
             image, _ = next(iter(samples))
         except (OSError, SyntaxError, TypeError) as error:  # PIL's errors, or a null
             raise ConfigError(f"data.root: the first image under {config.root!r} cannot be read: {error}") from None
-        channels: int = config.channels or (1 if image.mode == "L" else 3)
-        size = config.image_size or min(image.size)
+        channels = 1 if image.mode == "L" else 3
         # Pixels in -1..1, the usual choice where nothing is known about a data set.
-        info = DataInfo(channels, size, _num_classes(samples), (0.5,) * channels, (0.5,) * channels)
+        info = DataInfo(channels, min(image.size), _num_classes(samples), (0.5,) * channels, (0.5,) * channels)
     elif ":" in config.name:
         info = _own(config)[0]
     else:
         info = DATASETS[config.name]
     channels = config.channels or info.channels
-    size = config.image_size or info.image_size
     if channels != info.channels:
         # Grey images repeat their channel; coloured ones turn grey, whose statistics are close to the channels' mean.
         mean, std = (float(np.mean(v)) for v in (info.mean, info.std))
         info = replace(info, mean=(mean,) * channels, std=(std,) * channels)
-    return replace(info, channels=channels, image_size=size)
+    return replace(info, channels=channels, image_size=config.image_size or info.image_size)
 
 
 def keyed(config: Data) -> dict[str, Any]:
@@ -196,7 +187,7 @@ def open_samples(config: Data, split: str) -> Samples:
     from torchvision import datasets
 
     info = DATASETS[config.name]
-    kwargs = dict(info.arguments[SPLITS.index(split)])
+    kwargs: dict[str, Any] = {"split": info.splits[SPLITS.index(split)]} if info.splits else {"train": split == "train"}
     if config.name != "imagenet":  # which nobody may download
         kwargs["download"] = config.download
     try:
