@@ -109,8 +109,8 @@ def check_network(config: Network, info: DataInfo) -> nn.Module:
     images = torch.zeros(2, info.channels, info.image_size, info.image_size)
     try:
         logits = network.train()(images.contiguous(memory_format=torch.channels_last))
-        if not isinstance(logits, Tensor) or logits.shape != (2, info.num_classes):
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if found != (2, info.num_classes):
             raise ValueError(f"it returns {found}, not logits of shape (2, {info.num_classes})")
     except Exception as error:  # the network's own code
         size, reason = info.image_size, str(error).partition("\n")[0]
@@ -169,20 +169,16 @@ def _timm(config: Network, info: DataInfo) -> nn.Module:
 def _torchvision(config: Network, info: DataInfo) -> nn.Module:
     from torchvision import models
 
-    if config.name not in models.list_models():
-        raise ConfigError(
-            f"network.name: torchvision has no {config.name!r}{did_you_mean(config.name, models.list_models())}"
-        )
+    if config.name not in (known := models.list_models()):
+        raise ConfigError(f"network.name: torchvision has no {config.name!r}{did_you_mean(config.name, known)}")
     if info.channels != 3:
         raise ConfigError(f"network.name: torchvision's {config.name} takes 3 channels; set data.channels: 3")
     if not config.pretrained:
         return models.get_model(config.name, num_classes=info.num_classes, **config.args)
     network = models.get_model(config.name, weights="DEFAULT", **config.args)
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    parent, _, leaf = layers[-1].rpartition(".")
-    head = network.get_submodule(layers[-1])
+    name, head = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
     if head.out_features != info.num_classes:
-        setattr(network.get_submodule(parent), leaf, nn.Linear(head.in_features, info.num_classes))
+        network.set_submodule(name, nn.Linear(head.in_features, info.num_classes))
     return network
 
 

@@ -91,11 +91,8 @@ class Subset:
 
 def norm_layers(network: nn.Module) -> list[str]:
     """Returns the names of the normalization layers with a weight, in order of definition."""
-    return [
-        name
-        for name, module in network.named_modules()
-        if isinstance(module, NORM_TYPES) and getattr(module, "weight", None) is not None
-    ]
+    modules = network.named_modules()
+    return [name for name, module in modules if isinstance(module, NORM_TYPES) and module.weight is not None]
 
 
 def main_path_norm_layers(network: nn.Module) -> list[str]:
@@ -127,18 +124,17 @@ def resolve(rule: SubsetRule, network: nn.Module, batchnorm: str = "frozen") -> 
             raise ConfigError(f"{value!r} chooses no parameter of the network")
     except ConfigError as error:
         raise ConfigError(f"zoo.subset.{name}: {error}") from None
-    tensors: dict[str, tuple[Tensor, str]] = {
-        name: (p, "parameter") for name, p in parameters.items() if name in chosen
-    }
+    tensors: dict[str, Tensor] = {name: p for name, p in parameters.items() if name in chosen}
     if batchnorm == "included":
         layers = {name.rpartition(".")[0] for name in chosen}
         for name, buffer in network.named_buffers():
             layer, _, leaf = name.rpartition(".")
             if (rule.all or layer in layers) and leaf in ("running_mean", "running_var"):
-                tensors[name] = (buffer, "buffer")
+                tensors[name] = buffer
     entries, offset = [], 0
-    for name, (tensor, kind) in tensors.items():
-        entries.append(Entry(name, tuple(tensor.shape), offset, kind))  # type: ignore[arg-type]
+    for name, tensor in tensors.items():
+        kind: Literal["parameter", "buffer"] = "parameter" if name in parameters else "buffer"
+        entries.append(Entry(name, tuple(tensor.shape), offset, kind))
         offset += tensor.numel()
     return Subset(tuple(entries))
 
