@@ -35,8 +35,7 @@ def training_frontier(experiment: Experiment, subset: Subset, judge: Judge, step
     """
     if reason := full_steps(experiment, subset):
         return Kept(reason=reason)
-    config = experiment.zoo
-    return judge.at(config.precision).frontier("train", reads=steps * config.batch_size)
+    return judge.at(experiment.zoo.precision).frontier("train", reads=steps * experiment.zoo.batch_size)
 
 
 def full_steps(experiment: Experiment, subset: Subset) -> str | None:
@@ -74,8 +73,8 @@ class SubsetTraining:
         count: int = 1,
     ) -> None:
         config = experiment.zoo
-        self.config, self.network, self.subset, self.device, self.count = config, network, subset, device, count
-        self.frontier = frontier
+        self.config, self.network, self.subset, self.device = config, network, subset, device
+        self.frontier, self.count = frontier, count
         if count > 1 and frontier is None:
             raise ValueError(f"{count} networks cannot be trained as one program without a frontier")
         network.requires_grad_(False).train(config.batchnorm == "recalibrated")
