@@ -2,6 +2,7 @@
 
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,11 @@ def context(**changes):
 def build(experiment, artifacts, *stages):
     for stage in stages or EVALUATED:
         build_missing(stage, experiment, artifacts, context())
+
+
+def with_vectors(store, ids=None):
+    """Rows of a store with their vectors."""
+    return [replace(r, vector=v) for r, v in zip(store.records(ids), store.vectors(ids), strict=True)]
 
 
 def interrupted_zoo(experiment, artifacts, members):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY
+from helpers import TINY, with_vectors
 from test_store import SUBSET, assert_same, finish, make_records
 from torch import nn
 
@@ -341,7 +341,7 @@ def test_networks_in_an_object_store(remote):
     assert artifacts.finished(remote) == [artifact.folder]
     found = ParameterStore(artifact)
     assert found.subset() == SUBSET
-    assert_same(found.records([3, 0], vectors=True), [records[3], records[0]])
+    assert_same(with_vectors(found, [3, 0]), [records[3], records[0]])
     assert artifact.read("subset.json") == SUBSET.to_json().encode()
     assert artifacts.verify(remote, artifact.folder) == []
     assert artifact.load_work("run.safetensors") is None

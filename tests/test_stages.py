@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import EVALUATED, build, build_missing, context, interrupted_zoo, tiny
+from helpers import EVALUATED, build, build_missing, context, interrupted_zoo, tiny, with_vectors
 
 from pdiff_ray.cli import printing
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.evaluation.judge import Judge
+from pdiff_ray.networks.build import build_network
 from pdiff_ray.networks.partition import partition_network
 from pdiff_ray.reports.tables import sharing_text, table_rows
 from pdiff_ray.running.experiment import make_plan
@@ -49,7 +50,7 @@ def test_members_are_what_their_rows_say(done):
     """A member's vector in the plain network has the stored accuracy and wrong predictions."""
     experiment, artifacts = done
     store = ParameterStore(artifacts["zoo"])
-    (record,) = store.records([7], vectors=True)
+    (record,) = with_vectors(store, [7])
     network = base.load_network(experiment, artifacts)
     network.load_state_dict(store.subset().unflatten(torch.from_numpy(record.vector.copy())), strict=False)
     dataset = base.open_dataset(experiment, context())
@@ -123,6 +124,7 @@ def test_rows_of_an_earlier_version_are_taken(tmp_path):
     rows, subset = ParameterStore(artifacts["evaluation"]).records(), ParameterStore(artifacts["zoo"]).subset()
     summary = load_summary(artifacts)
     shutil.rmtree(artifacts["evaluation"].location)
+    experiment, artifacts = tiny(tmp_path)  # a storage that has not seen it finished
     ParameterStore(artifacts["evaluation"]).append(rows, subset)
     build(experiment, artifacts)
     assert load_summary(artifacts) == summary
@@ -252,9 +254,9 @@ def test_other_regimes(regime, tmp_path):
     assert len({vector.tobytes() for vector in members.vectors()}) == 5
     if regime == "independent":
         # Whole networks: the vector alone, in an untrained network, has the stored accuracy.
-        (record,) = members.records([2], vectors=True)
+        (record,) = with_vectors(members, [2])
         dataset = base.open_dataset(experiment, context())
-        network = zoo.build_network(experiment.network, dataset.info, "untrained")
+        network = build_network(experiment.network, dataset.info, "untrained")
         judge = Judge(network, members.subset(), dataset, torch.device("cpu"))
         judgement = judge.judge(torch.from_numpy(record.vector[None].copy()))[0]
         assert judgement.test_accuracy == record.test_accuracy

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import with_vectors
 from torch import nn
 
 from pdiff_ray.common.errors import StorageError
@@ -76,11 +77,11 @@ def test_round_trip(store, artifact):
     store.append(expected[2:], SUBSET)
     for opened in (store, ParameterStore(artifact)):
         assert opened.ids == [0, 1, 4]
-        assert_same(opened.records(vectors=True), expected)
+        assert_same(with_vectors(opened), expected)
         assert opened.records() == [replace(record, vector=None) for record in expected]
         np.testing.assert_array_equal(opened.vectors(), np.stack([record.vector for record in expected]))
     finish(store)
-    assert_same(ParameterStore(artifact).records(vectors=True), expected)
+    assert_same(with_vectors(ParameterStore(artifact)), expected)
 
 
 def test_chosen_ids_in_the_given_order(store):
@@ -142,7 +143,7 @@ def test_vectors_however_their_pages_were_written(store, artifact, written):
     opened = ParameterStore(artifact)
     np.testing.assert_array_equal(opened.vectors([2, 0, 2]), vectors[[2, 0, 2]])
     np.testing.assert_array_equal(opened.vectors([0]), vectors[[0]])
-    assert_same(opened.records([3, 1], vectors=True), [records[3], records[1]])
+    assert_same(with_vectors(opened, [3, 1]), [records[3], records[1]])
 
 
 def test_vectors_read_before_are_not_decoded_again(store, monkeypatch):
@@ -174,7 +175,7 @@ def test_more_parts_than_files_are_kept_open(store, artifact, monkeypatch):
     for ids in (range(6), [5, 0, 3], range(6)):
         np.testing.assert_array_equal(opened.vectors(ids), np.stack([records[i].vector for i in ids]))
         assert len(opened._opened) == 2
-    assert_same(opened.records(vectors=True), records)
+    assert_same(with_vectors(opened), records)
 
 
 def test_unknown_id(store, artifact):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,9 +35,7 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     artifact, config = artifacts["base"], experiment.training
     dataset = open_dataset(experiment, context)
     started = time.monotonic()
-    network, history = train_network(
-        experiment, dataset, context, seed=("base", config.seed or 0), task="base", checkpoints=artifact
-    )
+    network, history = train_network(experiment, dataset, context, ("base", config.seed or 0), "base", artifact)
     if context.rank == 0:
         files = {
             NETWORK_FILE: save_tree(dict(network.state_dict())),
@@ -71,12 +69,31 @@ def open_dataset(experiment: Experiment, context: Context) -> Dataset:
     return dataset
 
 
+def untrained_network(experiment: Experiment) -> nn.Module:
+    """Builds the experiment's network, to be given its parameters; no pretrained ones are loaded.
+
+    Raises:
+        ConfigError: the network cannot be built.
+    """
+    return build_network(experiment.network.model_copy(update={"pretrained": False}), describe(experiment.data))
+
+
 def load_network(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> nn.Module:
     """Returns the trained base network, on the CPU, in eval mode."""
-    network = build_network(experiment.network.model_copy(update={"pretrained": False}), describe(experiment.data))
+    network = untrained_network(experiment)
     tree = load_tree(artifacts["base"].read(NETWORK_FILE), artifacts["base"].location)
     network.load_state_dict(tree)
     return network.eval()
+
+
+def load_state(artifact: Artifact, name: str, what: str) -> dict[str, Any] | None:
+    """Returns the tree that unfinished work has saved under `name`, None if there is nothing.
+
+    Args:
+        what: the state's name in messages.
+    """
+    saved = artifact.load_work(name)
+    return None if saved is None else load_tree(saved, what)
 
 
 def train_network(
@@ -95,19 +112,20 @@ def train_network(
         checkpoints: where to resume from and save to; by rank 0.
 
     Returns:
-        The network, and per epoch its mean training loss, validation accuracy and learning rate.
+        The network, and per epoch its mean training loss and validation accuracy.
     """
     config, device, main = experiment.training, context.device, context.rank == 0
     network = build_network(experiment.network, dataset.info, *seed).to(device)
     per_epoch = steps_per_epoch(len(dataset.train), config.batch_size)
-    trainer = Trainer(
-        list(network.parameters()), config.optimizer, config.epochs * per_epoch, f"training of the {task}"
-    )
+    num_steps = config.epochs * per_epoch
+    trainer = Trainer(list(network.parameters()), config.optimizer, num_steps, f"training of the {task}")
     history: dict[str, list[float]] = {"loss": [], "validation_accuracy": []}
     first = 0
-    saved = checkpoints.load_work(CHECKPOINT) if checkpoints else None
-    if saved is not None:
-        first, history = _restore(load_tree(saved, f"{task} checkpoint"), network, trainer)
+    state = load_state(checkpoints, CHECKPOINT, f"{task} checkpoint") if checkpoints else None
+    if state is not None:
+        network.load_state_dict(state["network"])
+        trainer.load_state(state["optimizer"])
+        first, history = state["epoch"], {name: state["history"][name] for name in history}
     model: nn.Module = network
     if context.world > 1:
         model = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
@@ -129,17 +147,18 @@ def train_network(
                 trainer.step(loss, step)
                 total += loss.detach()
                 if main and step % 10 == 0:
-                    context.progress(task, step, config.epochs * per_epoch, f"epoch {epoch + 1}/{config.epochs}")
-        mean = _mean_over_workers(total / per_epoch, context)
+                    context.progress(task, step, num_steps, f"epoch {epoch + 1}/{config.epochs}")
+        total /= per_epoch
+        if context.world > 1:
+            dist.all_reduce(total)
+        mean = (total / context.world).item()
         trainer.check_loss(mean, start + per_epoch, "training.optimizer.lr")
         if not main:
             continue
         accuracy = judge.judge(torch.empty(1, 0), ["validation"])[0].validation_accuracy
         history["loss"].append(mean)
         history["validation_accuracy"].append(float(accuracy or 0))
-        context.progress(
-            task, start + per_epoch, config.epochs * per_epoch, f"loss {mean:.3f}, validation {accuracy:.1%}"
-        )
+        context.progress(task, start + per_epoch, num_steps, f"loss {mean:.3f}, validation {accuracy:.1%}")
         if checkpoints and epoch + 1 < config.epochs and time.monotonic() - last_saved >= context.checkpoint_s:
             state = {
                 "epoch": epoch + 1,
@@ -150,16 +169,3 @@ def train_network(
             checkpoints.save_work(CHECKPOINT, save_tree(state))
             last_saved = time.monotonic()
     return network.eval(), history
-
-
-def _restore(state: dict[str, Any], network: nn.Module, trainer: Trainer) -> tuple[int, dict[str, list[float]]]:
-    network.load_state_dict(state["network"])
-    trainer.load_state(state["optimizer"])
-    return state["epoch"], {name: state["history"][name] for name in ("loss", "validation_accuracy")}
-
-
-def _mean_over_workers(value: Tensor, context: Context) -> float:
-    if context.world > 1:
-        dist.all_reduce(value)
-        value = value / context.world
-    return value.item()

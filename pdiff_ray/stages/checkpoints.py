@@ -16,12 +16,10 @@ from pdiff_ray.common.errors import ConfigError, PdiffError, StorageError, did_y
 from pdiff_ray.common.progress import Progress, silent
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.cache import default_cache
-from pdiff_ray.data.sources import describe
-from pdiff_ray.networks.build import build_network
 from pdiff_ray.networks.subset import Subset
-from pdiff_ray.stages.base import NETWORK_FILE, describe_base, open_dataset
+from pdiff_ray.stages.base import NETWORK_FILE, describe_base, open_dataset, untrained_network
 from pdiff_ray.stages.context import Context
-from pdiff_ray.stages.zoo import commit, zoo_subset
+from pdiff_ray.stages.zoo import commit, subset_of
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.parameters import PARTS, ParameterStore, Record, stamp
 from pdiff_ray.storage.trees import load_tree, save_tree
@@ -54,7 +52,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise PdiffError(f"{path}: cannot be read as a checkpoint: {reason}") from None
     for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+        if isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     tensors = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor) and isinstance(k, str)}
     if not tensors:
@@ -85,9 +83,8 @@ def import_zoo(
             f"{folder}: holds {len(files)} checkpoints ({', '.join(SUFFIXES)}), but zoo.members is {count}"
         )
     started = time.monotonic()
-    subset, files = zoo_subset(experiment), files[:count]
-    plain = experiment.network.model_copy(update={"pretrained": False})
-    network = build_network(plain, describe(experiment.data))
+    files, network = files[:count], untrained_network(experiment)
+    subset = subset_of(experiment, network)
     parameters = [name for name, _ in network.named_parameters()]
     base = read_checkpoint(base_checkpoint or files[0])
     if absent := [name for name in parameters if name not in base]:

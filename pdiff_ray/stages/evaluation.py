@@ -61,11 +61,7 @@ def judge_missing(
     wanted = networks_to_judge(experiment, ParameterStore(artifacts["zoo"]))
     present = set(ParameterStore(artifacts["evaluation"]).ids)
     tasks = make_tasks(experiment, [record for record in wanted if record.id not in present], actors)
-    if judge_all is None:
-        evaluator = Evaluator(experiment, artifacts, context)
-        found: Iterable[int] = map(evaluator.evaluate, tasks)
-    else:
-        found = judge_all(tasks)
+    found = judge_all(tasks) if judge_all else map(Evaluator(experiment, artifacts, context).evaluate, tasks)
     done = len(present)
     for count in found:
         done += count
@@ -76,38 +72,29 @@ def commit(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> None:
     """Commits the rows of all networks, which have been judged, with their summary."""
     started, artifact, zoo = time.monotonic(), artifacts["evaluation"], ParameterStore(artifacts["zoo"])
     store, members = ParameterStore(artifact), zoo.vectors(range(experiment.num_members))
-    samples = ParameterStore(artifacts["samples"]).vectors()
-    about = artifacts["base"].manifest()["info"]
+    spreads = _spread(members), _spread(ParameterStore(artifacts["samples"]).vectors())
+    about, config = artifacts["base"].manifest()["info"], experiment.evaluation
     ids = range(len(members) + len(made_networks(experiment)))
     summary = summarize(
-        store.records(ids),
-        about["test_images"],
-        about["num_classes"],
-        _spread(members),
-        _spread(samples),
-        groups_of(experiment.evaluation),
-        metrics_of(experiment.evaluation),
+        store.records(ids), about["test_images"], about["num_classes"], *spreads, groups_of(config), metrics_of(config)
     )
     parts = store.manifest_entries(ids)
     sharing, counts, seconds = _taken(store, parts)
-    artifact.commit(
-        {SUMMARY_FILE: json.dumps(summary, indent=1).encode()},
-        {"networks": len(ids), "test_images": about["test_images"], **sharing, **counts},
-        seconds + time.monotonic() - started,
-        parts,
-    )
+    info = {"networks": len(ids), "test_images": about["test_images"], **sharing, **counts}
+    files = {SUMMARY_FILE: json.dumps(summary, indent=1).encode()}
+    artifact.commit(files, info, seconds + time.monotonic() - started, parts)
 
 
 def _taken(store: ParameterStore, parts: Iterable[str]) -> tuple[dict[str, Any], Counter[str], float]:
     """Returns what the networks of part files shared, what judging them took, and for how long any was being judged."""
     sharing: dict[str, Any] = {}
     counts: Counter[str] = Counter()
-    spans: list[tuple[float, float]] = []
+    spans: list[list[float]] = []  # start and end
     for part in parts:
         about = store.about(part)
         sharing |= about.get("sharing", {})  # nothing, in a part of an earlier version
         counts.update(about.get("counts", {}))
-        spans += [tuple(about["span"])] if "span" in about else []
+        spans += [about["span"]] if "span" in about else []
     seconds, reached = counts.pop("seconds", 0.0), -math.inf  # an earlier version's parts have seconds
     for start, end in sorted(spans):  # which overlap where several actors judge at once
         seconds += max(0.0, end - max(start, reached))

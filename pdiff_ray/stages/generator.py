@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.generators.interface import Fitting, Generator
 from pdiff_ray.generators.table import make_generator
-from pdiff_ray.stages.base import HISTORY_FILE
+from pdiff_ray.stages.base import HISTORY_FILE, load_state
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.judging import base_judge
 from pdiff_ray.storage.artifacts import Artifact
@@ -45,15 +44,11 @@ def build(
         judgements = judge.judge(vectors, ["validation"])
         return torch.tensor([j.validation_accuracy for j in judgements])
 
-    def load(name: str) -> dict[str, Any] | None:
-        content = artifact.load_work(f"{name}.safetensors")
-        return None if content is None else load_tree(content, f"{name} checkpoint")
-
     fitting = Fitting(
         device=context.device,
         seed=derive_seed(settings.seed or 0, "fit"),
         judge=validation_accuracy,
-        load=load,
+        load=lambda name: load_state(artifact, f"{name}.safetensors", f"{name} checkpoint"),
         save=lambda name, state: artifact.save_work(f"{name}.safetensors", save_tree(state)),
         progress=context.progress,
         preview=preview,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -42,21 +42,19 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     num_test = artifacts["evaluation"].manifest()["info"]["test_images"]
     samples = artifacts["samples"]
     latents = {k: v.numpy() for k, v in load_tree(samples.read(LATENTS_FILE), samples.location).items()}
-    base_loss = load_history(artifacts["base"]).get("loss")
-    losses = ({"base": base_loss} if base_loss else {}) | load_history(artifacts["generator"])
+    losses = {"base": load_history(artifacts["base"]).get("loss", [])} | load_history(artifacts["generator"])
     pngs = {
         "accuracy": figures.accuracy_by_group(records, groups),
         "similarity": figures.similarity_bars(summary),
         "accuracy_similarity": figures.accuracy_against_similarity(records, num_test, groups),
         "latents": figures.latent_map(latents, experiment.seed),
     }
-    if losses:  # simple generators have none
+    if any(losses.values()):  # an imported base and simple generators have none
         pngs["losses"] = figures.loss_curves(losses)
-    rows = table_rows(summary)
     files = {f"{name}.png": png for name, png in pngs.items()}
-    files["table.md"] = markdown(rows).encode()
+    files["table.md"] = markdown(table_rows(summary)).encode()
     files["table.csv"] = comma_separated(summary).encode()
-    files[REPORT_FILE] = _page(experiment, artifacts, summary, rows, pngs).encode()
+    files[REPORT_FILE] = _page(experiment, artifacts, summary, pngs).encode()
     artifacts["report"].commit(files, {}, time.monotonic() - started)
 
 
@@ -89,17 +87,14 @@ def achieved_sharing(artifacts: Mapping[str, Artifact]) -> str:
 
 
 def _page(
-    experiment: Experiment,
-    artifacts: Mapping[str, Artifact],
-    summary: Mapping[str, Any],
-    rows: Sequence[Sequence[str]],
-    pngs: Mapping[str, bytes],
+    experiment: Experiment, artifacts: Mapping[str, Artifact], summary: Mapping[str, Any], pngs: Mapping[str, bytes]
 ) -> str:
     manifests = {stage: artifact.manifest() for stage, artifact in artifacts.items() if stage != "report"}
+    configuration = experiment.model_dump(mode="json", exclude={"storage", "tracking"})
     return render(
         "report.html.jinja",
         name=experiment.name,
-        rows=rows,
+        rows=table_rows(summary),
         legend=legend(described(summary)),
         verdict=summary["verdict"]["text"],
         paper=paper_row(summary),
@@ -109,7 +104,5 @@ def _page(
         figures=[(FIGURES[name], base64.b64encode(png).decode()) for name, png in pngs.items()],
         stages=[(stage, m["key"], f"{m['seconds']:.1f}", m["seed"], m["created_at"]) for stage, m in manifests.items()],
         versions=manifests["evaluation"]["versions"],
-        configuration=yaml.safe_dump(
-            experiment.model_dump(mode="json", exclude={"storage", "tracking"}), sort_keys=False
-        ),
+        configuration=yaml.safe_dump(configuration, sort_keys=False),
     )

@@ -25,11 +25,10 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     started = time.monotonic()
     zoo = ParameterStore(artifacts["zoo"])
     generator = load_generator(experiment, artifacts)
-    context.progress("samples", 0, sampling.samples, f"{sampling.sampler}")
+    context.progress("samples", 0, sampling.samples, sampling.sampler)
     with enough_memory("sampling", "sampling.samples"):
         vectors = generator.sample(sampling.samples, sampling, context.device)
-    if not vectors.isfinite().all():
-        count = int((~vectors.isfinite()).any(1).sum())
+    if count := int((~vectors.isfinite()).any(1).sum()):
         raise PdiffError(
             f"sampling: {count} of {len(vectors)} generated vectors are not finite; train the generator longer or with "
             "a lower learning rate, or choose another sampling.sampler"
@@ -39,10 +38,8 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     members = torch.from_numpy(zoo.vectors(range(experiment.num_members))).to(context.device)
     latents = {"original": generator.encode(members), "generated": generator.encode(vectors)}
     subset, store = zoo.subset(), ParameterStore(artifact)
-    records = [
-        Record(id_, "generated", vector=vector, seed=sampling.seed, **stamp())
-        for id_, vector in enumerate(vectors.cpu().numpy())
-    ]
+    rows = enumerate(vectors.cpu().numpy())
+    records = [Record(id_, "generated", vector=vector, seed=sampling.seed, **stamp()) for id_, vector in rows]
     size = experiment.evaluation.networks_per_task
     for start in range(0, len(records), size):
         store.append(records[start : start + size], subset)
@@ -50,9 +47,5 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     drawn, learned = (float(latents[group].std(0, correction=0).mean()) for group in ("generated", "original"))
     spread = drawn / learned if learned > 0 else None  # a lone member does not vary
     info = {"samples": len(records), "relative_latent_std": spread, "sampling_s": round(sampled_s, 3)}
-    artifact.commit(
-        {LATENTS_FILE: save_tree(latents)},
-        info,
-        time.monotonic() - started,
-        store.manifest_entries(range(len(records))),
-    )
+    parts = store.manifest_entries(range(len(records)))
+    artifact.commit({LATENTS_FILE: save_tree(latents)}, info, time.monotonic() - started, parts)

@@ -125,11 +125,9 @@ def lineage(storage: Storage, folder: str) -> list[tuple[str, dict[str, Any] | N
     """Returns the artifact's folder and those it was made from, with their manifests (None: no longer there)."""
     chain: list[tuple[str, dict[str, Any] | None]] = []
     while True:
-        if not is_finished(storage, folder):
-            return [*chain, (folder, None)]
-        manifest = read_manifest(storage, folder)
+        manifest = read_manifest(storage, folder) if is_finished(storage, folder) else None
         chain.append((folder, manifest))
-        if not manifest["inputs"]:
+        if not manifest or not manifest["inputs"]:
             return chain
         ((stage, key),) = manifest["inputs"].items()
         folder = f"{stage}/{key}"

@@ -28,16 +28,12 @@ class Stage:
     """One step on the way from the configuration to the report.
 
     Attributes:
-        name: of the stage, and of the folder of its artifacts.
-        inputs: stages whose artifacts it is made from.
-        config: gives what of an experiment determines the artifact, beside its inputs, as JSON values.
+        config: gives what of an experiment determines the artifact, beside its input, as JSON values.
         build: makes the artifact, given those of all stages.
         place: where Ray runs it: the group of workers that trains, an actor, all actors together, or the driver.
         about: tells in a few words what an experiment asks of it.
     """
 
-    name: str
-    inputs: tuple[str, ...]
     config: Callable[[Experiment], dict[str, Any]]
     build: Build
     place: Literal["workers", "actor", "actors", "driver"]
@@ -76,58 +72,30 @@ def _evaluation_config(experiment: Experiment) -> dict[str, Any]:
     return config
 
 
+# In order: the artifact of each is made from that of the stage before it.
 STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage(
-            "base",
-            (),
-            _base_config,
-            base.build,
-            "workers",
-            lambda e: f"{e.network.name} on {e.data.name}, {e.training.epochs} epochs",
-        ),
-        Stage(
-            "zoo",
-            ("base",),
-            _zoo_config,
-            zoo.build,
-            "workers",
-            lambda e: f"{e.zoo.members} members, {e.zoo.regime}, {e.zoo.subset}",
-        ),
-        Stage(
-            "generator",
-            ("zoo",),
-            _generator_config,
-            generator.build,
-            "actor",
-            lambda e: f"{e.generator.name} of {e.num_members} members",
-        ),
-        Stage(
-            "samples",
-            ("generator",),
-            lambda e: e.sampling.keyed(),
-            samples.build,
-            "actor",
-            lambda e: f"{e.sampling.samples} vectors, {e.sampling.sampler}",
-        ),
-        Stage(
-            "evaluation",
-            ("samples",),
-            _evaluation_config,
-            evaluation.build,
-            "actors",
-            lambda e: f"{e.num_members + len(evaluation.made_networks(e))} networks on {e.resources.actors} actors",
-        ),
-        Stage(
-            "report",
-            ("evaluation",),
-            lambda e: {"name": e.name},
-            report.build,
-            "driver",
-            lambda e: "tables and figures",
-        ),
-    )
+    "base": Stage(
+        _base_config, base.build, "workers", lambda e: f"{e.network.name} on {e.data.name}, {e.training.epochs} epochs"
+    ),
+    "zoo": Stage(
+        _zoo_config, zoo.build, "workers", lambda e: f"{e.zoo.members} members, {e.zoo.regime}, {e.zoo.subset}"
+    ),
+    "generator": Stage(
+        _generator_config, generator.build, "actor", lambda e: f"{e.generator.name} of {e.num_members} members"
+    ),
+    "samples": Stage(
+        lambda e: e.sampling.keyed(),
+        samples.build,
+        "actor",
+        lambda e: f"{e.sampling.samples} vectors, {e.sampling.sampler}",
+    ),
+    "evaluation": Stage(
+        _evaluation_config,
+        evaluation.build,
+        "actors",
+        lambda e: f"{e.num_members + len(evaluation.made_networks(e))} networks on {e.resources.actors} actors",
+    ),
+    "report": Stage(lambda e: {"name": e.name}, report.build, "driver", lambda e: "tables and figures"),
 }
 
 assert tuple(STAGES) == KINDS
@@ -136,9 +104,10 @@ assert tuple(STAGES) == KINDS
 def artifacts_of(experiment: Experiment, storage: Storage) -> dict[str, Artifact]:
     """Returns the artifact of every stage: where an experiment's results are stored, be they there or not."""
     found: dict[str, Artifact] = {}
-    for stage in STAGES.values():
-        inputs = {name: found[name].key for name in stage.inputs}
-        found[stage.name] = Artifact(storage, stage.name, stage.config(experiment), inputs)
+    inputs: dict[str, str] = {}
+    for name, stage in STAGES.items():
+        found[name] = Artifact(storage, name, stage.config(experiment), inputs)
+        inputs = {name: found[name].key}
     return found
 
 

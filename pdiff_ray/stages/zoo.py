@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +21,15 @@ from torch import nn
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config.schema import Experiment, Zoo
 from pdiff_ray.data.dataset import Dataset, steps_per_epoch
-from pdiff_ray.data.sources import describe
-from pdiff_ray.evaluation.judge import Judge, judged
-from pdiff_ray.networks.build import build_network
+from pdiff_ray.evaluation.judge import judged
 from pdiff_ray.networks.frontier import Kept
 from pdiff_ray.networks.subset import Subset, resolve
-from pdiff_ray.stages.base import load_network, open_dataset, train_network
+from pdiff_ray.stages.base import load_network, load_state, open_dataset, train_network, untrained_network
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.judging import base_judge, describe_sharing, make_judge
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.parameters import ParameterStore, Record, stamp
-from pdiff_ray.storage.trees import load_tree, save_tree
+from pdiff_ray.storage.trees import save_tree
 from pdiff_ray.training.subset import SubsetTraining, training_frontier
 
 SHARING_FILE = "sharing.json"
@@ -43,14 +41,6 @@ class TrainingRun:
 
     index: int
     member_ids: range
-
-
-@dataclass(frozen=True)
-class NewMembers:
-    """Members that are to be stored, with the states of their runs after them."""
-
-    records: list[Record]
-    states: dict[TrainingRun, dict[str, Any]]
 
 
 def runs_of(config: Zoo) -> list[TrainingRun]:
@@ -65,8 +55,7 @@ def zoo_subset(experiment: Experiment) -> Subset:
     Raises:
         ConfigError: the network cannot be built or the rule does not fit it.
     """
-    plain = experiment.network.model_copy(update={"pretrained": False})
-    return subset_of(experiment, build_network(plain, describe(experiment.data)))
+    return subset_of(experiment, untrained_network(experiment))
 
 
 def subset_of(experiment: Experiment, network: nn.Module) -> Subset:
@@ -87,20 +76,16 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     subset = zoo_subset(experiment)
     store = ParameterStore(artifact)
     present = set(store.ids)
-
     # Shared out before looking at what is there: workers look at different times.
     own = runs_of(config)[(context.rank - shift) % context.world :: context.world]
     missing = [run for run in own if not present.issuperset(run.member_ids)]
     if config.regime == "independent":
         dataset = open_dataset(experiment, context)
         for run in missing:
-            store.append([_independent(experiment, dataset, subset, run, context)], subset)
+            for id_ in run.member_ids:
+                store.append([_independent(experiment, dataset, subset, id_, context)], subset)
     elif missing:
-        training = _FromBase(experiment, artifacts, subset, context)
-        for new in training.members(missing, present):
-            store.append(new.records, subset)
-            for run, state in new.states.items():
-                artifact.save_work(_state_file(run), save_tree(state))
+        _FromBase(experiment, artifacts, subset, store, context).train(missing)
     if set(ParameterStore(artifact).ids).issuperset(range(config.members)):
         commit(artifact, subset, config.members, time.monotonic() - started)
 
@@ -117,11 +102,8 @@ def commit(artifact: Artifact, subset: Subset, members: int, seconds: float) -> 
     artifact.commit({"subset.json": subset.to_json().encode()}, info, seconds, store.manifest_entries(ids))
 
 
-def _independent(
-    experiment: Experiment, dataset: Dataset, subset: Subset, run: TrainingRun, context: Context
-) -> Record:
+def _independent(experiment: Experiment, dataset: Dataset, subset: Subset, id_: int, context: Context) -> Record:
     """Returns one member, trained from its own initialisation by the recipe of the base."""
-    (id_,) = run.member_ids
     seed = derive_seed(experiment.zoo.seed or 0, "independent", id_)
     alone = Context(context.device, context.cache)  # a worker's networks are its own: no data-parallel training
     network, _ = train_network(experiment, dataset, alone, ("member", seed), f"member {id_}")
@@ -140,9 +122,11 @@ class _FromBase:
         experiment: Experiment,
         artifacts: Mapping[str, Artifact],
         subset: Subset,
+        store: ParameterStore,
         context: Context,
     ) -> None:
         self.experiment, self.artifacts, self.subset, self.context = experiment, artifacts, subset, context
+        self.zoo, self.store, self.present = artifacts["zoo"], store, set(store.ids)
         self.judge = base_judge(experiment, artifacts, subset, context)
         self.dataset = self.judge.dataset
         config = experiment.zoo
@@ -151,8 +135,8 @@ class _FromBase:
         self.num_runs = len(runs_of(config))
         self.seconds, self.unshared = 0.0, 0.0  # of steps, and what full passes would have taken
 
-    def members(self, runs: Sequence[TrainingRun], present: set[int]) -> Iterator[NewMembers]:
-        """Yields the members of `runs` but those `present`; some at a time, each time with the states of their runs."""
+    def train(self, runs: Sequence[TrainingRun]) -> None:
+        """Trains and stores the members of `runs` that were not present; some at a time, with their runs' states."""
         config, judge = self.experiment.zoo, self.judge
         reads = self.num_runs * max(map(self._steps, runs))
         kept = training_frontier(self.experiment, self.subset, judge, reads)
@@ -160,21 +144,24 @@ class _FromBase:
         if len(runs) > 1 and kept.frontier is not None:
             capacity = judge.at(config.precision).capacity
             most = capacity.trained_together(config.batch_size, config.runs_per_program)
-        note = (
-            f"runs whole: {judge.partitioned.reason}"
-            if judge.partitioned.reason
-            else f"{judge.partitioned.shared:.0%} shared"
-        )
+        whole = judge.partitioned.reason
+        note = f"runs whole: {whole}" if whole else f"{judge.partitioned.shared:.0%} shared"
         note += f"; full steps: {kept.reason}" if kept.reason else ""
         note += f"; up to {min(most, len(runs))} runs as one program" if most > 1 else ""
         self.context.progress("zoo", 0, config.members, note)
-        made = {run: state["kept"] if (state := _load_state(self.artifacts["zoo"], run)) else 0 for run in runs}
-        for together in _in_step(made, most):
-            yield from self._as_one(together, made[together[0]], present, kept)
+        made = {run: state["kept"] if (state := self._state(run)) else 0 for run in runs}
 
-    def _as_one(self, runs: Sequence[TrainingRun], made: int, present: set[int], kept: Kept) -> Iterator[NewMembers]:
-        """Yields the members of runs of one length, of which each has made so many."""
-        config, zoo, frontier = self.experiment.zoo, self.artifacts["zoo"], kept.frontier
+        def phase(run: TrainingRun) -> tuple[int, int]:
+            return len(run.member_ids), made[run]
+
+        for _, group in itertools.groupby(sorted(runs, key=phase), phase):  # in step, as those of one program must be
+            same = list(group)
+            for start in range(0, len(same), most):
+                self._train_as_one(same[start : start + most], made[same[0]], kept)
+
+    def _train_as_one(self, runs: Sequence[TrainingRun], made: int, kept: Kept) -> None:
+        """Trains and stores the members of runs of one length, of which each has made so many."""
+        config, frontier = self.experiment.zoo, kept.frontier
         seeds = [derive_seed(config.seed or 0, "zoo", run.index) for run in runs]
         names = ", ".join(str(run.index) for run in runs)
         network = load_network(self.experiment, self.artifacts).to(self.context.device)
@@ -182,7 +169,7 @@ class _FromBase:
             self.experiment, network, self.subset, self._steps(runs[0]), self.context.device, frontier, len(runs)
         )
         if made:
-            training.restore([state for run in runs if (state := _load_state(zoo, run))])
+            training.restore([state for run in runs if (state := self._state(run))])
         pending: list[Record] = []
         last = len(runs[0].member_ids) - 1
         for position in range(made, last + 1):
@@ -196,20 +183,30 @@ class _FromBase:
                 self.unshared += images * frontier.seconds / len(frontier)
             ids = [run.member_ids[position] for run in runs]
             for id_, vector, seed in zip(ids, training.vectors().cpu().numpy(), seeds, strict=True):
-                if id_ not in present:
+                if id_ not in self.present:
                     pending.append(Record(id_, "original", vector=vector, seed=seed, step=stop, **stamp()))
             if len(pending) >= self.experiment.evaluation.networks_per_task or position == last:
-                states = dict(zip(runs, training.states(position + 1), strict=True))
-                yield NewMembers(_judged(pending, self.judge), states)
+                self._store(pending)
                 pending = []
+                for run, state in zip(runs, training.states(position + 1), strict=True):
+                    self.zoo.save_work(_state_file(run), save_tree(state))
                 self._save_sharing(kept.reason)
             self.context.progress("zoo", (position + 1) * self.num_runs, config.members, f"run {names}, step {stop}")
+
+    def _store(self, members: Sequence[Record]) -> None:
+        """Stores members with their judgements."""
+        if members:
+            vectors = torch.from_numpy(np.stack([np.asarray(member.vector) for member in members]))
+            self.store.append(list(map(judged, members, self.judge.judge(vectors))), self.subset)
 
     def _save_sharing(self, full_steps: str | None) -> None:
         """Saves, for the manifest, what sharing has achieved in this worker since it was started."""
         saving = 1 + self.unshared / self.seconds if self.unshared else None
         sharing = {**describe_sharing(self.judge), "full_steps": full_steps, "steps_saving": saving}
-        self.artifacts["zoo"].save_work(SHARING_FILE, json.dumps(sharing).encode())
+        self.zoo.save_work(SHARING_FILE, json.dumps(sharing).encode())
+
+    def _state(self, run: TrainingRun) -> dict[str, Any] | None:
+        return load_state(self.zoo, _state_file(run), f"zoo run {run.index}")
 
     def _step_of(self, position: int) -> int:
         """Returns after how many steps a run keeps its member at a position."""
@@ -219,28 +216,5 @@ class _FromBase:
         return self._step_of(len(run.member_ids) - 1)
 
 
-def _in_step(kept: Mapping[TrainingRun, int], most: int) -> Iterator[list[TrainingRun]]:
-    """Yields runs that are equally long and have kept equally many members, at most so many at a time."""
-
-    def phase(run: TrainingRun) -> tuple[int, int]:
-        return len(run.member_ids), kept[run]
-
-    for _, group in itertools.groupby(sorted(kept, key=phase), phase):
-        same = list(group)
-        yield from (same[start : start + most] for start in range(0, len(same), most))
-
-
 def _state_file(run: TrainingRun) -> str:
     return f"run-{run.index}.safetensors"
-
-
-def _load_state(zoo: Artifact, run: TrainingRun) -> dict[str, Any] | None:
-    saved = zoo.load_work(_state_file(run))
-    return None if saved is None else load_tree(saved, f"zoo run {run.index}")
-
-
-def _judged(records: list[Record], judge: Judge) -> list[Record]:
-    if not records:
-        return []
-    vectors = np.stack([np.asarray(record.vector) for record in records])
-    return [judged(r, j) for r, j in zip(records, judge.judge(torch.from_numpy(vectors)), strict=True)]

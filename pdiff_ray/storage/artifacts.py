@@ -82,10 +82,7 @@ class Artifact:
         entry = self.manifest()["files"].get(name)
         if entry is None:
             raise StorageError(f"{self.location}: its manifest lists no file {name!r}")
-        content = self.storage.read(f"{self.folder}/{entry['path']}")
-        if digest(content) != entry["sha256"]:
-            raise StorageError(_damaged(self.storage, f"{self.folder}/{entry['path']}"))
-        return content
+        return _read_whole(self.storage, self.folder, entry)
 
     def commit(
         self,
@@ -178,9 +175,8 @@ def find(storage: Storage, prefix: str) -> tuple[str, dict[str, Any]]:
     Raises:
         StorageError: there is none, or several.
     """
-    stage, slash, key = prefix.rpartition("/")
-    split = [folder.split("/") for folder in finished(storage)]
-    found = ["/".join(f) for f in split if f[1].startswith(key) and (not slash or f[0] == stage)]
+    folders = finished(storage)
+    found = [f for f in folders if (f if "/" in prefix else f.partition("/")[2]).startswith(prefix)]
     if len(found) != 1:
         what = "no finished artifact" if not found else f"{len(found)} artifacts ({', '.join(found)})"
         raise StorageError(f"{prefix}: {what} in {storage.place}; `pdiff artifacts list` shows the keys")
@@ -196,23 +192,23 @@ def verify(storage: Storage, folder: str) -> list[str]:
     """Returns messages about files of an artifact that are missing or differ from their digest."""
     problems = []
     for entry in read_manifest(storage, folder)["files"].values():
-        name = f"{folder}/{entry['path']}"
         try:
-            whole = digest(storage.read(name)) == entry["sha256"]
+            _read_whole(storage, folder, entry)
         except StorageError as error:
             problems.append(str(error))
-            continue
-        if not whole:
-            problems.append(_damaged(storage, name))
     return problems
 
 
-def _damaged(storage: Storage, name: str) -> str:
-    folder = "/".join(name.split("/")[:2])  # the artifact's, whatever the file's
-    return (
-        f"{storage.location(name)}: damaged, its content differs from the digest in the manifest; delete "
-        f"{storage.location(folder)} and run again to build it anew"
-    )
+def _read_whole(storage: Storage, folder: str, entry: dict[str, Any]) -> bytes:
+    """Returns the content of a file that a manifest lists as `entry`, after comparing it with its digest."""
+    name = f"{folder}/{entry['path']}"
+    content = storage.read(name)
+    if digest(content) != entry["sha256"]:
+        raise StorageError(
+            f"{storage.location(name)}: damaged, its content differs from the digest in the manifest; delete "
+            f"{storage.location(folder)} and run again to build it anew"
+        )
+    return content
 
 
 def digest(content: bytes | pa.Buffer) -> str:

@@ -62,24 +62,14 @@ class Record:
         return self.wrong is not None
 
 
-_TYPES = {
-    "id": pa.int64(),
-    "group": pa.string(),
-    "parent": pa.int64(),
-    "sigma": pa.float64(),
-    "seed": pa.int64(),
-    "step": pa.int64(),
-    "train_accuracy": pa.float64(),
-    "train_loss": pa.float64(),
-    "validation_accuracy": pa.float64(),
-    "validation_loss": pa.float64(),
-    "test_accuracy": pa.float64(),
-    "test_loss": pa.float64(),
-    "wrong": pa.binary(),
-    "nearest_distance": pa.float64(),
-    "created_at": pa.timestamp("us", "UTC"),
-    "worker": pa.string(),
+_ARROW_TYPES = {
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "str": pa.string(),
+    "bytes": pa.binary(),
+    "datetime": pa.timestamp("us", "UTC"),
 }
+_TYPES = {f.name: _ARROW_TYPES[str(f.type).removesuffix(" | None")] for f in fields(Record) if f.name != "vector"}
 COLUMNS = tuple(_TYPES)
 
 
@@ -214,13 +204,11 @@ class ParameterStore:
         with self._naming(part):
             return json.loads(self._open(part).file.schema_arrow.metadata[METADATA_KEY])
 
-    def records(self, ids: Sequence[int] | None = None, *, vectors: bool = False) -> list[Record]:
-        """Returns rows in the order of `ids` (default: all, by id)."""
+    def records(self, ids: Sequence[int] | None = None) -> list[Record]:
+        """Returns rows, without their vectors, in the order of `ids` (default: all, by id)."""
         ids = self.ids if ids is None else ids
-        table, read = self._read(ids, [*COLUMNS, "vector"] if vectors else list(COLUMNS))
-        rows = table.select(COLUMNS).to_pylist()
-        parameters = _matrix(table) if vectors else [None] * len(rows)
-        records = {id_: Record(**row, vector=v) for id_, row, v in zip(read, rows, parameters, strict=True)}
+        table, _ = self._read(ids, list(COLUMNS))
+        records = {row["id"]: Record(**row) for row in table.to_pylist()}
         return [records[id_] for id_ in ids]
 
     def vectors(self, ids: Sequence[int] | None = None) -> np.ndarray:
@@ -294,4 +282,4 @@ def _matrix(table: pa.Table) -> np.ndarray:
 
 def without_vector(record: Record) -> dict[str, Any]:
     """Returns a record's columns by name, without its vector."""
-    return {f.name: getattr(record, f.name) for f in fields(record) if f.name != "vector"}
+    return {name: getattr(record, name) for name in COLUMNS}
