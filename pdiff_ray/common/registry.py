@@ -48,8 +48,11 @@ class Registry(dict[str, T]):
         raise ConfigError(f"there is no {self.kind} {name!r} (known: {known}){near}")
 
 
-def imported(name: str) -> Any:
+def imported(name: str, field: str = "") -> Any:
     """Returns what "module:attribute" names.
+
+    Args:
+        field: of the configuration that the name stands in, for the message.
 
     Raises:
         ConfigError: it cannot be imported.
@@ -58,7 +61,8 @@ def imported(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{name!r} (module:attribute) cannot be imported: {error}") from None
+        where = f"{field}: " if field else ""
+        raise ConfigError(f"{where}{name!r} (module:attribute) cannot be imported: {error}") from None
 
 
 def fingerprint(name: str) -> str:

@@ -143,9 +143,8 @@ class FineTuned(Group):
     trained = True
 
     def recipes(self, experiment: Experiment) -> Iterable[Recipe]:
-        count = experiment.num_members
-        picks = min(experiment.evaluation.fine_tuned_networks, count)
-        return [Recipe(parent) for parent in spread_over(count, picks)]
+        count, wanted = experiment.num_members, experiment.evaluation.fine_tuned_networks
+        return [Recipe(parent) for parent in spread_over(count, min(wanted, count))]
 
     def vector(self, record: Record, material: Material) -> np.ndarray:
         assert record.seed is not None
@@ -180,10 +179,7 @@ def groups_of(config: Evaluation) -> Mapping[str, Group]:
     """
     found = dict(GROUPS)
     for path in config.baselines:
-        try:
-            kind = imported(path)
-        except ConfigError as error:
-            raise ConfigError(f"evaluation.baselines: {error}") from None
+        kind = imported(path, "evaluation.baselines")
         if not (isinstance(kind, type) and issubclass(kind, Group)) or not getattr(kind, "name", None):
             raise ConfigError(
                 f"evaluation.baselines: {path} is no class of a baseline; derive one from "

@@ -170,10 +170,7 @@ def metrics_of(config: Evaluation) -> Mapping[str, Metric]:
     """
     found = dict(METRICS)
     for path in config.metrics:
-        try:
-            own = imported(path)
-        except ConfigError as error:
-            raise ConfigError(f"evaluation.metrics: {error}") from None
+        own = imported(path, "evaluation.metrics")
         if not isinstance(own, Metric):
             if not callable(own) or not hasattr(own, "__name__"):
                 raise ConfigError(f"evaluation.metrics: {path} is neither a function nor a Metric")

@@ -33,8 +33,7 @@ def mean_within(wrong: np.ndarray) -> float | None:
     """Returns the mean similarity of pairs of different networks by wrong predictions (n, T); None below two."""
     if len(wrong) < 2:
         return None
-    pairs = iou(wrong, wrong)[np.triu_indices(len(wrong), 1)]
-    return float(pairs.mean())
+    return float(iou(wrong, wrong)[np.triu_indices(len(wrong), 1)].mean())
 
 
 def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
