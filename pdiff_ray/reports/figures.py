@@ -39,22 +39,16 @@ def accuracy_by_group(records: Sequence[Record], groups: Mapping[str, Group] = G
 
 def similarity_bars(summary: Mapping[str, Any]) -> bytes:
     """Draws the similarity of wrong predictions: within groups, to the originals, and to the most similar original."""
-    kinds = {
-        "similarity": "within the group",
-        "similarity_to_originals": "with the originals",
-        "max_similarity": "with the most similar original",
-    }
+    kinds = (
+        ("similarity", "within the group", "#0072B2"),
+        ("similarity_to_originals", "with the originals", "#56B4E9"),
+        ("max_similarity", "with the most similar original", "#D55E00"),
+    )
     groups = summary["groups"]
     figure, axes = _figure(7, 3.6)
-    for index, (key, text) in enumerate(kinds.items()):
+    for index, (key, label, colour) in enumerate(kinds):
         heights = [group[key] or 0 for group in groups]
-        bars = axes.bar(
-            np.arange(len(groups)) + 0.27 * (index - 1),
-            heights,
-            0.25,
-            label=text,
-            color=("#0072B2", "#56B4E9", "#D55E00")[index],
-        )
+        bars = axes.bar(np.arange(len(groups)) + 0.27 * (index - 1), heights, 0.25, label=label, color=colour)
         labels = [f"{h:.2f}" if group[key] is not None else "" for h, group in zip(heights, groups, strict=True)]
         axes.bar_label(bars, labels, fontsize=6)
     _name_columns(axes, [g["group"] for g in groups])
@@ -80,16 +74,9 @@ def accuracy_against_similarity(
             np.fill_diagonal(similarity, -1)
         sigma = members[0].sigma
         colour, marker = group.style(0 if sigma is None else sigmas.index(sigma))
-        axes.scatter(
-            similarity.max(1),
-            [100 * (r.test_accuracy or 0) for r in members],
-            s=group.size,
-            marker=marker,
-            color=colour,
-            alpha=0.7,
-            label=name,
-            zorder=3 if group.size > Group.size else 2,
-        )
+        accuracies = [100 * (r.test_accuracy or 0) for r in members]
+        look = {"s": group.size, "marker": marker, "color": colour, "zorder": 3 if group.size > Group.size else 2}
+        axes.scatter(similarity.max(1), accuracies, alpha=0.7, label=name, **look)
     axes.set_xlabel("largest similarity with an original (IoU of wrong predictions)")
     axes.set_ylabel("test accuracy (%)")
     axes.legend(fontsize=7)
@@ -103,14 +90,11 @@ def latent_map(latents: Mapping[str, np.ndarray], seed: int) -> bytes:
     chosen = {group: values[:MAX_POINTS] for group, values in latents.items()}
     points = np.concatenate(list(chosen.values()))
     perplexity = min(30.0, (len(points) - 1) / 3)
-    placed = TSNE(
-        perplexity=perplexity, init="pca" if points.shape[1] > 1 else "random", random_state=seed
-    ).fit_transform(points)
+    init = "pca" if points.shape[1] > 1 else "random"
+    placed = TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform(points)
     figure, axes = _figure(5, 4.2)
-    start = 0
-    for group, values in chosen.items():
-        part = placed[start : start + len(values)]
-        start += len(values)
+    parts = np.split(placed, np.cumsum([len(values) for values in chosen.values()])[:-1])
+    for group, part in zip(chosen, parts, strict=True):
         colour, marker = GROUPS[group].style(0)
         axes.scatter(part[:, 0], part[:, 1], s=14, marker=marker, color=colour, alpha=0.7, label=group)
     axes.set_xticks([])
