@@ -7,12 +7,14 @@ counted and divided by the rate of matrix products on this machine. Only the num
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.benchmark import Timer
 
 from pdiff_ray.common.devices import exact_float32
 from pdiff_ray.common.errors import StorageError
@@ -68,7 +70,6 @@ class Estimator:
         self.storage = storage
         self._counts: dict[str, Counts] = {}
         self._rates: dict[str, float] = {}
-        self._history: dict[str, float] | None = None
 
     @property
     def basis(self) -> str:
@@ -100,23 +101,21 @@ class Estimator:
         """Returns the costs of the stages that are `missing`."""
         if not missing:
             return {}
-        images, known, r = count_images(e), self._known(artifacts), e.resources
+        images = count_images(e)
         stages = self._stages(e, self.counts(e), images or Images(0, 0, 0, 0.0))
-        places = {
-            "base": (r.workers, r.cpus_per_worker),
-            "zoo": (min(r.workers, len(runs_of(e.zoo))), r.cpus_per_worker),
-            "evaluation": (r.actors, r.cpus_per_actor),
-        }
+        manifests = {a.folder: {"config": a.config, "inputs": a.inputs} for a in artifacts.values()}
         costs = {}
         for stage in missing:
-            (core_s, memory), (processes, threads) = stages[stage], places.get(stage, (1, r.cpus_per_actor))
+            core_s, memory, processes, threads = stages[stage]
             counted = core_s / processes / (threads if self.device.type == "cpu" else 1) if images else None
-            costs[stage] = Cost(known.get(stage, counted), processes, LIBRARIES_BYTES + memory, stage in known)
+            earlier = self._history.get(_signature(artifacts[stage].folder, manifests))
+            seconds, known = (counted, False) if earlier is None else (earlier, True)
+            costs[stage] = Cost(seconds, processes, LIBRARIES_BYTES + memory, known)
         return costs
 
-    def _stages(self, e: Experiment, counts: Counts, images: Images) -> dict[str, tuple[float, float]]:
-        """Returns, for each stage, seconds of a core or GPU, and bytes of a process beside its libraries, at most."""
-        training, zoo, evaluation, members = e.training, e.zoo, e.evaluation, e.num_members
+    def _stages(self, e: Experiment, counts: Counts, images: Images) -> dict[str, tuple[float, float, int, int]]:
+        """Returns what stages take: seconds of a core or GPU, and a process's bytes; its processes and their cores."""
+        training, zoo, evaluation, members, r = e.training, e.zoo, e.evaluation, e.num_members, e.resources
         whole, prefix, suffix = counts.flops, counts.flops - counts.suffix_flops, counts.suffix_flops
         fit, sample, fitting = e.generator.cost(counts.subset.size, members, e.sampling)
 
@@ -147,45 +146,48 @@ class Estimator:
         made = made_networks(e)
         judged_before = not zoo.imported and evaluation.precision == "float32"
         evaluation_s = judging_s(len(made) + (0 if judged_before else members), evaluation.precision)
-        evaluation_s += sum(r.group == "fine_tuned" for r in made) * evaluation.fine_tuned_steps * zoo_step_s
+        evaluation_s += sum(recipe.group == "fine_tuned" for recipe in made) * evaluation.fine_tuned_steps * zoo_step_s
         gates = 2 * GATE_MEMBERS * images.validation * suffix
 
         weights, vector = 4 * counts.parameters, 4 * counts.subset.size
         # Values, gradients and an optimizer's two moments; and what the backward pass of a batch reads.
-        trained = 4 * weights + training.batch_size / e.resources.workers * counts.bytes
+        trained = 4 * weights + training.batch_size / r.workers * counts.bytes
         tuned = trained if zoo.regime == "independent" else 4 * vector + zoo.batch_size * counts.bytes
         judging = images.bytes + weights + evaluation.networks_per_task * vector
+        vectors, actor = 4 * members * vector, r.cpus_per_actor  # vectors as they are, normalized, and decoded
         return {
-            "base": (base_s, images.bytes + trained),
-            "zoo": (zoo_s, judging + tuned),
-            # Vectors as they are, normalized, and decoded.
-            "generator": (seconds(fit + gates), judging + 4 * members * vector + fitting),
-            "samples": (seconds(sample), 2 * (members + e.sampling.samples) * vector + fitting),
-            "evaluation": (evaluation_s, judging + tuned + members * vector),
-            "report": (REPORT_S, 0.0),
+            "base": (base_s, images.bytes + trained, r.workers, r.cpus_per_worker),
+            "zoo": (zoo_s, judging + tuned, min(r.workers, len(runs_of(zoo))), r.cpus_per_worker),
+            "generator": (seconds(fit + gates), judging + vectors + fitting, 1, actor),
+            "samples": (seconds(sample), 2 * (members + e.sampling.samples) * vector + fitting, 1, actor),
+            "evaluation": (evaluation_s, judging + tuned + members * vector, r.actors, actor),
+            "report": (REPORT_S, 0.0, 1, actor),
         }
 
     def _rate(self, precision: str) -> float:
         """Returns FLOP/s of matrix products in a precision; of one core, if the device is a CPU."""
         if precision not in self._rates:
-            edge, threads, times = (512 if self.device.type == "cpu" else 4096), torch.get_num_threads(), []
+            edge = 512 if self.device.type == "cpu" else 4096
             matrix = torch.randn(edge, edge, device=self.device).to(getattr(torch, precision))
-            torch.set_num_threads(1)
-            for _ in range(6):
-                started = time.perf_counter()
-                (matrix @ matrix)[0, 0].item()  # waits for the device
-                times.append(time.perf_counter() - started)
-            torch.set_num_threads(threads)
-            self._rates[precision] = 2 * edge**3 / min(times)  # what else runs here slows the others
+            timer = Timer("(matrix @ matrix)[0, 0].item()", globals={"matrix": matrix})  # on one thread
+            fastest = min(timer.timeit(1).mean for _ in range(6))  # what else runs here slows the others
+            self._rates[precision] = 2 * edge**3 / fastest
         return self._rates[precision]
 
-    def _known(self, artifacts: Mapping[str, Artifact]) -> dict[str, float]:
-        """Returns seconds of finished artifacts like these, by stage."""
-        if self._history is None:
-            self._history = _history(self.storage)
-        about = {a.folder: (a.config, a.inputs) for a in artifacts.values()}
-        signatures = {stage: _signature(artifact.folder, about) for stage, artifact in artifacts.items()}
-        return {stage: self._history[name] for stage, name in signatures.items() if name in self._history}
+    @functools.cached_property
+    def _history(self) -> dict[str, float]:
+        """Seconds of finished artifacts by signature, the most of several: a resumed stage counts its last part."""
+        started, manifests = time.monotonic(), dict[str, Mapping[str, Any]]()
+        for folder in finished(self.storage):
+            if time.monotonic() - started > HISTORY_S:  # a distant or a very full storage
+                break
+            with contextlib.suppress(StorageError):  # it is damaged
+                manifests[folder] = read_manifest(self.storage, folder)
+        found: dict[str, float] = {}
+        for folder, manifest in manifests.items():
+            signature = _signature(folder, manifests)
+            found[signature] = max(found.get(signature, 0.0), manifest["seconds"])
+        return found
 
 
 def count_images(e: Experiment) -> Images | None:
@@ -201,37 +203,17 @@ def count_images(e: Experiment) -> Images | None:
     return Images(train, validation, min(e.data.selection_images, train) + validation + test, mapped)
 
 
-def _history(storage: Storage) -> dict[str, float]:
-    """Returns seconds of finished artifacts by signature, the most of several: a resumed stage counts its last part."""
-    started, seconds = time.monotonic(), dict[str, float]()
-    about: dict[str, tuple[Any, Mapping[str, str]]] = {}
-    for folder in finished(storage):
-        if time.monotonic() - started > HISTORY_S:  # a distant or a very full storage
-            break
-        with contextlib.suppress(StorageError):  # it is damaged
-            manifest = read_manifest(storage, folder)
-            about[folder], seconds[folder] = (manifest["config"], manifest["inputs"]), manifest["seconds"]
-    found: dict[str, float] = {}
-    for folder in about:
-        signature = _signature(folder, about)
-        found[signature] = max(found.get(signature, 0.0), seconds[folder])
-    return found
-
-
-def _signature(folder: str, about: Mapping[str, tuple[Any, Mapping[str, str]]]) -> str:
+def _signature(folder: str, manifests: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns what is equal for artifacts that differ, as do all before them, in nothing that takes time.
 
     Args:
-        about: configurations and inputs by folder.
+        manifests: by folder; of each, only the configuration and the inputs are read.
     """
 
-    def timed(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: timed(content) for key, content in value.items() if key not in UNTIMED}
-        return [timed(item) for item in value] if isinstance(value, list | tuple) else value
-
     def tree(folder: str) -> Any:
-        config, inputs = about.get(folder, (folder, {}))
-        return [folder.split("/")[0], timed(config), [tree("/".join(item)) for item in inputs.items()]]
+        manifest = manifests.get(folder, {"config": folder, "inputs": {}})
+        inputs = [tree("/".join(item)) for item in manifest["inputs"].items()]
+        return [folder.split("/")[0], manifest["config"], inputs]
 
-    return json.dumps(tree(folder), sort_keys=True)
+    timed = json.loads(json.dumps(tree(folder)), object_hook=lambda o: {key: o[key] for key in o.keys() - UNTIMED})
+    return json.dumps(timed, sort_keys=True)

@@ -59,9 +59,7 @@ def count(config: schema.Network, info: DataInfo, zoo: schema.Zoo) -> Counts:
 def _count(network: nn.Module, info: DataInfo, zoo: schema.Zoo) -> Counts:
     subset = resolve(zoo.subset, network, zoo.batchnorm)
     generated = set(subset.names)
-    if (
-        zoo.batchnorm == "recalibrated"
-    ):  # statistics differ too; they cannot have gradients, but their layers' weights can
+    if zoo.batchnorm == "recalibrated":  # statistics differ too; they have no gradients, but their layers' weights can
         norms = nn.modules.batchnorm._BatchNorm
         generated |= {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, norms)}
     for name, parameter in network.named_parameters():
@@ -69,6 +67,5 @@ def _count(network: nn.Module, info: DataInfo, zoo: schema.Zoo) -> Counts:
     network.train()  # in eval mode attention may be one operation without a formula
     with Operations() as found:
         network(torch.zeros(IMAGES, info.channels, info.image_size, info.image_size))
-    parameters = sum(p.numel() for p in network.parameters())
-    flops, suffix_flops = found.flops.total() / IMAGES, found.flops[True] / IMAGES
-    return Counts(subset, parameters, flops, suffix_flops, found.bytes / IMAGES)
+    total, suffix, kept = (number / IMAGES for number in (found.flops.total(), found.flops[True], found.bytes))
+    return Counts(subset, sum(p.numel() for p in network.parameters()), total, suffix, kept)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.estimates.estimate import Cost, Estimator
-from pdiff_ray.stages.zoo import runs_of
 from pdiff_ray.sweeps.ledger import Ledger, needs
 from pdiff_ray.sweeps.trial import Trial
 
 
-@dataclass
+@dataclass(frozen=True)
 class SweepPlan:
     """The plan of a sweep.
 
@@ -33,11 +32,11 @@ class SweepPlan:
     trials: list[Trial]
     counts: dict[str, tuple[int, int]]
     concurrent: int
-    networks: dict[str, Experiment] = field(default_factory=dict)
-    costs: list[Cost] = field(default_factory=list)
-    first_s: float = 0.0
-    trials_s: float = 0.0
-    wall_s: float = 0.0
+    networks: dict[str, Experiment]
+    costs: list[Cost]
+    first_s: float
+    trials_s: float
+    wall_s: float
 
     @property
     def memory(self) -> float:
@@ -57,46 +56,42 @@ class SweepPlan:
 
 def make_plan(ledger: Ledger, estimator: Estimator) -> SweepPlan:
     """Plans what is left. What a search will try is unknown: it is counted as the file has it."""
-    sweep, workers = ledger.sweep, ledger.file.experiment.resources.workers
-    todo = ledger.planned()
+    sweep, workers, todo = ledger.sweep, ledger.file.experiment.resources.workers, ledger.planned()
     new = 0 if sweep.search == "grid" else ledger.total - sum(number < ledger.total for number in ledger.trials)
-    together = {trial.number: trial for trial in todo} | ledger.trials
-    trials = [together[number] for number in sorted(together)]
-    plan = SweepPlan(trials, needs(ledger).counts, _concurrent(ledger, len(todo) + new))
+    known = {trial.number: trial for trial in todo} | ledger.trials
+    trials = [known[number] for number in sorted(known)]
+    counts, concurrent = needs(ledger).counts, _concurrent(ledger, len(todo) + new)
     first = ("base", "zoo") if sweep.search == "grid" or not ledger.varies_zoos else ()
     experiments = [ledger.possible(trial) for trial in todo]
     if new:
         experiments.append(ledger.experiments(Trial(-1, {}, tuple(range(sweep.repeats)))))
-        for stage in plan.counts.keys() - set(first):
-            needed, there = plan.counts[stage]
-            counted = sweep.repeats if first else 0  # `needs` knows of one trial, where all have the same zoos
-            plan.counts[stage] = (needed + new * sweep.repeats - counted, there)
-    zoos_s, runs, seen, durations = 0.0, 0, set[str](), list[float]()
+        counted = sweep.repeats if first else 0  # `needs` knows of one trial, where all have the same zoos
+        for stage in counts.keys() - set(first):
+            needed, there = counts[stage]
+            counts[stage] = (needed + new * sweep.repeats - counted, there)
+    networks, seen, durations = dict[str, Experiment](), set[str](), list[float]()
+    costs, before = list[Cost](), {stage: list[Cost]() for stage in ("base", "zoo")}  # of all; before the trials
     for repeats in experiments:
         durations.append(0.0)
         for e in repeats:
-            plan.networks.setdefault(f"{e.network.name}, {e.zoo.subset}", e)
+            networks.setdefault(f"{e.network.name}, {e.zoo.subset}", e)
             artifacts = ledger.artifacts(e)
             missing = [stage for stage, a in artifacts.items() if a.key not in seen and not a.exists()]
             seen.update(artifact.key for artifact in artifacts.values())
             alone = {"actors": 1, "cpus_per_actor": e.resources.cpus_per_trial}  # a trial runs in one process
             as_trial = e.model_copy(update={"resources": e.resources.model_copy(update=alone)})
-            costs = estimator.costs(as_trial, artifacts, missing)
-            plan.costs += costs.values()
-            for stage, cost in costs.items():
-                device_s = cost.device_s or 0.0  # what is unknown is told apart
-                if stage not in first:
-                    durations[-1] += device_s
-                elif stage == "base":
-                    plan.first_s += device_s
-                    plan.wall_s += cost.seconds or 0.0
+            for stage, cost in estimator.costs(as_trial, artifacts, missing).items():
+                costs.append(cost)
+                if stage in first:
+                    before[stage].append(cost)
                 else:
-                    zoos_s, runs = zoos_s + device_s, runs + len(runs_of(e.zoo))
+                    durations[-1] += cost.device_s or 0.0  # what is unknown is told apart
     durations += durations[-1:] * (new - 1)
-    plan.first_s, plan.trials_s = plan.first_s + zoos_s, sum(durations)
-    plan.wall_s += zoos_s / max(1, min(workers, runs))  # all workers share the runs of all zoos
-    plan.wall_s += max([plan.trials_s / plan.concurrent, *durations])
-    return plan
+    bases_s, zoos_s = (sum(cost.device_s or 0.0 for cost in found) for found in before.values())
+    trials_s, processes = sum(durations), min(workers, sum(cost.processes for cost in before["zoo"]))
+    wall_s = sum(cost.seconds or 0.0 for cost in before["base"]) + max([trials_s / concurrent, *durations])
+    wall_s += zoos_s / max(1, processes)  # all workers share the runs of all zoos
+    return SweepPlan(trials, counts, concurrent, networks, costs, bases_s + zoos_s, trials_s, wall_s)
 
 
 def _concurrent(ledger: Ledger, trials: int) -> int:
