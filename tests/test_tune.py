@@ -122,8 +122,8 @@ def test_a_killed_trial_is_taken_up_again(here, tmp_path):
                         killed.append(process.pid)
                         os.kill(process.pid, signal.SIGKILL)
 
-    shown = Killer(8, "", True, (), live=False)
-    sweep_running._run_on_ray(ledger, needs(ledger), shown, lambda trial: None)
+    shown = Killer(ledger, live=False)
+    sweep_running._run_on_ray(ledger, shown, lambda trial: None)
     assert killed
     assert [t.state for t in ledger.done()] == ["finished"] * 8
     assert groups(ledger) == groups(here)

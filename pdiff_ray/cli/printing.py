@@ -12,12 +12,13 @@ from rich.text import Text
 
 from pdiff_ray import distributed
 from pdiff_ray.cli.options import DEFAULT_STORAGE, print_json
+from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.common.progress import console
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.config.sweep import Parameter, as_value, format_value
+from pdiff_ray.data import sources
 from pdiff_ray.evaluation.metrics import described
 from pdiff_ray.reports import tables
-from pdiff_ray.running import experiment as experiments
 from pdiff_ray.running.experiment import Plan
 from pdiff_ray.running.results import Result
 from pdiff_ray.running.sweep import SweepResult
@@ -57,14 +58,12 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
     costs = estimator.costs(e, plan.artifacts, plan.missing)
     what = {name: stage.about(e) for name, stage in STAGES.items()}
     what["zoo"] += f": {estimator.counts(e).subset.size:,} values"
-    table = Table(title=f"plan of {e.name}", title_justify="left")
-    for column in ("stage", "key", "state", "what", "time", "memory"):
-        table.add_column(column, justify="right" if column in ("time", "memory") else "left")
+    rows = []
     for stage, artifact in plan.artifacts.items():
         cost = costs.get(stage)
         rest = ("to build", what[stage], _duration(cost.seconds), _gib(cost.memory)) if cost else ("there", what[stage])
-        table.add_row(stage, artifact.key, *rest)
-    console.print(table)
+        rows.append((stage, artifact.key, *rest))
+    _print_table(f"plan of {e.name}", ("stage", "key", "state", "what", "time", "memory"), rows)
     if costs:
         console.print(
             f"shared: {'; zoo steps are '.join(filter(None, _sharing(estimator, e)))}\n"
@@ -78,8 +77,12 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
         f"Ray {distributed.ray_address(r) or 'local'}: {r.workers} workers x {r.cpus_per_worker} cores and "
         f"{r.gpus_per_worker} GPUs, {r.actors} actors x {r.cpus_per_actor} cores and {r.gpus_per_actor} GPUs"
     )
-    for note in experiments.notes(plan):
-        console.print(f"[bold yellow]missing:[/] {note}")
+    # What would stop the plan on this machine is only printed: a dry run may be for another one.
+    if plan.needs_ray and e.data.name != "digits":  # importing scikit-learn, which has them, takes longer than the rest
+        try:
+            sources.check_data(e.data)
+        except PdiffError as error:
+            console.print(f"[bold yellow]missing:[/] {error}")
 
 
 def print_sweep_plan(ledger: Ledger, as_json: bool = False) -> None:
@@ -183,7 +186,9 @@ def _basis(estimator: Estimator, costs: Collection[Cost]) -> str:
 
 
 def _print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("time", "memory") else "left")
     for row in rows:
         table.add_row(*map(str, row))
     console.print(table)
@@ -203,14 +208,11 @@ def _duration(seconds: float | None) -> str:
     """Returns a time in the unit that suits it, with two significant digits."""
     if seconds is None:
         return "?"
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * length:
-            return f"{_two_digits(seconds / length)} {unit}"
-    return f"{_two_digits(seconds)} s"
-
-
-def _two_digits(value: float) -> str:
-    return f"{value:.1f}" if value < 9.95 else f"{round(value, 1 - math.floor(math.log10(value))):.0f}"
+    units = (("d", 86400), ("h", 3600), ("min", 60))
+    unit, length = next((found for found in units if seconds >= 1.5 * found[1]), ("s", 1))
+    value = seconds / length
+    digits = f"{value:.1f}" if value < 9.95 else f"{round(value, 1 - math.floor(math.log10(value))):.0f}"
+    return f"{digits} {unit}"
 
 
 def print_result(result: Result, as_json: bool = False) -> None:

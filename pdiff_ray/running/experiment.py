@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -26,9 +25,6 @@ from pdiff_ray.stages.zoo import subset_of
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.files import Storage
 
-if TYPE_CHECKING:
-    from pdiff_ray.distributed.pool import Pool
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -41,7 +37,7 @@ class Plan:
 
     @property
     def needs_ray(self) -> bool:
-        return any(STAGES[stage].place != "driver" for stage in self.missing)
+        return len(self.missing_on("driver")) < len(self.missing)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as JSON values."""
@@ -80,11 +76,10 @@ def make_plan(experiment: Experiment, target: str = "report", storage: Storage |
     # The result table is read from samples and evaluation as well.
     wanted = {target, "evaluation", "samples"} if target == "report" else {target}
     names = list(STAGES)
-    for index in range(names.index(target), -1, -1):
-        if names[index] in wanted and not artifacts[names[index]].exists():
-            missing.insert(0, names[index])
-            # Evaluation and report look back at everything before them.
-            wanted.update(names[:index])
+    for name in reversed(names[: names.index(target) + 1]):
+        if name in wanted and not artifacts[name].exists():
+            missing.insert(0, name)
+            wanted.update(names)  # evaluation and report look back at everything before them
     return Plan(experiment, storage, artifacts, tuple(missing))
 
 
@@ -154,28 +149,25 @@ def _run_here(plan: Plan, progress: Display) -> None:
 
 
 def _run_on_ray(plan: Plan, progress: Display) -> None:
+    experiment, artifacts = plan.experiment, plan.artifacts
     progress("Ray", 0, 1, "starting")
-    distributed.prepare(plan.experiment.resources)
+    distributed.prepare(experiment.resources)
     from pdiff_ray.distributed import pool, session, train
 
-    with session.connect(plan.experiment.resources, progress) as events:
+    with session.connect(experiment.resources, progress) as events:
         progress("Ray", 1, 1, "running")
         if trained := plan.missing_on("workers"):
-            if problems := train.train([train.Job(plan.experiment, plan.artifacts, trained)], events):
+            if problems := train.train([train.Job(experiment, artifacts, trained)], events):
                 raise PdiffError(next(iter(problems.values())))
             _announce(plan, *trained)
-        if plan.missing_on("actor", "actors"):
-            with pool.Pool(plan.experiment, plan.artifacts, events) as actors:
-                _run_on_pool(plan, progress, actors)
-
-
-def _run_on_pool(plan: Plan, progress: Display, actors: Pool) -> None:
-    for stage in plan.missing_on("actor", "actors"):
-        if stage == "evaluation":
-            context = Context(torch.device("cpu"), default_cache(), progress=progress)
-            evaluation.judge_missing(plan.experiment, plan.artifacts, context, actors.evaluate, len(actors.actors))
-        actors.build(stage)  # vectors do not pass through this process
-        _announce(plan, stage)
+        if made := plan.missing_on("actor", "actors"):
+            with pool.Pool(experiment, artifacts, events) as actors:
+                for stage in made:
+                    if stage == "evaluation":
+                        context = Context(torch.device("cpu"), default_cache(), progress=progress)
+                        evaluation.judge_missing(experiment, artifacts, context, actors.evaluate, len(actors.actors))
+                    actors.build(stage)  # vectors do not pass through this process
+                    _announce(plan, stage)
 
 
 def _announce(plan: Plan, *stages: str) -> None:
@@ -189,15 +181,3 @@ def _announce(plan: Plan, *stages: str) -> None:
                 f"decoded {gate['decoded_validation_accuracy']:.1%} on validation images. The samples cannot be "
                 "better; raise generator.autoencoder.steps or latent_dim."
             )
-
-
-def notes(plan: Plan) -> Sequence[str]:
-    """Returns what would stop the plan on this machine; a dry run, which may be for another one, only prints it."""
-    found = []
-    # scikit-learn carries the digits; to import it takes longer than all the rest.
-    if plan.needs_ray and plan.experiment.data.name != "digits":
-        try:
-            sources.check_data(plan.experiment.data)
-        except PdiffError as error:
-            found.append(str(error))
-    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from rich import box
 from rich.console import RenderableType
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pdiff_ray.common.progress import Display, console, is_live
+from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.sweeps.trial import Trial
 
 
@@ -23,16 +24,13 @@ class SweepDisplay:
     It is a `Progress` function, too, for which a task of a trial is named `trial <number>|<stage>`.
 
     Args:
-        total: the number of trials in the sweep.
-        metric: the name of the objective.
-        maximize: whether larger objectives are better.
-        done: the trials that have ended before.
+        ledger: the sweep's trials, of which some may have ended before.
         live: whether to show the table.
     """
 
-    def __init__(self, total: int, metric: str, maximize: bool, done: Sequence[Trial], live: bool) -> None:
-        self.total, self.metric, self.maximize, self.live = total, metric, maximize, live
-        self.trials = {trial.number: trial for trial in done if trial.state != "failed"}
+    def __init__(self, ledger: Ledger, live: bool) -> None:
+        self.total, self.sweep, self.live = ledger.total, ledger.sweep, live
+        self.trials = {trial.number: trial for trial in ledger.done() if trial.state != "failed"}
         self.began: dict[int, float] = {}
         self.tasks: dict[str, tuple[int, int, str]] = {}  # those of the whole sweep
         self.stages: dict[int, tuple[str, int, int]] = {}  # what running trials are doing
@@ -77,9 +75,9 @@ class SweepDisplay:
         parts = [f"{len(ended)} of {self.total} trials"]
         values = [t.objective for t in ended if t.state == "finished" and t.objective is not None]
         if values:
-            best = max(values) if self.maximize else min(values)
+            best = max(values) if self.sweep.maximize else min(values)
             number = next(t.number for t in ended if t.objective == best)
-            parts.append(f"best {self.metric} {best:.4f} (trial {number})")
+            parts.append(f"best {self.sweep.metric} {best:.4f} (trial {number})")
         seconds = [t.seconds for t in ended if t.seconds and t.number in self.began]
         if seconds and len(ended) < self.total:
             left = statistics.fmean(seconds) * (self.total - len(ended)) / self.widest
@@ -113,12 +111,8 @@ class SweepDisplay:
 
 
 @contextlib.contextmanager
-def sweep_display(total: int, metric: str, maximize: bool, done: Sequence[Trial]) -> Iterator[SweepDisplay]:
-    """Shows a sweep while the context lasts; see `SweepDisplay` for the arguments."""
-    live = is_live()
-    shown = SweepDisplay(total, metric, maximize, done, live)
-    if not live:
-        yield shown
-        return
-    with Live(shown, console=console, refresh_per_second=2):
+def sweep_display(ledger: Ledger) -> Iterator[SweepDisplay]:
+    """Shows a sweep while the context lasts."""
+    shown = SweepDisplay(ledger, is_live())
+    with Live(shown, console=console, refresh_per_second=2) if shown.live else contextlib.nullcontext():
         yield shown

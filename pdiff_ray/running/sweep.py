@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.running.experiment import check_plan, here, make_plan
 from pdiff_ray.running.progress import SweepDisplay, sweep_display
 from pdiff_ray.sweeps import report
-from pdiff_ray.sweeps.ledger import Ledger, Needs, needs
+from pdiff_ray.sweeps.ledger import Ledger, needs
 from pdiff_ray.sweeps.table import Row, table
 from pdiff_ray.sweeps.trial import OnChange, Trial, run_trial
 
@@ -55,7 +55,7 @@ class SweepResult:
     @property
     def failed(self) -> list[Trial]:
         """The trials that failed, with those of the confirmation last."""
-        ledgers = [self.ledger, *([self.confirmation] if self.confirmation else [])]
+        ledgers = filter(None, (self.ledger, self.confirmation))
         return [trial for ledger in ledgers for trial in ledger.done() if trial.state == "failed"]
 
     @property
@@ -93,11 +93,13 @@ def run(ledger: Ledger, *, in_process: bool = False, track: bool = True) -> Swee
     Raises:
         PdiffError: something is wrong that the user can mend. Failed trials do not raise it; see `SweepResult.failed`.
     """
-    follow = tracking.follow if track else _untold
+
+    def follow(ledger: Ledger) -> AbstractContextManager[OnChange]:
+        return tracking.follow(ledger) if track else contextlib.nullcontext(lambda trial: None)
+
     with follow(ledger) as tell:
         run_trials(ledger, in_process=in_process, on_result=tell)
-        confirmation = ledger.confirmation()
-        if confirmation:
+        if confirmation := ledger.confirmation():
             with follow(confirmation) as tell_too:
                 run_trials(confirmation, in_process=in_process, on_result=tell_too)
                 report.write(confirmation)
@@ -110,11 +112,6 @@ def open_sweep(ledger: Ledger) -> SweepResult:
     return SweepResult(ledger, ledger.confirmation(), table(ledger))
 
 
-@contextlib.contextmanager
-def _untold(ledger: Ledger) -> Iterator[OnChange]:
-    yield lambda trial: None
-
-
 def run_trials(ledger: Ledger, *, in_process: bool = False, on_result: OnChange = lambda trial: None) -> None:
     """Runs the trials that are left.
 
@@ -124,17 +121,17 @@ def run_trials(ledger: Ledger, *, in_process: bool = False, on_result: OnChange 
     if not ledger.open_trials() and len(ledger.done()) == ledger.total:
         return
     check_sweep(ledger)
-    with sweep_display(ledger.total, ledger.sweep.metric, ledger.sweep.maximize, ledger.done()) as shown:
+    with sweep_display(ledger) as shown:
 
         def on_change(trial: Trial) -> None:
             shown.change(trial)
             if trial.state != "running":
                 on_result(trial)
 
-        (_run_here if in_process else _run_on_ray)(ledger, needs(ledger), shown, on_change)
+        (_run_here if in_process else _run_on_ray)(ledger, shown, on_change)
 
 
-def _run_here(ledger: Ledger, _: Needs, shown: SweepDisplay, on_change: OnChange) -> None:
+def _run_here(ledger: Ledger, shown: SweepDisplay, on_change: OnChange) -> None:
     torch.set_num_threads(ledger.file.experiment.resources.cpus_per_trial)
     started = time.monotonic()
     budget = ledger.sweep.time_budget
@@ -153,8 +150,8 @@ def _run_here(ledger: Ledger, _: Needs, shown: SweepDisplay, on_change: OnChange
         on_change(ended)
 
 
-def _run_on_ray(ledger: Ledger, needed: Needs, shown: SweepDisplay, on_change: OnChange) -> None:
-    started, resources = time.monotonic(), ledger.file.experiment.resources
+def _run_on_ray(ledger: Ledger, shown: SweepDisplay, on_change: OnChange) -> None:
+    started, resources, missing = time.monotonic(), ledger.file.experiment.resources, needs(ledger).jobs
     shown("Ray", 0, 1, "starting")
     distributed.prepare(resources)
     from pdiff_ray.distributed import session, train, tune
@@ -162,8 +159,8 @@ def _run_on_ray(ledger: Ledger, needed: Needs, shown: SweepDisplay, on_change: O
     with session.connect(resources, shown) as events:
         shown("Ray", 1, 1, "running")
         unbuildable: dict[str, str] = {}
-        if needed.jobs:
-            jobs = [train.Job(experiment, ledger.artifacts(experiment), stages) for experiment, stages in needed.jobs]
+        jobs = [train.Job(experiment, ledger.artifacts(experiment), stages) for experiment, stages in missing]
+        if jobs:
             unbuildable = train.train(jobs, events)
             shown.clear()
             if unbuildable and ledger.sweep.search != "grid":  # all trials of a search need it
