@@ -37,7 +37,7 @@ def save_tree(tree: dict[str, Any]) -> bytes:
 
 
 def load_tree(content: bytes, where: str = "state") -> dict[str, Any]:
-    """Returns the nested dict that `save_tree` was given; keys are text.
+    """Returns the nested dict that `save_tree` was given; keys are text, in alphabetical order.
 
     Args:
         where: what the content is, for messages.
@@ -52,7 +52,7 @@ def load_tree(content: bytes, where: str = "state") -> dict[str, Any]:
     except (SafetensorError, ValueError) as error:
         raise StorageError(f"{where}: not a whole safetensors file: {error}") from None
     tree: dict[str, Any] = {}
-    for path, value in {**scalars, **tensors}.items():
+    for path, value in sorted({**scalars, **tensors}.items()):  # safetensors gives another order in each process
         *parents, leaf = path.split("|")
         node = tree
         for parent in parents:
