@@ -275,7 +275,7 @@ def test_half_the_precision_changes_few_predictions(dataset, network):
     assert (predicted != rounded).float().mean() < 0.05
     for row, judgement in zip(predicted, full.judge(vectors), strict=True):
         assert (row == dataset.test.source.labels).float().mean() == pytest.approx(judgement.test_accuracy)
-    assert half.split.reason is None
+    assert half.partitioned.reason is None
     assert half.judge(vectors)[0].test_loss != full.judge(vectors)[0].test_loss
 
 
