@@ -44,6 +44,6 @@ def test_a_driver_that_is_too_old_is_found(monkeypatch):
     """NVML counts its GPUs all the same."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = doctor._finding("devices", doctor._devices, Experiment(name="x"))
+    found = next(finding for finding in doctor.examine(Experiment(name="x")) if finding.what == "devices")
     assert not found.ok
     assert "update their driver" in found.text

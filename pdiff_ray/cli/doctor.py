@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -39,22 +39,12 @@ def examine(experiment: Experiment) -> Iterator[Finding]:
             yield Finding(package, True, metadata.version(package))
         except metadata.PackageNotFoundError:
             yield Finding(package, False, "not installed; run `uv sync`")
-    for what, examined in (
-        ("devices", _devices),
-        ("storage", _storage),
-        ("cache", _cache),
-        ("data", _data),
-        ("ray", _ray),
-        ("mlflow", _mlflow),
-    ):
-        yield _finding(what, examined, experiment)
-
-
-def _finding(what: str, examined: Callable[[Experiment], str], experiment: Experiment) -> Finding:
-    try:
-        return Finding(what, True, examined(experiment))
-    except (PdiffError, ImportError, OSError) as error:
-        return Finding(what, False, str(error))
+    for examined in (_devices, _storage, _cache, _data, _ray, _mlflow):
+        what = examined.__name__.removeprefix("_")
+        try:
+            yield Finding(what, True, examined(experiment))
+        except (PdiffError, ImportError, OSError) as error:
+            yield Finding(what, False, str(error))
 
 
 def _devices(experiment: Experiment) -> str:

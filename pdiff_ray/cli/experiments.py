@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from pdiff_ray.cli.options import (
     Stage,
-    existing_folder,
     experiment_options,
     in_process_option,
     json_option,
@@ -19,10 +18,6 @@ from pdiff_ray.cli.options import (
     standard_output_for,
 )
 from pdiff_ray.common.errors import PdiffError
-
-if TYPE_CHECKING:
-    from pdiff_ray.config.schema import Experiment
-    from pdiff_ray.config.sweep import SweepFile
 
 PLANNED = "planned"  # what a command returns that has printed a plan
 
@@ -46,44 +41,34 @@ def init(data: str, network: str, output: Path | None) -> None:
 @json_option
 def sweep(file: str, dry_run: bool, in_process: bool, as_json: bool, **options: Any) -> str | None:
     """Run the experiment of FILE, or all trials of its sweep, from data to report; what is there is used again."""
+    from pdiff_ray.cli import printing
     from pdiff_ray.config.sweep import SweepFile
+    from pdiff_ray.running import experiment as experiments
+    from pdiff_ray.running import sweep as sweeps
+    from pdiff_ray.running.results import Result
+    from pdiff_ray.sweeps.ledger import Ledger
 
     loaded = load(file, in_process=in_process, **options)
     with standard_output_for(as_json):
         if isinstance(loaded, SweepFile):
-            _sweep_trials(loaded, dry_run, in_process, as_json)
+            ledger = Ledger(loaded)
+            if dry_run:
+                printing.print_sweep_plan(ledger, as_json)
+                return PLANNED
+            result = sweeps.run(ledger, in_process=in_process)
+            printing.print_sweep(result, as_json)
+            if result.failed:
+                again = "; the same command tries them again" if ledger.open_trials() else ""
+                raise PdiffError(f"trials failed{again}")
         else:
-            _sweep_one(loaded, dry_run, in_process, as_json)
-    return PLANNED if dry_run else None
-
-
-def _sweep_one(experiment: Experiment, dry_run: bool, in_process: bool, as_json: bool) -> None:
-    from pdiff_ray.cli import printing
-    from pdiff_ray.running import experiment as experiments
-    from pdiff_ray.running.results import Result
-
-    plan = experiments.make_plan(experiment)
-    if dry_run:
-        printing.print_plan(plan, as_json)
-        return
-    printing.print_start(plan)
-    experiments.run(plan, in_process=in_process, track=True)
-    printing.print_result(Result(experiment.name, plan.artifacts), as_json)
-
-
-def _sweep_trials(file: SweepFile, dry_run: bool, in_process: bool, as_json: bool) -> None:
-    from pdiff_ray.cli import printing
-    from pdiff_ray.running import sweep as sweeps
-    from pdiff_ray.sweeps.ledger import Ledger
-
-    ledger = Ledger(file)
-    if dry_run:
-        printing.print_sweep_plan(ledger, as_json)
-        return
-    result = sweeps.run(ledger, in_process=in_process)
-    printing.print_sweep(result, as_json)
-    if result.failed:
-        raise PdiffError("trials failed" + ("; the same command tries them again" if ledger.open_trials() else ""))
+            plan = experiments.make_plan(loaded)
+            if dry_run:
+                printing.print_plan(plan, as_json)
+                return PLANNED
+            printing.print_start(plan)
+            experiments.run(plan, in_process=in_process, track=True)
+            printing.print_result(Result(loaded.name, plan.artifacts), as_json)
+    return None
 
 
 @click.command()
@@ -105,7 +90,7 @@ def run(stage: str, file: str, in_process: bool, **options: Any) -> None:
 
 
 @click.command("import")
-@existing_folder("folder")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @experiment_options
 @click.option(
     "--base",

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 
 from pdiff_ray.common.errors import ConfigError
@@ -76,8 +77,7 @@ def _settings(data: str, network: str) -> dict[str, Any]:
     subset: Any = {"last_norm_layers": min(2, len(layers))} if layers else {"names": [_last_layer(built)]}
     if size <= SMALL_NETWORK:
         subset = "all"
-    rule = schema.SubsetRule.model_validate(subset)
-    resolve(rule, built)
+    resolve(schema.SubsetRule.model_validate(subset), built)
     train = math.floor((counts[0] if counts else 10_000) * 0.9)
     batch_size = min(128, 2 ** math.floor(math.log2(max(2, train // 2))))
     return {
@@ -132,12 +132,7 @@ def _lines(tree: dict[str, Any], model: type[BaseModel], indent: str = "") -> li
         ):
             lines += [f"{indent}{name}:", *_lines(value, nested, indent + "  ")]
             continue
-        text = f"{indent}{name}: {_yaml(value)}"
+        content = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()
+        text = f"{indent}{name}: {content}"
         lines.append(f"{text:38} # {field.description}" if field and field.description else text)
     return lines
-
-
-def _yaml(value: Any) -> str:
-    import yaml
-
-    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()

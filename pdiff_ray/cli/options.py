@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -60,9 +59,6 @@ def _complete_key(ctx: click.Context, param: click.Parameter, incomplete: str) -
     return [key for key in keys if key.startswith(incomplete)]
 
 
-Decorator = Callable[[Any], Any]
-
-
 def experiment_options(function: Any) -> Any:
     """Adds the argument and the options of every command that reads an experiment file."""
     for decorate in (
@@ -98,7 +94,7 @@ json_option = click.option(
 )
 
 
-def key_argument(name: str, **options: Any) -> Decorator:
+def key_argument(name: str, **options: Any) -> Callable[[Any], Any]:
     """Returns the decorator for an argument that is the key of an artifact."""
     return click.argument(name, shell_complete=_complete_key, **options)
 
@@ -157,8 +153,3 @@ def ids_of(text: str | None) -> list[int] | None:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--ids: {text!r} is not a comma-separated list of numbers") from None
-
-
-def existing_folder(name: str) -> Decorator:
-    """Returns the decorator for an argument that is an existing folder."""
-    return click.argument(name, type=click.Path(exists=True, file_okay=False, path_type=Path))
