@@ -27,8 +27,14 @@ for section in PAGE.split("\n## ")[1:]:
         ABLATION = blocks["yaml"]
 
 
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    """One for all examples, which share what they do not change."""
+    return tmp_path_factory.mktemp("storage")
+
+
 @pytest.mark.parametrize("heading", EXAMPLES)
-def test_example_runs(tmp_path, monkeypatch, heading):
+def test_example_runs(tmp_path, storage, monkeypatch, heading):
     name, source, settings = EXAMPLES[heading]
     (tmp_path / name).write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
@@ -38,7 +44,7 @@ def test_example_runs(tmp_path, monkeypatch, heading):
     assert f"{name.removesuffix('.py')}:" in settings
     settings = yaml.safe_load(settings)
 
-    text = yaml.safe_dump({"base": str(TINY), "storage": str(tmp_path / "storage"), **settings})
+    text = yaml.safe_dump({"base": str(TINY), "storage": str(storage), **settings})
     (tmp_path / "experiment.yaml").write_text(text)
     experiment = loading.load(tmp_path / "experiment.yaml")
     run(make_plan(experiment), in_process=True)
@@ -46,16 +52,16 @@ def test_example_runs(tmp_path, monkeypatch, heading):
     assert artifacts["report"].exists()
     assert len(ParameterStore(artifacts["samples"]).ids) == experiment.sampling.samples
     # Its source is part of the key of what is made with it, and of that alone.
-    plain = artifacts_of(loading.load(TINY, [f"storage={tmp_path / 'storage'}"]), Storage(experiment.storage_uri))
+    plain = artifacts_of(loading.load(TINY, [f"storage={storage}"]), Storage(experiment.storage_uri))
     changed = [stage for stage in artifacts if artifacts[stage].key != plain[stage].key]
     (tmp_path / name).write_text(f"{source}# changed\n")
     after = artifacts_of(experiment, Storage(experiment.storage_uri))
     assert [stage for stage in artifacts if artifacts[stage].key != after[stage].key] == changed
 
 
-def test_the_ablation_runs(tmp_path):
+def test_the_ablation_runs(tmp_path, storage):
     file = tmp_path / "ablation.yaml"
-    file.write_text(f"{ABLATION}base: {TINY}\nstorage: {tmp_path / 'storage'}\n")
+    file.write_text(f"{ABLATION}base: {TINY}\nstorage: {storage}\n")
     ledger = Ledger(sweep.load(file))
     assert ledger.file.question.startswith("Does noise on the latents matter")
     result = run_sweep(ledger, in_process=True, track=False)
