@@ -109,8 +109,8 @@ def cluster(tmp_path):
 
 LOCAL = """
 from pdiff_ray import distributed
-from pdiff_ray.config import Resources
-from pdiff_ray.stages import silent
+from pdiff_ray.config.schema import Resources
+from pdiff_ray.common.progress import silent
 distributed.prepare(Resources(workers=1, actors=1))
 from pdiff_ray.distributed import session
 with session.connect(Resources(workers=1, actors=1), silent):

@@ -271,7 +271,7 @@ def test_progress_reaches_the_driver(ray):
 RELEASES = """
 import threading, time, ray
 from pdiff_ray import distributed
-from pdiff_ray.config import Resources
+from pdiff_ray.config.schema import Resources
 distributed.prepare(Resources())
 from pdiff_ray.distributed import session
 ray.init(address="local", include_dashboard=False, num_cpus=1, log_to_driver=False)
