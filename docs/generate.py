@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pdiff_ray.config.schema import Choice, Experiment, known
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.config.section import Choice, known
 from pdiff_ray.config.sweep import Parameter, Sweep
 
 FOLDER = Path(__file__).parent

@@ -26,6 +26,7 @@ from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config import loading, schema
 from pdiff_ray.config import sweep as sweeps
 from pdiff_ray.config.schema import Experiment
+from pdiff_ray.config.section import merge
 from pdiff_ray.config.sweep import SweepFile
 from pdiff_ray.evaluation.judge import JUDGED_SPLITS
 from pdiff_ray.generators.interface import Fitting
@@ -73,7 +74,7 @@ def load_sweep(file: str | Path | None = None, *, preset: str | None = None, **s
 
 def _read(file: str | Path | None, preset: str | None, sections: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     raw = {"name": "experiment"} if file is None else loading.read(file, preset=preset)
-    return schema.merge(raw, dict(sections)), "experiment" if file is None else str(file)
+    return merge(raw, dict(sections)), "experiment" if file is None else str(file)
 
 
 def plan(experiment: Experiment) -> Plan:

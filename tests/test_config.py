@@ -6,7 +6,7 @@ import pytest
 
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.common.registry import fingerprint
-from pdiff_ray.config import loading, schema
+from pdiff_ray.config import loading, section
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.generators.autoencoder import AutoencoderSettings
 from pdiff_ray.generators.gaussian import GaussianSettings
@@ -311,7 +311,7 @@ def test_old_names_of_fields_are_read(load, capsys):
     """With one note for each name."""
     old = "evaluation: {stack: 7, vmap: 3}\nzoo: {vmap: 2}"
     new = "evaluation: {networks_per_task: 7, networks_per_program: 3}\nzoo: {runs_per_program: 2}"
-    schema._note.cache_clear()
+    section._note.cache_clear()
     assert load(old) == load(old) == load(new)
     assert capsys.readouterr().err.splitlines() == [
         "note: zoo.vmap is called zoo.runs_per_program now",

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.config import schema
 from pdiff_ray.config.loading import parse_experiment
+from pdiff_ray.config.section import Section
 from pdiff_ray.data import sources
 from pdiff_ray.networks.build import check_network
 from pdiff_ray.networks.subset import norm_layers, resolve
@@ -124,12 +125,7 @@ def _lines(tree: dict[str, Any], model: type[BaseModel], indent: str = "") -> li
     for name, value in tree.items():
         field = model.model_fields.get(name)
         nested = field.annotation if field else None
-        if (
-            isinstance(value, dict)
-            and isinstance(nested, type)
-            and issubclass(nested, schema.Section)
-            and name != "subset"
-        ):
+        if isinstance(value, dict) and isinstance(nested, type) and issubclass(nested, Section) and name != "subset":
             lines += [f"{indent}{name}:", *_lines(value, nested, indent + "  ")]
             continue
         content = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()

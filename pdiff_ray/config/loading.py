@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pdiff_ray.common.errors import ConfigError, did_you_mean
-from pdiff_ray.config.schema import Choice, Experiment, Section, merge
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.config.section import Choice, Section, merge
 
 S = TypeVar("S", bound=Section)
 

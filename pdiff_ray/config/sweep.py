@@ -18,7 +18,8 @@ from pydantic import Field, model_validator
 
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.config import loading
-from pdiff_ray.config.schema import Experiment, Section, merge
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.config.section import Section, merge
 
 Value = int | float | bool | str | None
 Assignment = dict[str, Value]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pdiff_ray.common.errors import ConfigError
-from pdiff_ray.config.schema import Section
+from pdiff_ray.config.section import Section
 
 MAX_PARAMETERS = 2 * 10**9
 

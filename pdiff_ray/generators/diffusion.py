@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pdiff_ray.common.registry import Registry
-from pdiff_ray.config.schema import Known, Section
+from pdiff_ray.config.section import Known, Section
 
 ONEDNN, ONEDNN_BATCH = torch.backends.mkldnn.is_available(), 16  # for fewer rows MKL takes less time
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pdiff_ray.common.operations import Operations
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config import schema
+from pdiff_ray.config.section import merge
 from pdiff_ray.generators import samplers
 from pdiff_ray.generators.autoencoder import Autoencoder, AutoencoderSettings
 from pdiff_ray.generators.diffusion import Diffusion, DiffusionSettings
@@ -68,7 +69,7 @@ class LatentDiffusionSettings(schema.Generator):
     @classmethod
     def _recipe(cls, value: Any) -> Any:
         if isinstance(value, dict) and value.get("recipe") == "paper":
-            return schema.merge(PAPER_RECIPE, value)
+            return merge(PAPER_RECIPE, value)
         return value
 
     def check_sampling(self, sampling: schema.Sampling) -> None:
