@@ -5,8 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pdiff_ray.common.errors import ConfigError, PdiffError
-from pdiff_ray.config import schema as config
 from pdiff_ray.config.schema import Generator, Optimizer, Sampling
+from pdiff_ray.config.section import merge
 from pdiff_ray.generators.autoencoder import Autoencoder, AutoencoderSettings
 from pdiff_ray.generators.diffusion import Diffusion
 from pdiff_ray.generators.gaussian import GaussianSettings
@@ -32,7 +32,7 @@ def draw(*shape, seed=0):
 
 
 def small(**changes):
-    layers = config.merge({"generator": SMALL}, {"generator": {"seed": 0, **changes}})
+    layers = merge({"generator": SMALL}, {"generator": {"seed": 0, **changes}})
     return Generator.model_validate(layers["generator"])
 
 
