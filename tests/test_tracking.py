@@ -6,8 +6,10 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from dataclasses import replace
@@ -16,6 +18,7 @@ from urllib.parse import parse_qs
 import mlflow
 import pytest
 from helpers import TINY, build, tiny
+from test_cli import pdiff
 
 from pdiff_ray import tracking
 from pdiff_ray.config import sweep as space
@@ -23,7 +26,8 @@ from pdiff_ray.running.sweep import run_trials
 from pdiff_ray.stages import report
 from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.sweeps.trial import Trial
-from pdiff_ray.tracking import server, sweeps
+from pdiff_ray.tracking import sweeps
+from pdiff_ray.tracking.database import prepare_database
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +165,18 @@ def swept(tmp_path_factory):
     return folder, ledger
 
 
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory):
+    """MLflow's database before any run."""
+    file = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    prepare_database(file)
+    return file
+
+
 @pytest.fixture
-def again(swept, tmp_path):
+def again(swept, empty, tmp_path):
     """The same sweep, its trials finished, on an MLflow that knows nothing of it."""
+    shutil.copy(empty, tmp_path)
 
     def load_again(text=GRID, uri=f"sqlite:///{tmp_path}/mlflow.db"):
         return load(tmp_path, text, swept[0] / "storage", f"tracking.uri={uri}")
@@ -183,9 +196,21 @@ def by_kind(client, name="tiny"):
     return found
 
 
-def check_complete(ledger, client):
+def rarely(*values):
+    """Values of a parameter that only `-m slow` tries."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def until(condition, timeout=60):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def check_complete(ledger, client, name="tiny"):
     """Each trial once, below one parent, and nothing that runs."""
-    found = by_kind(client)
+    found = by_kind(client, name)
     (parent,) = found["sweep"]
     assert parent.info.status == "FINISHED"
     assert [run.data.tags["pdiff.trial"] for run in found["trial"]] == [str(n) for n in range(ledger.total)]
@@ -341,8 +366,7 @@ def test_an_interrupted_sweep_does_not_stay_running(again):
     def interrupted():
         with tracking.follow(ledger) as tell:
             tell(trials[0])
-            while not os.path.exists(server.database(tracking.tracking_uri(ledger.file.experiment, ledger.storage))):
-                time.sleep(0.1)
+            until(lambda: client_of(ledger).get_experiment_by_name("tiny"))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -353,6 +377,153 @@ def test_an_interrupted_sweep_does_not_stay_running(again):
         for trial in trials:
             tell(trial)
     check_complete(ledger, client_of(ledger))
+
+
+# The database.
+
+
+def outdated(empty, tmp_path, *statements):
+    """A database whose tables are not MLflow's newest, which nobody is working on."""
+    file = tmp_path / "mlflow.db"
+    shutil.copy(empty, file)
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        for statement in ("UPDATE alembic_version SET version_num = 'old'", *statements):
+            connection.execute(statement)
+        connection.commit()
+    os.utime(file, (0, 0))
+    return file
+
+
+def test_tables_that_were_left_unfinished_are_made_anew(empty, tmp_path, capsys):
+    file = outdated(empty, tmp_path, "DROP TABLE runs")
+    before = file.read_bytes()
+    assert tracking.reachable(f"sqlite:///{file}", "tiny") == "there"
+    assert "its tables were unfinished, without runs; made anew" in capsys.readouterr().out
+    assert mlflow.MlflowClient(tracking_uri=f"sqlite:///{file}").create_experiment("tiny")
+    (aside,) = tmp_path.glob("mlflow.db.unfinished*")
+    assert aside.read_bytes() == before
+
+
+def test_tables_of_another_version_with_runs_are_left_alone(empty, tmp_path):
+    run = "INSERT INTO runs (run_uuid, experiment_id) VALUES ('0123456789abcdef', 0)"
+    file = outdated(empty, tmp_path, run)
+    before = file.read_bytes()
+    with pytest.raises(tracking.TrackingError, match="of another MLflow") as caught:
+        tracking.reachable(f"sqlite:///{file}")
+    assert f"`mlflow db upgrade sqlite:///{file}`" in str(caught.value)
+    assert "pdiff log" in str(caught.value)
+    assert file.read_bytes() == before
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 100)
+    expected = f"{tmp_path}/mlflow.db: cannot be read as an SQLite database (file is not a database); move it away"
+    with pytest.raises(tracking.TrackingError, match="cannot be read as an SQLite database"):
+        tracking.reachable(f"sqlite:///{tmp_path}/mlflow.db")
+    assert expected in pdiff("ui", "--storage", tmp_path, code=1)
+
+
+def test_processes_that_start_at_once_make_one_database(tmp_path):
+    file = tmp_path / "mlflow.db"
+    threads = [threading.Thread(target=prepare_database, args=(file,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {path.name for path in tmp_path.iterdir()} <= {"mlflow.db", "mlflow.db.lock"}
+    assert tracking.reachable(f"sqlite:///{file}") == "there"
+
+
+@pytest.mark.slow
+def test_a_driver_killed_while_it_makes_the_tables_leaves_none(tmp_path):
+    file = tmp_path / "mlflow.db"
+    code = f"from pathlib import Path; from pdiff_ray.tracking.database import *; prepare_database(Path({str(file)!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    until(lambda: any(part.stat().st_size > 100_000 for part in tmp_path.glob("mlflow.db.*.tmp")))
+    process.kill()
+    process.wait()
+    assert not file.exists()
+    prepare_database(file)
+    assert {path.name for path in tmp_path.iterdir()} <= {"mlflow.db", "mlflow.db.lock"}
+    assert tracking.reachable(f"sqlite:///{file}") == "there"
+
+
+# What somebody deletes.
+
+
+def deleted(ledger):
+    """Deletes the experiment; gives the function that restores it as a message has said."""
+    client = client_of(ledger)
+    found = client.get_experiment_by_name("tiny")
+    client.delete_experiment(found.experiment_id)
+
+    def restore(message):
+        uri = tracking.tracking_uri(ledger.file.experiment, ledger.storage)
+        command = f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id {found.experiment_id}"
+        assert command in message.replace("\n", ""), message
+        client.restore_experiment(found.experiment_id)
+
+    return restore
+
+
+def test_a_deleted_experiment_is_told_at_the_start_and_logged_once_it_is_restored(again, capsys):
+    ledger = again()
+    tracking.log(ledger)
+    restore = deleted(ledger)
+    trials = ledger.done()
+    del ledger.trials[3]
+    with tracking.follow(ledger) as tell:
+        while "warning" not in (said := capsys.readouterr().out):  # before any trial has ended
+            time.sleep(0.05)
+        tell(trials[3])
+    assert "its experiment 'tiny' was deleted" in said
+    assert "tracking.experiment" in said
+    assert "warning" not in capsys.readouterr().out
+    whole = again()
+    with pytest.raises(tracking.TrackingError, match="was deleted; restore it"):
+        tracking.log(whole)
+    with pytest.raises(tracking.TrackingError, match="was deleted; restore it"):
+        tracking.reachable(tracking.tracking_uri(whole.file.experiment, whole.storage), "tiny")
+    restore(said)
+    assert tracking.log(whole) == 0, "they were all written before"
+    check_complete(whole, client_of(whole))
+
+
+@pytest.mark.parametrize("what", ["experiment", "sweep", *rarely("experiment, for good", "trial", "renamed")])
+def test_what_is_deleted_while_a_sweep_goes_on_is_written_again(again, capsys, what):
+    ledger = again()
+    client = client_of(ledger)
+    trials = ledger.done()
+    ledger.trials = {}
+    restore = None
+    with tracking.follow(ledger) as tell:
+        tell(trials[0])
+        tell(trials[1])
+        until(lambda: client.get_experiment_by_name("tiny"))
+        until(lambda: [run.info.status for run in by_kind(client)["trial"]] == ["FINISHED"] * 2)
+        found = by_kind(client)
+        if what == "experiment":
+            restore = deleted(ledger)
+        elif what == "experiment, for good":
+            deleted(ledger)
+            # As `mlflow gc` does after the trash was emptied.
+            client._tracking_client.store._hard_delete_experiment(client.get_experiment_by_name("tiny").experiment_id)
+        elif what == "sweep":
+            client.delete_run(found["sweep"][0].info.run_id)
+        elif what == "trial":
+            client.delete_run(found["trial"][0].info.run_id)
+        else:
+            client.rename_experiment(found["sweep"][0].info.experiment_id, "another name")
+        tell(trials[2])
+        tell(trials[3])
+    said = capsys.readouterr().out
+    assert said.count("warning") == bool(restore), said
+    if restore:
+        restore(said)
+    name = "another name" if what == "renamed" else "tiny"
+    if what in ("experiment", "trial"):
+        assert tracking.log(again()) >= 1
+    check_complete(again(), client, name)
 
 
 def test_where_nothing_listens_a_sweep_goes_on_with_one_warning(again, capsys):

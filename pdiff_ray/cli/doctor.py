@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.common.secrets import without_secrets
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.storage.files import Storage
 
@@ -97,4 +98,4 @@ def _mlflow(experiment: Experiment) -> str:
     from pdiff_ray import tracking
 
     uri = tracking.tracking_uri(experiment, Storage(experiment.storage_uri))
-    return f"{tracking.without_secret(uri)}: {tracking.reachable(uri)}"
+    return f"{without_secrets(uri)}: {tracking.reachable(uri, tracking.experiment_name(experiment))}"

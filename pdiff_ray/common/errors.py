@@ -6,11 +6,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from pdiff_ray.common.secrets import without_secrets
+
 
 class PdiffError(ValueError):
-    """Something the user can mend; the message names the field or file, the value and the remedy."""
+    """Something the user can mend; the message names the field or file, the value and the remedy, but no secrets."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 class ConfigError(PdiffError):

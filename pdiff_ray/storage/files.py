@@ -16,6 +16,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from pdiff_ray.common.errors import StorageError
+from pdiff_ray.common.secrets import without_secrets
 
 TEMPORARY = "tmp"  # folder of files that are being written
 STALE_TEMPORARY_S = 24 * 3600
@@ -36,9 +37,7 @@ class Storage:
 
     def __init__(self, uri: str) -> None:
         if re.match(r"[a-z0-9]{2,}:/[^/]", uri):  # one letter is a drive
-            raise StorageError(
-                f"storage: {_without_secrets(uri)!r} is neither a folder nor a URI, which has two slashes"
-            )
+            raise StorageError(f"storage: {uri!r} is neither a folder nor a URI, which has two slashes")
         try:
             if "://" in uri:
                 self.fs, self.root = pafs.FileSystem.from_uri(uri)
@@ -47,8 +46,7 @@ class Storage:
                 self.fs, self.root = pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
                 self.uri = self.root
         except (pa.ArrowInvalid, OSError) as error:
-            reason = _without_secrets(f"{uri!r} is not a folder or a URI that pyarrow.fs knows: {error}")
-            raise StorageError(f"storage: {reason}") from None
+            raise StorageError(f"storage: {uri!r} is not a folder or a URI that pyarrow.fs knows: {error}") from None
         self.manifests: dict[str, dict[str, Any] | None] = {}
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
@@ -62,7 +60,7 @@ class Storage:
     @property
     def place(self) -> str:
         """The URI as it may be shown."""
-        return _without_secrets(self.uri.split("?")[0]) if self.local is None else self.root
+        return without_secrets(self.uri) if self.local is None else self.root
 
     def path(self, name: str) -> str:
         """Returns `name` as a path of the file system `fs`."""
@@ -170,8 +168,3 @@ def _place_new(temporary: Path, target: Path) -> bool:
             return False
         temporary.replace(target)
     return True
-
-
-def _without_secrets(text: str) -> str:
-    """Returns the text without the user and password of the URI in it."""
-    return re.sub("://[^/]*@", "://", text)

@@ -5,16 +5,15 @@ warning. A run carries the key of what it describes and is never written twice. 
 folder imports MLflow.
 """
 
+from pdiff_ray.tracking.database import TrackingError, database
 from pdiff_ray.tracking.pages import links
 from pdiff_ray.tracking.runs import record
 from pdiff_ray.tracking.server import (
     Server,
-    TrackingError,
-    database,
+    experiment_name,
     reachable,
     tracking_uri,
     warn,
-    without_secret,
 )
 from pdiff_ray.tracking.sweeps import follow, log
 
@@ -22,6 +21,7 @@ __all__ = [
     "Server",
     "TrackingError",
     "database",
+    "experiment_name",
     "follow",
     "links",
     "log",
@@ -29,5 +29,4 @@ __all__ = [
     "record",
     "tracking_uri",
     "warn",
-    "without_secret",
 ]

@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from urllib.parse import quote, urlencode
 
+from pdiff_ray.common.secrets import without_secrets
 from pdiff_ray.config.sweep import Sweep
 from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.tracking.runs import MAX_NOTE, OBJECTIVE, PARENT
-from pdiff_ray.tracking.server import Connection, translated, without_secret
+from pdiff_ray.tracking.server import Connection, translated
 
 TRAINING = {"workflowType": "machine_learning"}  # MLflow's pages for it, not those for language models
 MAX_COMPARED = 100  # runs on a compare page: the best
@@ -80,7 +81,7 @@ def links(uri: str, server: str) -> dict[str, dict[str, str]]:
     """
     import mlflow
 
-    base, found = without_secret(server), {}
+    base, found = without_secrets(server), {}
     with translated(uri):
         client = mlflow.MlflowClient(tracking_uri=uri)
         for experiment in client.search_experiments():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,14 +85,17 @@ def ensure(at: Connection, run: MlflowRun) -> bool:
     for old in at.search(f"tags.`pdiff.key` = '{run.key}' and tags.kind = '{run.kind}'"):
         if old.info.status == "FINISHED":
             return False
-        if PARENT not in old.data.tags:  # left by an interrupted attempt
+        if PARENT not in old.data.tags:  # left by an attempt that was killed
             at.client.delete_run(old.info.run_id)
     write(at, run)
     return True
 
 
 def write(at: Connection, run: MlflowRun) -> str:
-    """Writes a run and returns its id. It is RUNNING until all of it is there, so that what a crash leaves is known."""
+    """Writes a run and returns its id. It is RUNNING until all of it is there, so that what a crash leaves is known.
+
+    What ends the writing in any other way leaves nothing.
+    """
     from mlflow.entities import Metric
 
     tags = {"kind": run.kind, "pdiff.key": run.key, **run.tags}
@@ -103,9 +107,14 @@ def write(at: Connection, run: MlflowRun) -> str:
     for name, curve in run.curves.items():
         every = max(1, len(curve) // MAX_POINTS)
         points += [Metric(name, float(value), run.ended, step) for step, value in curve[::every]]
-    at.client.log_batch(run_id, points, params_of(run.params))
-    write_files(at, run_id, run.files)
-    at.client.set_terminated(run_id, run.status, end_time=run.ended)
+    try:
+        at.client.log_batch(run_id, points, params_of(run.params))
+        write_files(at, run_id, run.files)
+        at.client.set_terminated(run_id, run.status, end_time=run.ended)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            at.client.delete_run(run_id)
+        raise
     return run_id
 
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -24,20 +23,17 @@ from rich.markup import escape
 
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import console
+from pdiff_ray.common.secrets import without_secrets
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.storage.files import Storage
+from pdiff_ray.tracking.database import SQLITE, TrackingError, database, prepare_database
 
 # A dead server must not hold up the work: MLflow's defaults retry for minutes. Nor does it report on its users here.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-SQLITE = "sqlite:///"
 START_S, STOP_S = 300.0, 10.0  # that a server may take to start, on a busy machine, and to stop
-
-
-class TrackingError(PdiffError):
-    """MLflow cannot be reached or refuses; results are in storage nevertheless."""
 
 
 def tracking_uri(experiment: Experiment, storage: Storage) -> str:
@@ -51,18 +47,8 @@ def experiment_name(experiment: Experiment) -> str:
     return experiment.tracking.experiment or experiment.name
 
 
-def database(uri: str) -> Path | None:
-    """Returns the file of an MLflow whose database is one of this machine, else None."""
-    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
-
-
 def _folder(storage: Storage) -> Path:
     return storage.local or Path("pdiff-storage").resolve()
-
-
-def without_secret(text: str) -> str:
-    """Returns the text, its URIs without user names and passwords."""
-    return re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def warn(error: PdiffError) -> None:
@@ -74,7 +60,7 @@ def warn(error: PdiffError) -> None:
 
 
 @contextlib.contextmanager
-def translated(uri: str) -> Iterator[None]:
+def translated(uri: str, remedy: str = "") -> Iterator[None]:
     """Turns whatever MLflow, its database or the network raise into a TrackingError of one line."""
     try:
         yield
@@ -82,7 +68,7 @@ def translated(uri: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise TrackingError(without_secret(f"MLflow at {uri}: {reason}")) from None
+        raise TrackingError(f"MLflow at {uri}: {reason}{remedy}") from None
 
 
 @dataclass(frozen=True)
@@ -114,20 +100,36 @@ def connect(uri: str, name: str, storage: Storage) -> Connection:
     # Left behind by a surrounding MLflow job, it would make every run here a child of that one.
     os.environ.pop("MLFLOW_RUN_ID", None)
     if file := database(uri):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        prepare_database(file)
     client = mlflow.MlflowClient(tracking_uri=uri)
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return Connection(client, found.experiment_id)
+    if found := find_experiment(client, uri, name):
+        return Connection(client, found)
     location = (_folder(storage) / "mlflow-artifacts").as_uri() if uri.startswith("sqlite:") else None
     tags = {"mlflow.experimentKind": "custom_model_development"}  # else it opens on pages for language models
     try:
         return Connection(client, client.create_experiment(name, artifact_location=location, tags=tags))
     except MlflowException:  # another process made it in between
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            raise
-        return Connection(client, found.experiment_id)
+        if found := find_experiment(client, uri, name):
+            return Connection(client, found)
+        raise
+
+
+def find_experiment(client: Any, uri: str, name: str) -> str | None:
+    """Returns the id of the experiment `name` on the MLflow at `uri`; None if there is none.
+
+    Raises:
+        TrackingError: it was deleted. It keeps its name, and is not restored without being asked for, with all the runs
+            that somebody wanted gone.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        return None
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"MLflow at {uri}: its experiment {name!r} was deleted; restore it with `MLFLOW_TRACKING_URI={uri} mlflow "
+            f"experiments restore --experiment-id {found.experiment_id}`, or name another one in tracking.experiment"
+        )
+    return str(found.experiment_id)
 
 
 @dataclass(frozen=True)
@@ -155,26 +157,32 @@ class Mark:
 
     def leave(self) -> None:
         """Writes it."""
-        note = {"uri": without_secret(self.uri), "experiment": self.experiment, "content": self.content}
+        note = {"uri": without_secrets(self.uri), "experiment": self.experiment, "content": self.content}
         self.storage.write(self._file, json.dumps(note).encode())
 
 
-def reachable(uri: str) -> str:
+def reachable(uri: str, name: str | None = None) -> str:
     """Returns a few words on the MLflow at `uri`.
 
+    Args:
+        name: of an experiment that is to be written to.
+
     Raises:
-        TrackingError: it does not answer.
+        TrackingError: it does not answer, or cannot be used.
     """
-    if file := database(uri):
-        return "there" if file.exists() else "created by the first run"
+    file = database(uri)
+    if file and not file.exists():
+        return "created by the first run"
     import mlflow
 
-    try:
-        with translated(uri):
-            mlflow.MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
-    except TrackingError as error:
-        raise TrackingError(f"{error}; start the server or correct tracking.uri") from None
-    return "answers"
+    with translated(uri, "; start the server or correct tracking.uri"):
+        if file:
+            prepare_database(file)
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+        if name:
+            find_experiment(client, uri, name)
+    return "there" if file else "answers"
 
 
 class Server:
@@ -253,7 +261,7 @@ class Server:
         """Returns an error with the server's last line of output."""
         self._log.seek(0)
         *_, last = ["no output", *self._log.read().decode(errors="replace").strip().splitlines()]
-        return TrackingError(without_secret(f"MLflow's server at {self.address} {what}: {last}"))
+        return TrackingError(f"MLflow's server at {self.address} {what}: {last}")
 
 
 def _exit(number: int, _: object) -> None:

@@ -20,6 +20,7 @@ from pdiff_ray.common.progress import console
 from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.sweeps.trial import Trial
 from pdiff_ray.tracking import pages
+from pdiff_ray.tracking.database import TrackingError
 from pdiff_ray.tracking.runs import (
     NOTE,
     OBJECTIVE,
@@ -51,7 +52,7 @@ def follow(ledger: Ledger) -> Iterator[Callable[[Trial], None]]:
     """
     writer = _Writer(ledger)
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    if not writer.mark().is_there():
+    if len(ledger.done()) < ledger.total or not writer.mark().is_there():
         inbox.put("begin")
     # A daemon: an interrupted sweep does not wait for a server that hangs.
     thread = threading.Thread(target=_follow, args=(writer, inbox), daemon=True, name="mlflow")
@@ -76,7 +77,7 @@ def _follow(writer: _Writer, inbox: queue.SimpleQueue[Message]) -> None:
         if isinstance(message, Trial):
             writer.trials[message.number] = message
         changed = changed or not last
-        if message == "interrupted" and writer.at is None:
+        if message == "interrupted" and not writer.begun:
             return
         if changed and (last or time.monotonic() >= paused_until):
             try:
@@ -114,6 +115,7 @@ class _Writer:
         self.name = f"{experiment.name}-{ledger.key[:6]}"
         self.trials = {trial.number: trial for trial in ledger.done()}
         self.hurry = threading.Event()  # set where trials are to be left out, for now
+        self.begun = False  # whether there may be a run of the sweep that is RUNNING
         self.disconnect()
 
     def disconnect(self) -> None:
@@ -134,8 +136,17 @@ class _Writer:
         Args:
             finish: ends the sweep's run too, with all that the sweep's folder holds, and notes that all is written.
         """
+        if self.at:
+            try:
+                return self._write(self.at, finish)
+            except TrackingError:  # somebody may have deleted runs, or the experiment: look again
+                self.disconnect()
         with translated(self.uri):
-            at = self.at or self._open()
+            at = self._open()
+        return self._write(at, finish)
+
+    def _write(self, at: Connection, finish: bool) -> int:
+        with translated(self.uri):
             written = 0
             for number, trial in sorted(self.trials.items()):
                 old, there = self.children.get(number, ("", ""))
@@ -179,7 +190,7 @@ class _Writer:
     def _open(self) -> Connection:
         """Connects, and finds what is there of the sweep."""
         ledger, at = self.ledger, connect(self.uri, self.experiment, self.ledger.storage)
-        found = at.search(f"tags.kind = 'sweep' and tags.`pdiff.key` = '{ledger.key}'")
+        found, self.begun = at.search(f"tags.kind = 'sweep' and tags.`pdiff.key` = '{ledger.key}'"), True
         if found:
             self.parent = found[0].info.run_id
             at.client.update_run(self.parent, status="RUNNING")
@@ -188,12 +199,14 @@ class _Writer:
             tags = {"kind": "sweep", "pdiff.key": ledger.key, "pdiff.location": location}
             self.parent = at.client.create_run(at.experiment_id, run_name=self.name, tags=tags).info.run_id
             at.client.log_batch(self.parent, params=params_of(pages.settings(ledger.sweep)))
-        for run in at.search(f"tags.`{PARENT}` = '{self.parent}'"):
+        for run in at.search(f"tags.kind = 'trial' and tags.`pdiff.sweep` = '{ledger.key}'"):
             number = int(run.data.tags["pdiff.trial"])
             if run.info.status == "RUNNING" or number in self.children:  # left by a crash
                 at.client.delete_run(run.info.run_id)
-            else:
-                self.children[number] = (run.info.run_id, run.data.tags["pdiff.record"])
+                continue
+            if run.data.tags.get(PARENT) != self.parent:  # somebody has deleted the sweep's run
+                at.client.set_tag(run.info.run_id, PARENT, self.parent)
+            self.children[number] = (run.info.run_id, run.data.tags["pdiff.record"])
         self.at = at
         self._tell(at, finished=False)
         return at
