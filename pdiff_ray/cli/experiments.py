@@ -92,28 +92,46 @@ def run(stage: str, file: str, in_process: bool, **options: Any) -> None:
 @click.command("import")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @experiment_options
+@click.option("--pattern", metavar="GLOB", help="Take the files of these names, or paths below FOLDER.")
+@click.option("--weights", metavar="KEY", help="Take the weights under this key of each file, for example ema.")
+@click.option("--prefix", metavar="PREFIX", help="Take the weights whose names begin so, for example model.")
+@click.option("--order", metavar="NUMBER", help="Order by a number in each file, for example epoch; default: by name.")
 @click.option(
     "--base",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Whole network, if FOLDER holds subsets alone.",
+    help="Whole network; default: the first of the files.",
 )
-def import_command(folder: Path, file: str, base: Path | None, **options: Any) -> None:
-    """Make the zoo of FILE (which names it in zoo.imported) from the checkpoints in FOLDER: .pth, .pt or .safetensors.
+def import_command(
+    folder: Path,
+    file: str,
+    pattern: str | None,
+    weights: str | None,
+    prefix: str | None,
+    order: str | None,
+    base: Path | None,
+    **options: Any,
+) -> None:
+    """Make the zoo of FILE (which names it in zoo.imported) from the checkpoints in FOLDER and below it.
 
-    Weights only: files that would run code when loaded are refused.
+    Files of torch.save (.pth, .pt, .ckpt, .bin, .pth.tar) and safetensors. Weights only: no code in them is run.
     """
     from pdiff_ray.common.progress import display
     from pdiff_ray.running.experiment import make_plan
-    from pdiff_ray.stages.checkpoints import import_zoo
+    from pdiff_ray.stages.checkpoints import Options, import_zoo
 
     plan = make_plan(load_experiment(file, **options), target="zoo")
+    zoo = plan.artifacts["zoo"]
     if not plan.missing:
-        click.echo(f"zoo: there already, {plan.artifacts['zoo'].location}")
+        origin = zoo.manifest()["info"].get("imported_from", "another folder")
+        click.echo(
+            f"zoo: there already, from {origin}, {zoo.location}; zoo.imported with another label makes a new one"
+        )
         return
     plan.storage.check_writable()
+    taken = Options(pattern, weights, prefix, order, base)
     with display() as progress:
-        import_zoo(folder, plan.experiment, plan.artifacts, base, progress)
-    click.echo(f"zoo: {plan.artifacts['zoo'].location}")
+        report = import_zoo(folder, plan.experiment, plan.artifacts, taken, progress)
+    click.echo(f"{report}\nzoo: {zoo.location}")
 
 
 @click.command("log")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import pickle
+import fnmatch
+import hashlib
+import math
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pdiff_ray.common.errors import ConfigError, PdiffError, StorageError, did_you_mean
+from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Progress, silent
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.cache import default_cache
@@ -20,118 +24,359 @@ from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.base import NETWORK_FILE, describe_base, open_dataset, untrained_network
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.zoo import commit, subset_of
+from pdiff_ray.storage import weights
 from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.matching import match
 from pdiff_ray.storage.parameters import PARTS, ParameterStore, Record, stamp
-from pdiff_ray.storage.trees import load_tree, save_tree
+from pdiff_ray.storage.trees import save_tree
+from pdiff_ray.storage.weights import Weight
 
-SUFFIXES = (".pth", ".pt", ".safetensors")
+SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".pth.tar", ".pt.tar")
+INDEX = ".index.json"  # ends the name of what says which of several files has which tensor of one network
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+# What trainers write beside the weights, with the same suffixes.
+COMPANIONS = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "training_args*")
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
+STEPS = ("global_step", "step", "steps", "iteration", "iter")  # names under which trainers keep the step
+MAX_NUMBERS = 32  # of a file, in the manifest
 IMPORT_STACK = 20
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training scripts put the weights
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a `.pth`, `.pt` or safetensors file, by name.
+@dataclass(frozen=True)
+class Options:
+    """What of a folder's files is taken, where that is not plain.
 
-    Raises:
-        PdiffError: the file is damaged, holds anything but tensors, or would run code when loaded.
+    Attributes:
+        pattern: glob on the files' names, or on their paths below the folder.
+        weights: key under which the weights are in each file, for example ema.
+        prefix: what stands before the network's names in each file, for example "model.".
+        order: name of a number in each file, for example epoch, that orders them; default: their names do.
+        base: file of the whole network; default: the first member's.
     """
-    try:
-        if path.suffix == ".safetensors":
-            return load_tree(path.read_bytes(), str(path))
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, Mapping):
-            raise ValueError(f"holds a {type(content).__name__}, not tensors by name")
-    except pickle.UnpicklingError:
-        raise PdiffError(
-            f"{path}: holds pickled objects that are not tensors, and unpickling could run code; refused. Save its "
-            "weights alone: torch.save(network.state_dict(), FILE), or as safetensors"
-        ) from None
-    except StorageError:
-        raise
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise PdiffError(f"{path}: cannot be read as a checkpoint: {reason}") from None
-    for wrapper in WRAPPERS:
-        if isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    tensors = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor) and isinstance(k, str)}
-    if not tensors:
-        raise PdiffError(f"{path}: holds no tensors by name; a state dict is wanted")
-    return tensors
+
+    pattern: str | None = None
+    weights: str | None = None
+    prefix: str | None = None
+    order: str | None = None
+    base: Path | None = None
+
+
+@dataclass
+class Report:
+    """What an import has taken and what not; files are named by their paths below the folder."""
+
+    base: str = ""
+    members: list[str] = field(default_factory=list)
+    order: str = "their names"
+    found: Counter[str] = field(default_factory=Counter)  # of members: where in them the weights were
+    ignored: Counter[str] = field(default_factory=Counter)  # of members: what else was there
+    left_out: dict[str, str] = field(default_factory=dict)  # reasons by file
+
+    def __str__(self) -> str:
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            by_reason.setdefault(reason, []).append(name)
+        lines = [
+            f"base: {self.base}" if self.base else "",
+            f"members: {len(self.members)}, in the order of {self.order}: {_some(self.members)}",
+            *(f"weights: {how}, in {count} of them" for how, count in self.found.items()),
+            *(f"ignored: {what}, in {count} of them" for what, count in self.ignored.items()),
+            *(f"left out: {_some(names)}: {reason}" for reason, names in by_reason.items()),
+        ]
+        return "\n".join(line for line in lines if line)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network in a file, or in those of an index.
+
+    Attributes:
+        name: of the file, for the report.
+        tensors: those that the network has, by its names.
+        numbers: what else the file says, such as an epoch.
+        found: where in the file the tensors are, in words.
+        ignored: what else is there, in words; empty if nothing.
+    """
+
+    file: Path
+    name: str
+    tensors: dict[str, Weight]
+    numbers: dict[str, float]
+    found: str
+    ignored: str
 
 
 def import_zoo(
     folder: Path,
     experiment: Experiment,
     artifacts: Mapping[str, Artifact],
-    base_checkpoint: Path | None = None,
+    options: Options | None = None,
     progress: Progress = silent,
-) -> None:
-    """Makes the experiment's base and zoo from the checkpoint files of a folder, in natural order of their names.
+) -> Report:
+    """Makes the experiment's base and zoo from the checkpoint files in a folder and in those below it.
 
-    The files hold whole networks, or the subset alone beside a `base_checkpoint` of the whole network.
+    The files hold whole networks, or the subset alone beside a base (`Options.base`) of the whole network.
 
     Raises:
         PdiffError: naming the file and what is wrong with it; nothing is stored then.
     """
     if not experiment.zoo.imported:
         raise ConfigError("zoo.imported: name the zoo, for example --set zoo.imported=my-zoo")
-    files = sorted((p for p in folder.glob("*") if p.suffix in SUFFIXES), key=_natural)
-    count = experiment.zoo.members
-    if len(files) < count:
+    options, started, count = options or Options(), time.monotonic(), experiment.zoo.members
+    report, wanted = Report(), _Wanted(experiment, options)
+    checkpoints: Iterable[Checkpoint] = (
+        wanted.read(file, name) for name, file in find(folder, options.pattern, report).items()
+    )
+    if options.order:
+        report.order = f"{options.order} in them"
+        checkpoints = sorted(checkpoints, key=lambda checkpoint: _number(checkpoint, str(options.order)))
+    if options.base:
+        report.base = f"{options.base} (--base)"
+        wanted.take_base(wanted.read(options.base, options.base.name))
+    vectors: list[Tensor] = []
+    members: list[Checkpoint] = []
+    seen: dict[bytes, str] = {}
+    for checkpoint in checkpoints:  # all are read before anything is stored
+        if len(members) == count:
+            report.left_out[checkpoint.name] = f"the first {count} are taken (zoo.members)"
+            continue
+        if not report.base:
+            report.base = f"{checkpoint.name}, the first member"
+            wanted.take_base(checkpoint)
+        vector = wanted.vector(checkpoint)
+        digest = hashlib.sha256(vector.numpy().tobytes()).digest()
+        if digest in seen:
+            report.left_out[checkpoint.name] = f"equal to {seen[digest]} in zoo.subset"
+            continue
+        seen[digest] = checkpoint.name
+        vectors.append(vector)
+        members.append(checkpoint)
+    for checkpoint in members:
+        report.members.append(checkpoint.name)
+        report.found[checkpoint.found] += 1
+        if checkpoint.ignored:
+            report.ignored[checkpoint.ignored] += 1
+    if len(members) < count:
         raise ConfigError(
-            f"{folder}: holds {len(files)} checkpoints ({', '.join(SUFFIXES)}), but zoo.members is {count}"
+            f"{folder}: holds {len(members)} different checkpoints ({', '.join(SUFFIXES)}), but zoo.members is "
+            f"{count}; lower it, or choose other files with --pattern\n{report}"
         )
-    started = time.monotonic()
-    files, network = files[:count], untrained_network(experiment)
-    subset = subset_of(experiment, network)
-    parameters = [name for name, _ in network.named_parameters()]
-    base = read_checkpoint(base_checkpoint or files[0])
-    if absent := [name for name in parameters if name not in base]:
-        raise PdiffError(
-            f"{base_checkpoint or files[0]}: lacks {absent[0]}{did_you_mean(absent[0], base)}; if the files hold the "
-            "subset alone, give the whole network with --base"
-        )
-    try:
-        network.load_state_dict(base, strict=False)
-    except RuntimeError as error:
-        raise PdiffError(f"{base_checkpoint or files[0]}: {str(error).splitlines()[-1].strip()}") from None
-    # All are read before anything is stored.
-    others = set(parameters) - set(subset.names)
-    if experiment.zoo.batchnorm == "frozen":  # statistics that are neither in the vector nor measured anew
-        others |= {name for name, _ in network.named_buffers() if name.endswith(("running_mean", "running_var"))}
-    vectors = [_vector(file, subset, base, others) for file in files]
     context = Context(torch.device("cpu"), default_cache(), progress=progress)
-    info = describe_base(experiment, network, open_dataset(experiment, context), context)
+    info = describe_base(experiment, wanted.network, open_dataset(experiment, context), context)
     storage = artifacts["zoo"].storage
     for name in storage.list(f"{artifacts['zoo'].folder}/{PARTS}"):  # of an import that was interrupted
         storage.delete(name)
     store = ParameterStore(artifacts["zoo"])
     for start in range(0, count, IMPORT_STACK):
         stack = range(start, min(start + IMPORT_STACK, count))
-        store.append([Record(i, "original", vector=vectors[i].numpy(), **stamp()) for i in stack], subset)
+        records = [Record(i, "original", vector=vectors[i].numpy(), step=_step(members[i]), **stamp()) for i in stack]
+        store.append(records, wanted.subset)
         progress("import", stack.stop, count, "")
     origin = {"imported_from": str(folder)}
-    artifacts["base"].commit({NETWORK_FILE: save_tree(dict(network.state_dict()))}, {**info, **origin}, 0.0)
-    commit(artifacts["zoo"], subset, count, time.monotonic() - started)
+    network = save_tree(dict(wanted.network.state_dict()))
+    artifacts["base"].commit({NETWORK_FILE: network}, {**info, **origin, "file": report.base}, 0.0)
+    said = [{"file": member.name, **member.numbers} for member in members]
+    seconds = time.monotonic() - started
+    commit(artifacts["zoo"], wanted.subset, count, seconds, {**origin, "files": said, "left_out": report.left_out})
+    return report
 
 
-def _vector(file: Path, subset: Subset, base: Mapping[str, Tensor], others: Collection[str]) -> Tensor:
-    tensors = read_checkpoint(file)
-    for name in sorted(others):
-        if name in tensors and not torch.equal(tensors[name], base[name]):
-            raise PdiffError(
-                f"{file}: {name} is not in zoo.subset but differs from the base's; widen the subset (all), set "
-                "zoo.batchnorm to included if it is a running statistic, or remove the file"
-            )
-    try:
-        vector = subset.flatten(tensors)
-    except ConfigError as error:
-        raise PdiffError(f"{file}: {error}") from None
-    if not vector.isfinite().all():
-        raise PdiffError(f"{file}: holds values that are not finite")
-    return vector
+def find(folder: Path, pattern: str | None, report: Report) -> dict[str, Path]:
+    """Returns the checkpoint files in a folder and below it, in natural order of their names below the folder.
+
+    Hidden files never count. Without a pattern, files that are named in another way than the rest are left out, such as
+    `best.pt` beside `epoch_1.pt`, `epoch_2.pt` and so on. A network in several files is its index.
+
+    Args:
+        report: is told what is left out.
+
+    Raises:
+        ConfigError: files are named in several ways, none of which stands out.
+        PdiffError: an index is damaged, or missing.
+    """
+    there = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    there = {name: file for name, file in there.items() if not re.search(r"(^|/)(\.|__MACOSX/)", name)}
+    index_of: dict[str, str] = {}
+    for name, file in there.items():
+        if name.lower().endswith(INDEX):
+            beside = name.rpartition("/")[0]
+            index_of |= {f"{beside}/{part}".lstrip("/"): name for part in weights.read_index(file).values()}
+    if pattern:
+        chosen = [name for name in there if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(Path(name).name, pattern)]
+    else:
+        chosen = [name for name in there if name.lower().endswith(SUFFIXES)]
+        for name in [n for n in chosen if any(fnmatch.fnmatch(Path(n).name.lower(), c) for c in COMPANIONS)]:
+            report.left_out[name] = "named like what trainers keep beside weights; --pattern takes it"
+            chosen.remove(name)
+    if parts := [name for name in chosen if SHARD.search(name) and name not in index_of]:
+        raise PdiffError(
+            f"{folder / parts[0]}: is a part of a network, and the index of the parts (*{INDEX}) is not beside it; "
+            "copy it as well, or choose other files with --pattern"
+        )
+    chosen = sorted({index_of.get(name, name) for name in chosen}, key=_natural)
+    if not pattern:
+        chosen = _named_alike(chosen, folder, report)
+    return {name: there[name] for name in chosen}
 
 
-def _natural(path: Path) -> list[Any]:
-    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", path.name)]
+def _named_alike(names: Sequence[str], folder: Path, report: Report) -> list[str]:
+    """Returns the names that are alike but for numbers, where there are such; tells a report of the others."""
+    forms = {name: NUMBER.sub("#", _stem(name)) for name in names}
+    counts = Counter(forms.values())
+    several = [form for form, count in counts.items() if count > 1]
+    if len(several) > 1:
+        kinds = ", ".join(f"{form} ({counts[form]} files)" for form in several)
+        example = f"{several[0].replace('#', '*').rstrip('*')}*"
+        raise ConfigError(
+            f"{folder}: holds checkpoints that are named in several ways: {kinds}; choose with --pattern, for example "
+            f"--pattern '{example}', or take all with --pattern '*'"
+        )
+    kept = set(several or [form for form in counts if "#" in form] or counts)
+    for name in names:
+        if forms[name] not in kept:
+            report.left_out[name] = f"named in another way than {_some(sorted(kept))}; --pattern takes it"
+    return [name for name in names if forms[name] in kept]
+
+
+class _Wanted:
+    """The experiment's network, and what of it the files are to hold.
+
+    Attributes:
+        network: filled with the base's tensors by `take_base`.
+        subset: of the network, in a member's vector.
+    """
+
+    def __init__(self, experiment: Experiment, options: Options) -> None:
+        self.network, self.options = untrained_network(experiment), options
+        self.subset: Subset = subset_of(experiment, self.network)
+        self.parameters = [name for name, _ in self.network.named_parameters()]
+        self.tensors: dict[str, Tensor] = dict(self.network.state_dict())
+        self.statistics = {name for name in self.tensors if name.endswith(("running_mean", "running_var"))}
+        self.base: dict[str, Tensor] = {}
+        # What is neither in the vector nor measured anew is the base's.
+        self.others = set(self.parameters) | (self.statistics if experiment.zoo.batchnorm == "frozen" else set())
+        self.others -= set(self.subset.names)
+
+    def read(self, file: Path, label: str) -> Checkpoint:
+        """Reads what a file describes; no tensors yet.
+
+        Args:
+            label: names the file in the report.
+
+        Raises:
+            PdiffError: the network's weights are not in it, or of other shapes or types.
+        """
+        content = weights.read_parts(file) if label.lower().endswith(INDEX) else weights.read(file)
+        try:
+            found = match(content, self.parameters, self.subset.names, self.options.weights, self.options.prefix)
+        except PdiffError as error:
+            raise PdiffError(f"{file}: {error}") from None
+        named = found.named()
+        tensors = {name: weight for name, weight in named.items() if name in self.tensors}
+        for name, weight in tensors.items():
+            if weight.shape != (shape := tuple(self.tensors[name].shape)):
+                raise PdiffError(
+                    f"{file}: {name} has shape {weight.shape}, the network's has {shape}; the file is of another "
+                    "network, or network.args or the number of classes are other ones"
+                )
+            if (weight.dtype.is_floating_point, weight.dtype.is_complex) != (
+                self.tensors[name].is_floating_point(),
+                self.tensors[name].is_complex(),
+            ):
+                raise PdiffError(
+                    f"{file}: {name} is {weight.dtype}, the network's {self.tensors[name].dtype}; if it is quantized, "
+                    "save the weights before that"
+                )
+        others = [name for name in found.tensors if name.removeprefix(found.prefix) not in tensors]
+        ignored = f"what the network has not: {_some(others)}" if others else ""
+        return Checkpoint(file, label, tensors, _numbers(content), str(found), ignored)
+
+    def take_base(self, checkpoint: Checkpoint) -> None:
+        """Fills the network with a checkpoint.
+
+        Raises:
+            PdiffError: parameters or statistics are missing, or are not finite.
+        """
+        for name in [*self.parameters, *sorted(self.statistics)]:
+            if name not in checkpoint.tensors:
+                raise PdiffError(
+                    f"{checkpoint.file}: lacks {name}; if the files hold the subset alone, give the whole network with "
+                    "--base"
+                )
+        self.base = weights.load(checkpoint.tensors)
+        with torch.no_grad():
+            for name, tensor in self.base.items():
+                self.tensors[name].copy_(tensor)
+        for name, tensor in self.base.items():
+            if not torch.equal(self.tensors[name], tensor.to(self.tensors[name].dtype)):
+                reason = (
+                    "holds values that are not finite" if tensor.isnan().any() else "is tied to a tensor that differs"
+                )
+                raise PdiffError(f"{checkpoint.file}: {name} {reason}")
+
+    def vector(self, checkpoint: Checkpoint) -> Tensor:
+        """Returns the subset of a checkpoint, flattened (D,).
+
+        Raises:
+            PdiffError: something of the subset is missing or not finite, or what is not in it differs from the base's.
+        """
+        taken = self.others | set(self.subset.names)
+        tensors = weights.load({name: w for name, w in checkpoint.tensors.items() if name in taken})
+        for name in sorted(self.others & set(tensors)):
+            if not torch.equal(tensors[name], self.base[name].to(tensors[name].dtype)):
+                raise PdiffError(
+                    f"{checkpoint.file}: {name} is not in zoo.subset but differs from the base's; widen the subset "
+                    "(all), set zoo.batchnorm to included if it is a running statistic, or leave the file out "
+                    "(--pattern)"
+                )
+        try:
+            vector = self.subset.flatten(tensors)
+        except ConfigError as error:
+            raise PdiffError(f"{checkpoint.file}: {error}") from None
+        if not vector.isfinite().all():
+            raise PdiffError(f"{checkpoint.file}: holds values that are not finite")
+        return vector
+
+
+def _numbers(content: Any) -> dict[str, float]:
+    """Returns the numbers that a file keeps beside its tensors, by name; of mappings in it by dotted names."""
+    found: dict[str, float] = {}
+    outer = content if isinstance(content, dict) else {}
+    inner = {f"{key}.{k}": v for key, value in outer.items() if isinstance(value, dict) for k, v in value.items()}
+    for name, value in [*outer.items(), *inner.items()]:
+        try:
+            number = float(value) if isinstance(value, int | float | str) and len(str(name)) < 100 else math.nan
+        except (ValueError, OverflowError):  # text, or a number of very many digits
+            continue
+        if math.isfinite(number) and not isinstance(value, bool) and len(found) < MAX_NUMBERS:
+            found[str(name)] = int(number) if number.is_integer() else number
+    return found
+
+
+def _number(checkpoint: Checkpoint, name: str) -> float:
+    if name not in checkpoint.numbers:
+        raise PdiffError(
+            f"{checkpoint.file}: keeps no number {name!r} (--order); it has {', '.join(checkpoint.numbers) or 'none'}"
+        )
+    return checkpoint.numbers[name]
+
+
+def _step(checkpoint: Checkpoint) -> int | None:
+    """Returns the training step that a checkpoint says it is of."""
+    steps = [checkpoint.numbers[name] for name in STEPS if name in checkpoint.numbers]
+    return int(steps[0]) if steps and 0 <= steps[0] < 2**62 else None
+
+
+def _stem(name: str) -> str:
+    """Returns a name without what says that it is a checkpoint."""
+    name = name.lower().removesuffix(INDEX)
+    return name.removesuffix(next((s for s in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(s)), ""))
+
+
+def _natural(name: str) -> list[Any]:
+    """Returns what orders names by the numbers in them."""
+    return [int(piece) if i % 2 else piece for i, piece in enumerate(re.split(r"(\d+)", name))]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])

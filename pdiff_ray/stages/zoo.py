@@ -90,13 +90,19 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
         commit(artifact, subset, config.members, time.monotonic() - started)
 
 
-def commit(artifact: Artifact, subset: Subset, members: int, seconds: float) -> None:
-    """Commits the zoo from its part files."""
+def commit(
+    artifact: Artifact, subset: Subset, members: int, seconds: float, about: Mapping[str, Any] | None = None
+) -> None:
+    """Commits the zoo from its part files.
+
+    Args:
+        about: what else the manifest says of it.
+    """
     store, ids = ParameterStore(artifact), range(members)
     records = store.records(ids)
     accuracies = np.array([r.test_accuracy for r in records if r.judged])
     info: dict[str, Any] = {"members": members, "parameters": subset.size, "tensors": subset.names}
-    info |= json.loads(artifact.load_work(SHARING_FILE) or "{}")
+    info |= json.loads(artifact.load_work(SHARING_FILE) or "{}") | (about or {})
     if len(accuracies):
         info |= {"mean_test_accuracy": float(accuracies.mean()), "std_test_accuracy": float(accuracies.std())}
     artifact.commit({"subset.json": subset.to_json().encode()}, info, seconds, store.manifest_entries(ids))
