@@ -63,7 +63,7 @@ def match(
     Raises:
         PdiffError: they are nowhere, or in several places. The message begins with what the file does.
     """
-    places = list(_places(content, "", set()))
+    places = list(_places(content, "", 0, set()))
     if sum(len(place.tensors) for place in places) > MAX_NAMES:
         raise PdiffError(f"names more than {MAX_NAMES:,} tensors. {ALONE}")
     if key is not None:
@@ -116,9 +116,9 @@ def _nothing(content: Any, places: list[Match], parameters: Collection[str], pre
     return f"holds no tensors by name, but {type(content).__name__}; a state dict is wanted. {ALONE}"
 
 
-def _places(content: Any, path: str, seen: set[int]) -> Iterator[Match]:
+def _places(content: Any, path: str, depth: int, seen: set[int]) -> Iterator[Match]:
     """Yields the mappings of tensors in a file's content, from the top down; `seen` holds their identities."""
-    if not isinstance(content, dict) or id(content) in seen or len(seen) > MAX_NAMES:
+    if not isinstance(content, dict) or id(content) in seen or depth > MAX_DEPTH:
         return
     seen.add(id(content))
     tensors = {n: w for n, w in content.items() if isinstance(w, Weight) and isinstance(n, str) and len(n) <= MAX_NAME}
@@ -129,11 +129,9 @@ def _places(content: Any, path: str, seen: set[int]) -> Iterator[Match]:
             yield Match(path, "", short, tuple(inserted))
         else:
             yield Match(path, "", tensors)
-    if path.count(".") < MAX_DEPTH:
-        for key, value in content.items():
-            if isinstance(key, str) and len(key) > MAX_NAME:
-                continue
-            yield from _places(value, f"{path}.{key}" if path else str(key), seen)
+    for key, value in content.items():
+        if len(str(key)) <= MAX_NAME:
+            yield from _places(value, f"{path}.{key}" if path else str(key), depth + 1, seen)
 
 
 def _shortened(name: str) -> str:

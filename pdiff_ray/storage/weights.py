@@ -142,11 +142,12 @@ def _read_safetensors(file: Path, header: int) -> dict[str, Any]:
     _check_description(header)
     with safe_open(file, "pt") as stream:
         found: dict[str, Any] = {}
-        for name in stream.keys():  # noqa: SIM118
+        for name in filter(str.isprintable, stream.keys()):
             piece = stream.get_slice(name)
             dtype = SAFETENSORS_DTYPES.get(piece.get_dtype())
             found[name] = Weight(file, name, dtype, tuple(piece.get_shape())) if dtype else Foreign(piece.get_dtype())
-        return {**(stream.metadata() or {}), **found}
+        said = {key: text for key, text in (stream.metadata() or {}).items() if key.isprintable()}
+        return {**said, **found}
 
 
 class _Directory(io.FileIO):
@@ -264,11 +265,10 @@ class _Program:
                 group()
                 if name == "FROZENSET":
                     stack.append(Foreign("frozenset"))
-            elif name == "GLOBAL":
-                stack.append(Foreign(argument.replace(" ", ".")))
-            elif name == "STACK_GLOBAL":
-                attribute, module = stack.pop(), stack.pop()
-                stack.append(Foreign(f"{module}.{attribute}"))
+            elif name in ("GLOBAL", "STACK_GLOBAL"):
+                words = argument.split(" ") if argument else [stack.pop(-2), stack.pop()]
+                named = all(isinstance(word, str) and word.isprintable() for word in words)
+                stack.append(Foreign(".".join(words) if named else "no name"))
             elif name == "BINPERSID":
                 stack.append(("persistent", stack.pop()))
             elif name in ("REDUCE", "NEWOBJ"):
@@ -311,15 +311,16 @@ class _Program:
         dtype = TORCH_DTYPES.get(kind.name.removeprefix("torch.").removesuffix("Storage"))
         if dtype is None:
             return kind
-        entry = self.records.get(f"data/{key}")
-        if entry is None:
-            raise ValueError(f"its archive has no entry data/{key}")
         counts = (offset, *shape, *stride)
         if (
             not all(isinstance(count, int) and 0 <= count < 2**48 for count in counts)
             or not len(shape) == len(stride) <= 64
+            or not isinstance(key, str)
         ):
-            raise ValueError(f"a tensor of shape {shape} has strides {stride} from {offset}")
+            raise ValueError("a tensor in it has no shape, or strides that no tensor has")
+        entry = self.records.get(f"data/{key}")
+        if entry is None:
+            raise ValueError(f"its archive has no entry {key!r} in data/")
         reach = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1 if math.prod(shape) else 0
         if reach * dtype.itemsize > entry.file_size or entry.file_size % dtype.itemsize:
             raise ValueError(f"a tensor of shape {shape} reaches beyond its {entry.file_size} bytes ({entry.filename})")
@@ -337,10 +338,10 @@ _UNUSED = {"PROTO", "FRAME", "GET", "PERSID", "INST", "EXT1", "EXT2", "EXT4"}
 
 
 def _set_items(target: Any, items: list[Any]) -> None:
-    """Sets keys of a dict that are text or numbers; others name no tensors."""
+    """Sets keys of a dict that are text or numbers and can be printed; others name no tensors."""
     if isinstance(target, dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if isinstance(key, str | int):
+            if (isinstance(key, str) and key.isprintable()) or (isinstance(key, int) and abs(key) < 2**63):
                 target[key] = value
 
 
@@ -354,7 +355,11 @@ def read_index(file: Path) -> dict[str, str]:
         if file.stat().st_size > MAX_DESCRIPTION_BYTES:
             raise ValueError(f"it has more than {MAX_DESCRIPTION_BYTES:,} bytes")
         places = dict(json.loads(file.read_bytes())["weight_map"])
-        if odd := [name for name in places.values() if not isinstance(name, str) or name != Path(name).name]:
+        if odd := [
+            name
+            for name in places.values()
+            if not isinstance(name, str) or name != Path(name).name or not name.isprintable()
+        ]:
             raise ValueError(f"{odd[0]!r} is no name of a file beside it")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise PdiffError(f"{file}: cannot be read as the index of a checkpoint: {error}") from None
@@ -375,5 +380,5 @@ def read_parts(file: Path) -> dict[str, Any]:
         parts[name] = read(file.parent / name)
     for tensor, name in places.items():
         if not isinstance(parts[name], dict) or tensor not in parts[name]:
-            raise PdiffError(f"{file}: says that {name} has {tensor}, which it has not; copy both anew")
+            raise PdiffError(f"{file}: says that {name} has {tensor!r}, which it has not; copy both anew")
     return {tensor: parts[name][tensor] for tensor, name in places.items()}
