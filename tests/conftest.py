@@ -37,7 +37,7 @@ def ray():
 @pytest.fixture
 def artifact(tmp_path):
     """An artifact that does not exist yet."""
-    return Artifact(Storage(str(tmp_path / "storage")), "zoo", {"members": 5}, {"base": "abc"})
+    return Artifact(Storage(str(tmp_path / "storage")), "zoo", {"members": 5}, {"base": "0123456789abcdef"})
 
 
 @pytest.fixture

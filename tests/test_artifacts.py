@@ -20,6 +20,7 @@ import pdiff_ray
 from pdiff_ray.common.errors import StorageError
 from pdiff_ray.storage import artifacts
 from pdiff_ray.storage.artifacts import Artifact, artifact_key
+from pdiff_ray.storage.checks import Findings, verify
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.storage.parameters import ParameterStore
 from pdiff_ray.storage.trees import load_tree, save_tree
@@ -48,19 +49,20 @@ def test_commits_at_once_leave_one_whole_artifact(artifact):
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(commit, range(8)))
-    who = artifact.manifest()["info"]["who"]
+    who = artifact.manifest().info["who"]
     assert artifact.read("a.json") == artifact.read("b.json") == b"%d" % who
-    assert artifacts.verify(artifact.storage, artifact.folder) == []
+    found = verify(artifact.storage, artifact.folder)
+    assert (found.problems, len(found.notes)) == ([], 14)  # the others' files
 
 
 def test_manifest_says_what_led_to_the_artifact(artifact):
     artifact.commit({"a.json": b"x"}, {"accuracy": 0.5}, 1.23456)
     manifest = artifact.manifest()
-    assert (manifest["stage"], manifest["key"]) == ("zoo", artifact.key)
-    assert manifest["config"] == artifact.config
-    assert manifest["inputs"] == artifact.inputs
-    assert manifest["seconds"] == 1.235
-    assert torch.__version__.startswith(manifest["versions"]["torch"])
+    assert (manifest.stage, manifest.key) == ("zoo", artifact.key)
+    assert manifest.config == artifact.config
+    assert manifest.inputs == artifact.inputs
+    assert manifest.seconds == 1.235
+    assert torch.__version__.startswith(manifest.versions["torch"])
 
 
 def test_key_depends_on_stage_config_and_inputs():
@@ -81,9 +83,9 @@ def test_work_that_goes_while_it_is_looked_for_is_none(artifact, monkeypatch):
     artifact.save_work("state", b"1")
     read = Storage.read
 
-    def finished_meanwhile(storage, name):
+    def finished_meanwhile(storage, name, *arguments):
         storage.delete(name)
-        return read(storage, name)
+        return read(storage, name, *arguments)
 
     monkeypatch.setattr(Storage, "read", finished_meanwhile)
     assert artifact.load_work("state") is None
@@ -105,8 +107,8 @@ def test_find_by_the_start_of_a_key(artifact):
         each.commit({}, {}, 1.0)
     replace(artifact, config={"members": 6}).save_work("x", b"")
     assert artifacts.finished(artifact.storage) == [artifact.folder, other.folder]
-    assert artifacts.find(artifact.storage, artifact.key[:8])[0] == artifact.folder
-    assert artifacts.find(artifact.storage, f"samples/{other.key[:4]}")[0] == other.folder
+    assert artifacts.find(artifact.storage, artifact.key[:8]).folder == artifact.folder
+    assert artifacts.find(artifact.storage, f"samples/{other.key[:4]}").folder == other.folder
     with pytest.raises(StorageError, match=r"zzz: no finished artifact in .*`pdiff artifacts list`"):
         artifacts.find(artifact.storage, "zzz")
     with pytest.raises(StorageError, match="2 artifacts"):
@@ -118,9 +120,9 @@ def reads(monkeypatch):
     """How often each manifest is read in this process."""
     counts, read = Counter(), Storage.read
 
-    def counted(storage, name):
+    def counted(storage, name, *arguments):
         counts[name] += name.endswith("manifest.json")
-        return read(storage, name)
+        return read(storage, name, *arguments)
 
     monkeypatch.setattr(Storage, "read", counted)
     return counts
@@ -136,8 +138,8 @@ def test_a_manifest_is_looked_for_until_it_is_there_and_read_once(artifact, read
     reads.clear()
     assert artifact.exists()
     assert (artifact.read("a"), artifact.read("b")) == (b"1", b"2")
-    assert artifacts.find(artifact.storage, artifact.key)[1] == artifact.manifest()
-    assert artifacts.verify(artifact.storage, artifact.folder) == []
+    assert artifacts.find(artifact.storage, artifact.key) == artifact.manifest()
+    assert verify(artifact.storage, artifact.folder) == Findings()
     assert reads.total() == 1
 
 
@@ -343,10 +345,10 @@ def test_networks_in_an_object_store(remote):
     assert found.subset() == SUBSET
     assert_same(with_vectors(found, [3, 0]), [records[3], records[0]])
     assert artifact.read("subset.json") == SUBSET.to_json().encode()
-    assert artifacts.verify(remote, artifact.folder) == []
+    assert verify(remote, artifact.folder) == Findings()
     assert artifact.load_work("run.safetensors") is None
     artifact.commit({"other": b""}, {}, 2.0)
-    assert "other" not in artifact.manifest()["files"]
+    assert "other" not in artifact.manifest().files
 
 
 def test_damage_in_an_object_store_is_named_without_secrets(remote):

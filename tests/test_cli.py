@@ -112,7 +112,7 @@ def test_artifacts_list_show_verify(storage):
     assert "generator/" in shown
     assert "base/" in shown.rpartition("made from")[2]
     assert "damaged" not in pdiff("artifacts", "verify", "--storage", storage)
-    assert "no finished artifact" in pdiff("artifacts", "show", "zzz", "--storage", storage, code=1)
+    assert "no finished artifact" in pdiff("artifacts", "show", "zzz", "--storage", storage, code=2)
 
 
 def test_verify_names_the_damaged_file(tmp_path):
@@ -122,7 +122,7 @@ def test_verify_names_the_damaged_file(tmp_path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert str(file) in pdiff("artifacts", "verify", "--storage", tmp_path, code=1)
+    assert str(file) in pdiff("artifacts", "verify", "--storage", tmp_path, code=2)
 
 
 def test_exported_networks_load_in_the_plain_network(storage, tmp_path):
@@ -187,7 +187,7 @@ def test_import_errors_name_the_file(storage, tmp_path):
     save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, other)
     assert "original-0005.safetensors" in pdiff("import", tmp_path, *options, code=1)
     other.write_bytes(b"short")
-    assert "original-0005.safetensors" in pdiff("import", tmp_path, *options, code=1)
+    assert "original-0005.safetensors" in pdiff("import", tmp_path, *options, code=2)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_missing_file_and_bad_yaml(tmp_path):
 
 def test_storage_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    text = pdiff("sweep", TINY, "--storage", tmp_path / "file" / "below", "--in-process", code=1)
+    text = pdiff("sweep", TINY, "--storage", tmp_path / "file" / "below", "--in-process", code=2)
     assert str(tmp_path / "file" / "below") in text
     assert "--storage" in text
 
@@ -290,7 +290,7 @@ def test_a_result_is_shown_again_by_file_and_by_key(storage):
     assert pdiff("show", key[:8], "--storage", storage) == shown
     assert json.loads(pdiff("show", key, "--storage", storage, "--json"))["verdict"]["text"] in shown.replace("\n", " ")
     base = next((storage / "base").iterdir()).name
-    assert "is no result" in pdiff("show", base, "--storage", storage, code=1)
+    assert "is no result" in pdiff("show", base, "--storage", storage, code=2)
     assert "missing" in pdiff("show", TINY, "--storage", storage, "--set", "sampling.seed=5", code=1)
 
 
@@ -302,8 +302,8 @@ def test_json_is_all_that_is_printed(storage):
     listed = json.loads(pdiff("artifacts", "list", "--storage", storage, "--json", errors=io.StringIO()))
     assert {manifest["stage"] for manifest in listed} == {stage["stage"] for stage in planned["stages"]}
     verified = json.loads(pdiff("artifacts", "verify", "--storage", storage, "--json", errors=io.StringIO()))
-    assert len(verified) == len(listed)
-    assert not any(verified.values())
+    assert len(verified["problems"]) == len(listed)
+    assert not any(verified["problems"].values())
 
 
 def test_init_writes_an_experiment_that_runs(tmp_path, monkeypatch):

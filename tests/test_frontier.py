@@ -210,7 +210,7 @@ def test_a_zoo_on_a_kept_frontier_resumes(tmp_path, monkeypatch):
             monkeypatch.setattr(zoo, "training_frontier", lambda *args: Kept(reason="a test"))
         build(experiment, artifacts, "zoo")
         vectors[way] = ParameterStore(artifacts["zoo"]).vectors()
-        info = artifacts["zoo"].manifest()["info"]
+        info = artifacts["zoo"].manifest().info
         assert info["runs_whole"] is None
         assert 0.2 < info["shared"] < 1
         assert info["full_steps"] == ("a test" if way == "plain" else None)

@@ -86,7 +86,7 @@ def test_an_experiment(tmp_path, device):
     experiment, artifacts = tiny(tmp_path, "data.train_noise=0", "zoo.regime=branches", "zoo.branches=3")
     for stage in EVALUATED:
         build_missing(stage, experiment, artifacts, Context(device, default_cache()))
-    info = artifacts["zoo"].manifest()["info"]
+    info = artifacts["zoo"].manifest().info
     assert info["full_steps"] is None
     assert info["runs_whole"] is None
     groups = json.loads(artifacts["evaluation"].read("summary.json"))["groups"]

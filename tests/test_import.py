@@ -102,7 +102,7 @@ def test_files_beside_the_epochs_are_no_members(bring):
     text = str(report)
     assert "members: 3, in the order of their names: epoch_1.pth, epoch_2.pth, epoch_10.pth" in text
     assert "left out: best.pth, last.pth: named in another way than epoch_#; --pattern takes it" in text
-    assert artifacts["zoo"].manifest()["info"]["left_out"] == report.left_out
+    assert artifacts["zoo"].manifest().info["left_out"] == report.left_out
 
 
 def test_equal_files_are_one_member(bring, refused):
@@ -154,7 +154,7 @@ def test_numbers_of_the_files_are_kept_beside(bring):
     assert [record.step for record in records] == [40, 40]
     assert [record.test_accuracy for record in records] == [None, None]  # nothing here has measured it
     kept = {"global_step": 40, "best_acc1": 91.5, "meta.epoch": 7}
-    assert artifacts["zoo"].manifest()["info"]["files"] == [{"file": f"{i}.pt", **kept} for i in (1, 2)]
+    assert artifacts["zoo"].manifest().info["files"] == [{"file": f"{i}.pt", **kept} for i in (1, 2)]
 
 
 class Config:

@@ -82,9 +82,9 @@ def test_killed_at_every_stage(tmp_path):
     # What was there at the last kill was not written again, and belongs to the results.
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
     listed = {
-        storage / artifact.folder / entry["path"]
+        storage / artifact.folder / entry.path
         for artifact in artifacts.values()
-        for entry in artifact.manifest()["files"].values()
+        for entry in artifact.manifest().files.values()
     }
     assert {file for file in finished if file.name != "manifest.json"} <= listed
     _, its = tiny(undisturbed, *LONGER)

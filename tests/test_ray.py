@@ -63,7 +63,7 @@ def test_base_training_is_data_parallel(here, tmp_path):
     run_plan(make_plan(experiment, target="base"))
     one, its = tiny(tmp_path / "one", "training.epochs=4")
     build(one, its, "base")
-    two_workers, one_worker = (a["base"].manifest()["info"]["validation_accuracy"] for a in (artifacts, its))
+    two_workers, one_worker = (a["base"].manifest().info["validation_accuracy"] for a in (artifacts, its))
     assert two_workers == pytest.approx(one_worker, abs=0.12)  # BatchNorm sees half batches
     assert artifacts["base"].key != its["base"].key, "results differ, so keys must"
 

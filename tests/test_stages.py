@@ -145,7 +145,7 @@ def test_ensemble_and_distances(done):
 
 def test_a_manifest_says_what_was_shared(done):
     _experiment, artifacts = done
-    zoo_info, info = (artifacts[stage].manifest()["info"] for stage in ("zoo", "evaluation"))
+    zoo_info, info = (artifacts[stage].manifest().info for stage in ("zoo", "evaluation"))
     assert zoo_info["shared"] == info["shared"] == pytest.approx(0.989, abs=1e-3)  # all but the head
     assert zoo_info["runs_whole"] is info["runs_whole"] is None
     assert "train_noise" in zoo_info["full_steps"]
@@ -187,11 +187,9 @@ def test_an_interrupted_evaluation_says_what_all_of_it_took(done, tmp_path):
     store = ParameterStore(artifacts["evaluation"])
     kept = [store.about(part) for part in store.manifest_entries(store.ids)]
     build(experiment, artifacts)
-    info = artifacts["evaluation"].manifest()["info"]
+    info = artifacts["evaluation"].manifest().info
     assert info["suffix_seconds"] > sum(about["counts"]["suffix_seconds"] for about in kept) > 0
-    assert (
-        artifacts["evaluation"].manifest()["seconds"] > sum(end - start for start, end in (a["span"] for a in kept)) > 0
-    )
+    assert artifacts["evaluation"].manifest().seconds > sum(end - start for start, end in (a["span"] for a in kept)) > 0
     assert info["compared_predictions"] == 2 * 897  # one network of each of two tasks
 
 
@@ -209,14 +207,14 @@ def test_reduced_precision_says_what_it_changes(done):
     reduced, artifacts = tiny(experiment.storage, "evaluation.precision=bfloat16")
     assert artifacts["evaluation"].key != done[1]["evaluation"].key
     build(reduced, artifacts)
-    info = artifacts["evaluation"].manifest()["info"]
+    info = artifacts["evaluation"].manifest().info
     assert info["compared_predictions"] == 2 * 897  # one network of each of two tasks
     assert 0 <= info["changed_predictions"] < 90
     generated = ParameterStore(artifacts["evaluation"]).records()[-6:]
     some = [replace(record, wrong=None) for record in generated[1:3]]  # however tasks are cut, the same are compared
     _, about = Evaluator(reduced, artifacts, context()).judged(some)
     assert "compared_predictions" not in about["counts"]
-    assert "of 1,794 test predictions" in sharing_text(done[1]["zoo"].manifest()["info"], info)
+    assert "of 1,794 test predictions" in sharing_text(done[1]["zoo"].manifest().info, info)
     half, full = (ParameterStore(a["evaluation"]).records() for a in (artifacts, done[1]))
     assert [r.test_loss for r in half[:12]] != [r.test_loss for r in full[:12]]  # the originals too
 
@@ -237,8 +235,8 @@ def test_one_member_works(done):
     summary = load_summary(artifacts)
     assert summary["verdict"]["word"] == "unknown"
     assert "-" in table_rows(summary)[1]  # no similarity among one original
-    assert artifacts["samples"].manifest()["info"]["relative_latent_std"] is None
-    assert artifacts["generator"].manifest()["info"]["unexplained_variance"] is None
+    assert artifacts["samples"].manifest().info["relative_latent_std"] is None
+    assert artifacts["generator"].manifest().info["unexplained_variance"] is None
     report.build(one, artifacts, context())
 
 
@@ -280,7 +278,7 @@ def test_an_interrupted_zoo_goes_on(tmp_path):
     kept = interrupted_zoo(experiment, artifacts, 10)
     files = set(kept._parts)
     zoo.build(experiment, artifacts, context())
-    assert files <= set(artifacts["zoo"].manifest()["files"])
+    assert files <= set(artifacts["zoo"].manifest().files)
     np.testing.assert_array_equal(ParameterStore(artifacts["zoo"]).vectors(), ParameterStore(its["zoo"]).vectors())
     assert not artifacts["zoo"].storage.list(f"{artifacts['zoo'].folder}/work", recursive=True)
 

@@ -19,10 +19,11 @@ from torch import nn
 from pdiff_ray.common.errors import StorageError
 from pdiff_ray.config.schema import SubsetRule
 from pdiff_ray.networks.subset import Subset, resolve
-from pdiff_ray.storage import artifacts
 from pdiff_ray.storage import parameters as parameters
+from pdiff_ray.storage.checks import Findings, verify
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.storage.parameters import METADATA_KEY, ParameterStore, Record, without_vector
+from pdiff_ray.storage.sealed import digest
 
 SUBSET = resolve(SubsetRule(all=True), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "included")
 
@@ -102,11 +103,11 @@ def test_one_network_is_read_without_the_rest(store, artifact):
     vector = next(
         c for i in range(30) if (c := file.metadata.row_group(2).column(i)).path_in_schema.startswith("vector")
     )
-    content[vector.data_page_offset + vector.total_compressed_size - 5] ^= 1
-    part.write_bytes(content)
     assert [record.id for record in store.records()] == [0, 1, 2, 3]
+    content[vector.data_page_offset + vector.total_compressed_size - 5] ^= 1
+    part.write_bytes(content)  # after it was compared with its digest
     assert len(store.vectors([0, 1, 3])) == 3
-    with pytest.raises(StorageError):
+    with pytest.raises(StorageError, match=re.escape(str(part))):
         store.vectors([2])
 
 
@@ -139,6 +140,7 @@ def test_vectors_however_their_pages_were_written(store, artifact, written):
     (part,) = parts_of(artifact)
     plain = {"row_group_size": 1, "use_dictionary": False, "compression": "none", "write_page_checksum": True}
     pq.write_table(pq.read_table(part), part, **{**plain, **written})
+    part.rename(part.with_name(f"part-{digest(part.read_bytes())}.parquet"))
     vectors = np.stack([record.vector for record in records])
     opened = ParameterStore(artifact)
     np.testing.assert_array_equal(opened.vectors([2, 0, 2]), vectors[[2, 0, 2]])
@@ -212,9 +214,9 @@ def test_two_stores_append_the_same_ids_at_once(artifact):
     assert store.ids == list(range(20))
     np.testing.assert_array_equal(store.vectors(), np.stack([record.vector for record in records]))
     finish(store)
-    entries = artifact.manifest()["files"]
+    entries = artifact.manifest().files
     assert len(entries) == 1 + 4
-    assert sorted(i for entry in entries.values() for i in entry.get("ids", [])) == list(range(20))
+    assert sorted(i for entry in entries.values() for i in entry.ids or []) == list(range(20))
 
 
 def test_the_same_rows_are_the_same_file(artifact):
@@ -241,7 +243,7 @@ def test_a_lone_file_is_turned_back_into_state_dicts(store, artifact):
 def test_flipped_byte_is_noticed_and_named(store, artifact):
     store.append(make_records(range(3)), SUBSET)
     finish(store)
-    assert artifacts.verify(artifact.storage, artifact.folder) == []
+    assert verify(artifact.storage, artifact.folder) == Findings()
     (part,) = parts_of(artifact)
     content = bytearray(part.read_bytes())
     at = content.index(make_records([1])[0].vector.tobytes())
@@ -249,7 +251,7 @@ def test_flipped_byte_is_noticed_and_named(store, artifact):
     part.write_bytes(content)
     with pytest.raises(StorageError, match=re.escape(str(part))):
         ParameterStore(artifact).vectors([1])
-    (problem,) = artifacts.verify(artifact.storage, artifact.folder)
+    (problem,) = verify(artifact.storage, artifact.folder).problems
     assert problem.startswith(f"{part}: damaged")
     assert problem.endswith(f"delete {artifact.location} and run again to build it anew")
 
@@ -261,7 +263,7 @@ def test_missing_part_is_named(store, artifact):
     part.unlink()
     with pytest.raises(StorageError, match=re.escape(f"{part}: no such file")):
         ParameterStore(artifact).vectors()
-    assert artifacts.verify(artifact.storage, artifact.folder) == [f"{part}: no such file in storage"]
+    assert verify(artifact.storage, artifact.folder).problems == [f"{part}: no such file in storage"]
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, -8, -1])
@@ -272,7 +274,7 @@ def test_truncated_part_is_named(store, artifact, keep):
     with pytest.raises(StorageError) as caught:
         ParameterStore(artifact)
     assert str(caught.value).startswith(f"{part}: damaged Parquet file")
-    assert f"delete {artifact.location} and run again" in str(caught.value)
+    assert "differs from the digest in its name; delete it and run again" in str(caught.value)
 
 
 def test_half_written_files_are_no_parts(store, artifact):

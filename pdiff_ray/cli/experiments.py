@@ -122,7 +122,7 @@ def import_command(
     plan = make_plan(load_experiment(file, **options), target="zoo")
     zoo = plan.artifacts["zoo"]
     if not plan.missing:
-        origin = zoo.manifest()["info"].get("imported_from", "another folder")
+        origin = zoo.manifest().info.get("imported_from", "another folder")
         click.echo(
             f"zoo: there already, from {origin}, {zoo.location}; zoo.imported with another label makes a new one"
         )

@@ -58,18 +58,24 @@ def list_artifacts(storage_uri: str, as_json: bool) -> None:
     from pdiff_ray.storage.artifacts import finished, read_manifest
     from pdiff_ray.storage.files import Storage
 
-    storage = Storage(storage_uri)
-    manifests = sorted((read_manifest(storage, folder) for folder in finished(storage)), key=lambda m: m["created_at"])
+    storage, manifests, damaged = Storage(storage_uri), [], []
+    for folder in finished(storage):
+        try:
+            manifests.append(read_manifest(storage, folder))
+        except StorageError as error:  # which does not hide the others
+            damaged.append(str(error))
+    manifests.sort(key=lambda m: m.created_at)
     if as_json:
-        print_json(manifests)
-        return
-    if not manifests:
+        print_json([m.model_dump(exclude_unset=True) for m in manifests])
+    elif manifests:
+        table = Table("stage", "key", "made", "seconds", "about", box=box.SIMPLE_HEAD, pad_edge=False)
+        for m in manifests:
+            table.add_row(m.stage, m.key, m.created_at, f"{m.seconds:.1f}", _about(m.info))
+        console.print(table)
+    elif not damaged:
         console.print(f"nothing finished in {storage.place}")
-        return
-    table = Table("stage", "key", "made", "seconds", "about", box=box.SIMPLE_HEAD, pad_edge=False)
-    for m in manifests:
-        table.add_row(m["stage"], m["key"], m["created_at"], f"{m['seconds']:.1f}", _about(m["info"]))
-    console.print(table)
+    if damaged:
+        raise StorageError("\n".join(damaged))
 
 
 def _about(info: dict[str, Any]) -> str:
@@ -88,12 +94,12 @@ def show_artifact(key: str, storage_uri: str, as_json: bool) -> None:
     from pdiff_ray.storage.files import Storage
 
     storage = Storage(storage_uri)
-    folder, manifest = find(storage, key)
-    chain = lineage(storage, folder)
+    manifest = find(storage, key)
+    chain, fields = lineage(storage, manifest.folder), manifest.model_dump(exclude_unset=True)
     if as_json:
-        print_json({**manifest, "made_from": [name for name, _ in chain[1:]]})
+        print_json({**fields, "made_from": [name for name, _ in chain[1:]]})
         return
-    print_json({**manifest, "files": {name: entry["sha256"][:12] for name, entry in manifest["files"].items()}})
+    print_json({**fields, "files": {name: entry.sha256[:12] for name, entry in manifest.files.items()}})
     click.echo("made from: " + " <- ".join(f"{name}{'' if found else ' (gone)'}" for name, found in chain))
 
 
@@ -102,19 +108,27 @@ def show_artifact(key: str, storage_uri: str, as_json: bool) -> None:
 @storage_option
 @json_option
 def verify_artifacts(keys: tuple[str, ...], storage_uri: str, as_json: bool) -> None:
-    """Compare every file of the artifacts KEYS (default: all) with its digest."""
-    from pdiff_ray.storage.artifacts import find, finished, verify
+    """Compare all that storage holds of the artifacts KEYS (default: of all artifacts and sweeps) with its digests."""
+    from pdiff_ray.storage.artifacts import find
+    from pdiff_ray.storage.checks import folders, verify
     from pdiff_ray.storage.files import Storage
+    from pdiff_ray.sweeps.ledger import verify_sweep
 
     storage = Storage(storage_uri)
-    folders = [find(storage, key)[0] for key in keys] or finished(storage)
-    problems: dict[str, list[str]] = {}
-    for folder in folders:
-        problems[folder] = verify(storage, folder)
+    if keys:
+        checks = {find(storage, key).folder: verify for key in keys}
+    else:
+        checks = dict.fromkeys(folders(storage), verify) | dict.fromkeys(storage.list("sweeps"), verify_sweep)
+    problems, notes = dict[str, list[str]](), dict[str, list[str]]()
+    for folder, check in checks.items():
+        found = check(storage, folder)
+        problems[folder], notes[folder] = found.problems, found.notes
         if not as_json:
-            click.echo(f"{folder}: {f'{len(problems[folder])} damaged' if problems[folder] else 'whole'}")
+            click.echo(f"{folder}: {f'{len(found.problems)} damaged' if found.problems else 'whole'}")
+            for note in found.notes:
+                click.echo(f"  note: {note}")
     if as_json:
-        print_json(problems)
+        print_json({"problems": problems, "notes": notes})
     if any(problems.values()):
         raise StorageError("\n".join(problem for found in problems.values() for problem in found))
 

@@ -27,6 +27,8 @@ class ConfigError(PdiffError):
 class StorageError(PdiffError):
     """Storage cannot be read or written, or what it holds is damaged."""
 
+    exit_code = 2
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns `"; did you mean 'x' or 'y'?"` with the known names nearest to `name`, or an empty string."""

@@ -26,7 +26,7 @@ from pdiff_ray.evaluation import recalibration
 from pdiff_ray.generators.latent_diffusion import GATE_MEMBERS
 from pdiff_ray.stages.evaluation import made_networks
 from pdiff_ray.stages.zoo import runs_of
-from pdiff_ray.storage.artifacts import Artifact, finished, read_manifest
+from pdiff_ray.storage.artifacts import Artifact, Manifest, finished, read_manifest
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.training.subset import full_steps
 
@@ -103,7 +103,7 @@ class Estimator:
             return {}
         images = count_images(e)
         stages = self._stages(e, self.counts(e), images or Images(0, 0, 0, 0.0))
-        manifests = {a.folder: {"config": a.config, "inputs": a.inputs} for a in artifacts.values()}
+        manifests = {artifact.folder: artifact for artifact in artifacts.values()}
         costs = {}
         for stage in missing:
             core_s, memory, processes, threads = stages[stage]
@@ -177,7 +177,7 @@ class Estimator:
     @functools.cached_property
     def _history(self) -> dict[str, float]:
         """Seconds of finished artifacts by signature, the most of several: a resumed stage counts its last part."""
-        started, manifests = time.monotonic(), dict[str, Mapping[str, Any]]()
+        started, manifests = time.monotonic(), dict[str, Manifest]()
         for folder in finished(self.storage):
             if time.monotonic() - started > HISTORY_S:  # a distant or a very full storage
                 break
@@ -186,7 +186,7 @@ class Estimator:
         found: dict[str, float] = {}
         for folder, manifest in manifests.items():
             signature = _signature(folder, manifests)
-            found[signature] = max(found.get(signature, 0.0), manifest["seconds"])
+            found[signature] = max(found.get(signature, 0.0), manifest.seconds)
         return found
 
 
@@ -203,7 +203,7 @@ def count_images(e: Experiment) -> Images | None:
     return Images(train, validation, min(e.data.selection_images, train) + validation + test, mapped)
 
 
-def _signature(folder: str, manifests: Mapping[str, Mapping[str, Any]]) -> str:
+def _signature(folder: str, manifests: Mapping[str, Manifest | Artifact]) -> str:
     """Returns what is equal for artifacts that differ, as do all before them, in nothing that takes time.
 
     Args:
@@ -211,9 +211,9 @@ def _signature(folder: str, manifests: Mapping[str, Mapping[str, Any]]) -> str:
     """
 
     def tree(folder: str) -> Any:
-        manifest = manifests.get(folder, {"config": folder, "inputs": {}})
-        inputs = [tree("/".join(item)) for item in manifest["inputs"].items()]
-        return [folder.split("/")[0], manifest["config"], inputs]
+        if (manifest := manifests.get(folder)) is None:
+            return [folder.split("/")[0], folder, []]
+        return [manifest.stage, manifest.config, [tree("/".join(item)) for item in manifest.inputs.items()]]
 
     timed = json.loads(json.dumps(tree(folder)), object_hook=lambda o: {key: o[key] for key in o.keys() - UNTIMED})
     return json.dumps(timed, sort_keys=True)

@@ -173,8 +173,8 @@ def _run_on_ray(plan: Plan, progress: Display) -> None:
 def _announce(plan: Plan, *stages: str) -> None:
     for stage in stages:
         manifest = plan.artifacts[stage].manifest()
-        console.print(f"  {stage}: done in {manifest['seconds']:.1f} s, {plan.artifacts[stage].location}")
-        gate = manifest["info"].get("gate") if stage == "generator" else None
+        console.print(f"  {stage}: done in {manifest.seconds:.1f} s, {plan.artifacts[stage].location}")
+        gate = manifest.info.get("gate") if stage == "generator" else None
         if gate and not gate["passed"]:
             console.print(
                 f"  [bold red]WARNING[/]: the autoencoder loses accuracy: members {gate['validation_accuracy']:.1%}, "

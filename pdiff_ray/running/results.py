@@ -15,7 +15,7 @@ from pdiff_ray.reports import tables
 from pdiff_ray.running.experiment import make_plan
 from pdiff_ray.stages import report
 from pdiff_ray.stages.stored import Networks, lineage
-from pdiff_ray.storage.artifacts import Artifact, find
+from pdiff_ray.storage.artifacts import Artifact, find, opened
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.storage.parameters import ParameterStore, without_vector
 
@@ -39,15 +39,14 @@ class Result:
         Raises:
             StorageError: there is no such report, or an artifact that it was made from is gone.
         """
-        folder, manifest = find(storage, prefix)
-        if manifest["stage"] != "report":
-            raise StorageError(f"{folder}: is no result; `pdiff artifacts list` shows the keys of stage report")
-        chain = dict(lineage(storage, folder))
-        if gone := [name for name, found in chain.items() if found is None]:
-            raise StorageError(f"{folder}: {gone[0]}, which it was made from, is not in {storage.place} any more")
-        manifests = [found for found in chain.values() if found is not None]
-        artifacts = {m["stage"]: Artifact(storage, m["stage"], m["config"], m["inputs"]) for m in reversed(manifests)}
-        return cls(manifest["config"]["name"], artifacts)
+        found = find(storage, prefix)
+        if found.stage != "report":
+            raise StorageError(f"{found.folder}: is no result; `pdiff artifacts list` shows the keys of stage report")
+        chain = lineage(storage, found.folder)
+        if gone := [name for name, manifest in chain if manifest is None]:
+            raise StorageError(f"{found.folder}: {gone[0]}, which it was made from, is not in {storage.place} any more")
+        artifacts = {m.stage: opened(storage, m) for _, m in reversed(chain) if m is not None}
+        return cls(str(found.config.get("name")), artifacts)
 
     @functools.cached_property
     def summary(self) -> dict[str, Any]:

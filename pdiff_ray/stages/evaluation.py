@@ -73,7 +73,7 @@ def commit(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> None:
     started, artifact, zoo = time.monotonic(), artifacts["evaluation"], ParameterStore(artifacts["zoo"])
     store, members = ParameterStore(artifact), zoo.vectors(range(experiment.num_members))
     spreads = _spread(members), _spread(ParameterStore(artifacts["samples"]).vectors())
-    about, config = artifacts["base"].manifest()["info"], experiment.evaluation
+    about, config = artifacts["base"].manifest().info, experiment.evaluation
     ids = range(len(members) + len(made_networks(experiment)))
     summary = summarize(
         store.records(ids), about["test_images"], about["num_classes"], *spreads, groups_of(config), metrics_of(config)

@@ -39,7 +39,7 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     started = time.monotonic()
     summary = load_summary(artifacts)
     records, groups = ParameterStore(artifacts["evaluation"]).records(), groups_of(experiment.evaluation)
-    num_test = artifacts["evaluation"].manifest()["info"]["test_images"]
+    num_test = artifacts["evaluation"].manifest().info["test_images"]
     samples = artifacts["samples"]
     latents = {k: v.numpy() for k, v in load_tree(samples.read(LATENTS_FILE), samples.location).items()}
     losses = {"base": load_history(artifacts["base"]).get("loss", [])} | load_history(artifacts["generator"])
@@ -65,7 +65,7 @@ def load_summary(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
 
 def load_history(artifact: Artifact) -> dict[str, list[float]]:
     """Returns what the training of a base or a generator has noted, by name; nothing of an imported base."""
-    if HISTORY_FILE not in artifact.manifest()["files"]:
+    if HISTORY_FILE not in artifact.manifest().files:
         return {}
     return {name: values.tolist() for name, values in load_tree(artifact.read(HISTORY_FILE), artifact.location).items()}
 
@@ -73,17 +73,17 @@ def load_history(artifact: Artifact) -> dict[str, list[float]]:
 def report_location(artifacts: Mapping[str, Artifact]) -> str:
     """Returns where the HTML page is."""
     report = artifacts["report"]
-    return f"{report.location}/{report.manifest()['files'][REPORT_FILE]['path']}"
+    return f"{report.location}/{report.manifest().files[REPORT_FILE].path}"
 
 
 def stage_seconds(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
     """Returns the seconds that each finished stage took."""
-    return {stage: artifact.manifest()["seconds"] for stage, artifact in artifacts.items() if artifact.exists()}
+    return {stage: artifact.manifest().seconds for stage, artifact in artifacts.items() if artifact.exists()}
 
 
 def achieved_sharing(artifacts: Mapping[str, Artifact]) -> str:
     """Returns `sharing_text` of an experiment."""
-    return sharing_text(*(artifacts[stage].manifest()["info"] for stage in ("zoo", "evaluation")))
+    return sharing_text(*(artifacts[stage].manifest().info for stage in ("zoo", "evaluation")))
 
 
 def _page(
@@ -98,11 +98,11 @@ def _page(
         legend=legend(described(summary)),
         verdict=summary["verdict"]["text"],
         paper=paper_row(summary),
-        gate=manifests["generator"]["info"].get("gate"),
-        spread=manifests["samples"]["info"]["relative_latent_std"],
+        gate=manifests["generator"].info.get("gate"),
+        spread=manifests["samples"].info["relative_latent_std"],
         sharing=achieved_sharing(artifacts),
         figures=[(FIGURES[name], base64.b64encode(png).decode()) for name, png in pngs.items()],
-        stages=[(stage, m["key"], f"{m['seconds']:.1f}", m["seed"], m["created_at"]) for stage, m in manifests.items()],
-        versions=manifests["evaluation"]["versions"],
+        stages=[(stage, m.key, f"{m.seconds:.1f}", m.seed, m.created_at) for stage, m in manifests.items()],
+        versions=manifests["evaluation"].versions,
         configuration=yaml.safe_dump(configuration, sort_keys=False),
     )

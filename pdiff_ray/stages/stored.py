@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from pdiff_ray.common.errors import ConfigError, PdiffError, StorageError
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.base import NETWORK_FILE
-from pdiff_ray.storage.artifacts import Artifact, find, is_finished, read_manifest
+from pdiff_ray.storage.artifacts import Artifact, Manifest, find, is_finished, opened, read_manifest
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.storage.parameters import ParameterStore, without_vector
 from pdiff_ray.storage.trees import load_tree, save_tree
@@ -41,8 +40,7 @@ class Networks:
     @classmethod
     def find(cls, storage: Storage, prefix: str) -> Networks:
         """Opens the networks of the artifact whose key (or stage/key) starts with `prefix`."""
-        _, manifest = find(storage, prefix)
-        return cls(_artifact(storage, manifest))
+        return cls(opened(storage, find(storage, prefix)))
 
     def __len__(self) -> int:
         return len(self._store.ids)
@@ -106,28 +104,23 @@ class Networks:
         storage, name = self.artifact.storage, self.artifact.folder
         ways = {folder.split("/")[0]: manifest for folder, manifest in lineage(storage, name)}
         zoo, base = ways["zoo"], ways.get("base")
-        if zoo is not None and zoo["config"]["batchnorm"] == "recalibrated":
+        if zoo is not None and zoo.config.get("batchnorm") == "recalibrated":
             raise ConfigError(
                 f"{name}: zoo.batchnorm is recalibrated, so these networks have no running statistics of their own; "
                 "export with --subset-only, and measure them on training images"
             )
         if base is None:
             raise StorageError(f"{name}: the base network that it was made from is not in {storage.place} any more")
-        artifact = _artifact(storage, base)
+        artifact = opened(storage, base)
         return load_tree(artifact.read(NETWORK_FILE), artifact.location)
 
 
-def _artifact(storage: Storage, manifest: dict[str, Any]) -> Artifact:
-    return Artifact(storage, manifest["stage"], manifest["config"], manifest["inputs"])
-
-
-def lineage(storage: Storage, folder: str) -> list[tuple[str, dict[str, Any] | None]]:
+def lineage(storage: Storage, folder: str) -> list[tuple[str, Manifest | None]]:
     """Returns the artifact's folder and those it was made from, with their manifests (None: no longer there)."""
-    chain: list[tuple[str, dict[str, Any] | None]] = []
+    chain: list[tuple[str, Manifest | None]] = []
     while True:
         manifest = read_manifest(storage, folder) if is_finished(storage, folder) else None
         chain.append((folder, manifest))
-        if not manifest or not manifest["inputs"]:
+        if manifest is None or manifest.input is None:
             return chain
-        ((stage, key),) = manifest["inputs"].items()
-        folder = f"{stage}/{key}"
+        folder = manifest.input

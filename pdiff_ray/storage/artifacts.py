@@ -16,19 +16,89 @@ import platform
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-import pyarrow as pa
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 import pdiff_ray
 from pdiff_ray.common.errors import StorageError
-
-if TYPE_CHECKING:
-    from pdiff_ray.storage.files import Storage
+from pdiff_ray.storage.files import Storage, check_below
+from pdiff_ray.storage.sealed import digest, read_sealed, seal, unseal, with_digest, without_digest
 
 FORMAT = 2  # part of every key: raise it when a stage's meaning changes
 KINDS = ("base", "zoo", "generator", "samples", "evaluation", "report")  # a folder each, as they are made
+MANIFEST = "manifest.json"
 WORK = "work"  # folder of an artifact that is being made
+ANEW = "delete its folder to build it again"
+
+Kind = Annotated[str, StringConstraints(pattern=f"^({'|'.join(KINDS)})$")]
+Name = Annotated[str, AfterValidator(check_below)]
+Key = Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$")]
+Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+Id = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class FileEntry(BaseModel):
+    """A file of an artifact.
+
+    Attributes:
+        path: below the artifact's folder.
+        sha256: of its content.
+        ids: of the networks in a part file, row by row.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    path: Name
+    sha256: Digest
+    ids: list[Id] | None = None
+
+
+class Manifest(BaseModel):
+    """What is known of a finished artifact.
+
+    Attributes:
+        config, inputs: what its key is a hash of, with the format and the stage.
+        files: by name.
+        info: what a reader wants to know at a glance, as JSON values.
+        seconds: that building it took.
+        versions: of the packages that numbers depend on.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: int
+    stage: Kind
+    key: Key
+    config: dict[str, Any]
+    inputs: Annotated[dict[Kind, Key], Field(max_length=1)]
+    files: dict[Name, FileEntry]
+    info: dict[str, Any]
+    seed: int | None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    created_at: str
+    versions: dict[str, str]
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, value: int) -> int:
+        if value != FORMAT:
+            raise ValueError(f"this version of pdiff_ray reads format {FORMAT}")
+        return value
+
+    @field_validator("created_at")
+    @classmethod
+    def _is_a_time(cls, value: str) -> str:
+        datetime.fromisoformat(value)
+        return value
+
+    @property
+    def folder(self) -> str:
+        """Where the artifact is in storage, as `stage/key`."""
+        return f"{self.stage}/{self.key}"
+
+    @property
+    def input(self) -> str | None:
+        """The folder of the artifact that it was made from."""
+        return next(("/".join(item) for item in self.inputs.items()), None)
 
 
 def artifact_key(stage: str, config: dict[str, Any], inputs: dict[str, str]) -> str:
@@ -65,7 +135,7 @@ class Artifact:
         """Returns whether the artifact is finished."""
         return is_finished(self.storage, self.folder)
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """Returns the manifest, which is not to be changed.
 
         Raises:
@@ -79,10 +149,10 @@ class Artifact:
         Raises:
             StorageError: the file is missing, damaged or not listed.
         """
-        entry = self.manifest()["files"].get(name)
+        entry = self.manifest().files.get(name)
         if entry is None:
             raise StorageError(f"{self.location}: its manifest lists no file {name!r}")
-        return _read_whole(self.storage, self.folder, entry)
+        return read_file(self.storage, self.folder, entry)
 
     def commit(
         self,
@@ -119,8 +189,9 @@ class Artifact:
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
         }
-        text = json.dumps(manifest, indent=1).encode()
-        self.storage.write(f"{self.folder}/manifest.json", text, exclusive=True)
+        name, content = f"{self.folder}/{MANIFEST}", seal(manifest)
+        unseal(content, Manifest, self.storage.location(name), "this is a bug")  # what is written can be read
+        self.storage.write(name, content, exclusive=True)
         for name in self.storage.list(f"{self.folder}/{WORK}", recursive=True):
             self.storage.delete(name)
 
@@ -128,49 +199,67 @@ class Artifact:
 
     def save_work(self, name: str, content: bytes) -> None:
         """Writes a file of the unfinished artifact, in place of an earlier one of this name."""
-        self.storage.write(self._work(name), content)
+        self.storage.write(self.work(name), with_digest(content))
 
     def load_work(self, name: str) -> bytes | None:
-        """Returns what was saved under `name`, None if there is nothing."""
-        path = self._work(name)
+        """Returns what was saved under `name`, None if there is nothing.
+
+        Raises:
+            StorageError: it is damaged.
+        """
         try:
-            return self.storage.read(path)
+            return read_work(self.storage, self.work(name))
         except StorageError:
-            if self.storage.exists(path):
+            if self.storage.exists(self.work(name)):
                 raise
             return None  # it never was, or another builder has finished meanwhile
 
-    def _work(self, name: str) -> str:
+    def work(self, name: str) -> str:
+        """Returns where in storage what is saved under `name` is."""
         return f"{self.folder}/{WORK}/{name}"
+
+
+def read_work(storage: Storage, name: str) -> bytes:
+    """Returns what was saved of unfinished work in a file, after comparing it with its digest."""
+    content = without_digest(storage.read(name))
+    if content is None:
+        raise StorageError(
+            f"{storage.location(name)}: damaged, its content differs from its digest; delete it, and what it is the "
+            "state of is made again from the beginning"
+        )
+    return content
 
 
 def is_finished(storage: Storage, folder: str) -> bool:
     """Returns whether the artifact in `folder` is finished. One that is stays so: it is looked for until it is seen."""
-    if folder not in storage.manifests and storage.exists(f"{folder}/manifest.json"):
+    if folder not in storage.manifests and storage.exists(f"{folder}/{MANIFEST}"):
         storage.manifests[folder] = None
     return folder in storage.manifests
 
 
-def read_manifest(storage: Storage, folder: str) -> dict[str, Any]:
+def read_manifest(storage: Storage, folder: str) -> Manifest:
     """Returns the manifest of a finished artifact. It never changes, so that it is read once.
 
     Raises:
-        StorageError: there is none, or it is damaged.
+        StorageError: there is none; or it is damaged, of another format, or not of the configuration and inputs whose
+            hash the folder's name is.
     """
-    manifest = storage.manifests.get(folder)
+    manifest: Manifest | None = storage.manifests.get(folder)
     if manifest is None:
-        name = f"{folder}/manifest.json"
-        content = storage.read(name)
-        try:
-            manifest = storage.manifests[folder] = json.loads(content)
-        except ValueError as error:  # not JSON, or not even text
-            where = storage.location(name)
-            raise StorageError(f"{where}: damaged ({error}); delete its folder to build it again") from None
+        name = f"{folder}/{MANIFEST}"
+        manifest = read_sealed(storage, name, Manifest, ANEW)
+        key = artifact_key(manifest.stage, manifest.config, manifest.inputs)
+        if not folder == manifest.folder == f"{manifest.stage}/{key}":
+            raise StorageError(
+                f"{storage.location(name)}: damaged or altered: it calls itself {manifest.folder}, and its "
+                f"configuration and inputs make {key}; {ANEW}"
+            )
+        storage.manifests[folder] = manifest
     return manifest
 
 
-def find(storage: Storage, prefix: str) -> tuple[str, dict[str, Any]]:
-    """Returns folder and manifest of the one finished artifact whose key, or `stage/key`, starts with `prefix`.
+def find(storage: Storage, prefix: str) -> Manifest:
+    """Returns the manifest of the one finished artifact whose key, or `stage/key`, starts with `prefix`.
 
     Raises:
         StorageError: there is none, or several.
@@ -180,7 +269,7 @@ def find(storage: Storage, prefix: str) -> tuple[str, dict[str, Any]]:
     if len(found) != 1:
         what = "no finished artifact" if not found else f"{len(found)} artifacts ({', '.join(found)})"
         raise StorageError(f"{prefix}: {what} in {storage.place}; `pdiff artifacts list` shows the keys")
-    return found[0], read_manifest(storage, found[0])
+    return read_manifest(storage, found[0])
 
 
 def finished(storage: Storage) -> list[str]:
@@ -188,32 +277,26 @@ def finished(storage: Storage) -> list[str]:
     return [folder for kind in KINDS for folder in storage.list(kind) if is_finished(storage, folder)]
 
 
-def verify(storage: Storage, folder: str) -> list[str]:
-    """Returns messages about files of an artifact that are missing or differ from their digest."""
-    problems = []
-    for entry in read_manifest(storage, folder)["files"].values():
-        try:
-            _read_whole(storage, folder, entry)
-        except StorageError as error:
-            problems.append(str(error))
-    return problems
+def opened(storage: Storage, manifest: Manifest) -> Artifact:
+    """Returns the artifact that a manifest is of."""
+    return Artifact(storage, manifest.stage, manifest.config, manifest.inputs)
 
 
-def _read_whole(storage: Storage, folder: str, entry: dict[str, Any]) -> bytes:
+def read_file(storage: Storage, folder: str, entry: FileEntry) -> bytes:
     """Returns the content of a file that a manifest lists as `entry`, after comparing it with its digest."""
-    name = f"{folder}/{entry['path']}"
+    name = f"{folder}/{entry.path}"
     content = storage.read(name)
-    if digest(content) != entry["sha256"]:
-        raise StorageError(
-            f"{storage.location(name)}: damaged, its content differs from the digest in the manifest; delete "
-            f"{storage.location(folder)} and run again to build it anew"
-        )
+    if digest(content) != entry.sha256:
+        raise StorageError(f"{storage.location(name)}: damaged, {differs(storage, folder)}")
     return content
 
 
-def digest(content: bytes | pa.Buffer) -> str:
-    """Returns the SHA-256 of `content` in hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()
+def differs(storage: Storage, folder: str) -> str:
+    """Returns what is said of a finished artifact's file that is not the one it was made with."""
+    return (
+        "its content differs from the digest in the manifest; delete "
+        f"{storage.location(folder)} and run again to build it anew"
+    )
 
 
 def versions() -> dict[str, str]:

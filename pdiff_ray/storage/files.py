@@ -47,7 +47,7 @@ class Storage:
                 self.uri = self.root
         except (pa.ArrowInvalid, OSError) as error:
             raise StorageError(f"storage: {uri!r} is not a folder or a URI that pyarrow.fs knows: {error}") from None
-        self.manifests: dict[str, dict[str, Any] | None] = {}
+        self.manifests: dict[str, Any] = {}
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return Storage, (self.uri,)  # another process looks for itself
@@ -63,8 +63,23 @@ class Storage:
         return without_secrets(self.uri) if self.local is None else self.root
 
     def path(self, name: str) -> str:
-        """Returns `name` as a path of the file system `fs`."""
-        return f"{self.root.rstrip('/')}/{name}"
+        """Returns `name` as a path of the file system `fs`: the one place where names, whoever gave them, become paths.
+
+        Raises:
+            StorageError: it leads out of storage, by its words or by a symbolic link.
+        """
+        if name:
+            try:
+                check_below(name)
+            except ValueError as error:
+                raise StorageError(f"storage {self.place}: {error}") from None
+        top = f"{self.root.rstrip('/')}/"
+        if name and self.local is not None and not os.path.realpath(top + name).startswith(os.path.realpath(top) + "/"):
+            raise StorageError(
+                f"{top}{name}: a symbolic link leads out of the storage; put what it leads to in its place, or remove "
+                "it (the folder of a storage may itself be a link)"
+            )
+        return top + name
 
     def location(self, name: str) -> str:
         """Returns where a user finds `name`."""
@@ -82,15 +97,24 @@ class Storage:
         with self._translated(name):
             return self.fs.get_file_info(self.path(name)).type == pafs.FileType.File
 
-    def read(self, name: str) -> bytes:
-        """Returns the content of a file."""
+    def read(self, name: str, most: int | None = None) -> bytes:
+        """Returns the content of a file.
+
+        Args:
+            most: bytes that a whole one can have.
+        """
         with self._translated(name), self.open(name) as file:
+            if most is not None and file.size() > most:
+                raise StorageError(f"{self.location(name)}: damaged, it has {file.size():,} bytes; delete it")
             return file.read()
 
     def open(self, name: str) -> pa.NativeFile:
         """Opens a file for random access."""
         with self._translated(name):
-            return self.fs.open_input_file(self.path(name))
+            path = self.path(name)
+            if self.local is not None and not os.path.isfile(path):  # to open a named pipe would wait for ever
+                raise FileNotFoundError
+            return self.fs.open_input_file(path)
 
     def write(self, name: str, content: bytes | pa.Buffer, *, exclusive: bool = False) -> bool:
         """Writes a whole file; readers see the old one, or none, until all of it is there.
@@ -130,10 +154,10 @@ class Storage:
 
     def list(self, folder: str, *, recursive: bool = False) -> list[str]:
         """Returns the sorted names of files and folders in `folder`; if `recursive`, of files alone, at any depth."""
-        selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
         with self._translated(folder):
+            selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
             infos = self.fs.get_file_info(selector)
-        prefix = len(self.path(""))
+        prefix = len(f"{self.root.rstrip('/')}/")
         return sorted(i.path[prefix:] for i in infos if not recursive or i.type == pafs.FileType.File)
 
     @contextlib.contextmanager
@@ -151,10 +175,22 @@ class Storage:
 
     def _remove_stale_temporaries(self) -> None:
         if self.local is not None:
-            for file in (self.local / TEMPORARY).glob("*"):
+            for file in Path(self.path(TEMPORARY)).glob("*"):
                 with contextlib.suppress(OSError):
                     if time.time() - file.stat().st_mtime > STALE_TEMPORARY_S:
                         shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def check_below(name: str) -> str:
+    """Returns a name of a file that someone else may have given, if it stays below the folder it will be joined to.
+
+    Raises:
+        ValueError: it does not, on this system or on another one.
+    """
+    parts = name.split("/")
+    if not name.isprintable() or re.search(r"\\|^[A-Za-z]:", name) or not {"", ".", ".."}.isdisjoint(parts):
+        raise ValueError(f"the name {name[:80]!r} leads out of its folder")
+    return name
 
 
 def _place_new(temporary: Path, target: Path) -> bool:

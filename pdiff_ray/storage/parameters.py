@@ -1,18 +1,23 @@
 """The parameter store: networks as rows of Parquet part files, their flattened parameters beside what is known of them.
 
 One format serves zoos, generated samples and evaluations, which leave the vectors out. A row with a vector has a row
-group of its own, so that one network, or one column, is read without the rest. Pages carry checksums, which pyarrow
-compares. Any number of workers may write part files at once: each is written whole, under a name that holds its digest.
+group of its own, so that one network, or one column, is read without the rest. Any number of workers may write part
+files at once: each is written whole, under a name that holds its digest. A part is compared with it when it is opened,
+the pages that are read later with their checksums.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import itertools
 import json
 import os
 import platform
+import re
 import resource
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -24,12 +29,16 @@ import pyarrow.parquet as pq
 
 from pdiff_ray.common.errors import StorageError
 from pdiff_ray.networks.subset import Subset
-from pdiff_ray.storage.artifacts import Artifact, digest
+from pdiff_ray.storage.artifacts import Artifact, FileEntry, differs
 from pdiff_ray.storage.files import Storage
+from pdiff_ray.storage.sealed import digest
 
 PARTS = "networks"  # folder of the part files in an artifact
+PART_BYTES = 2**26  # of vectors in a part, if there are several: to read one of them, all are compared with the digest
 METADATA_KEY = b"pdiff_ray"
 MAX_OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # of a store
+UNLIKE_ITS_NAME = "its content differs from the digest in its name; delete it and run again to make its networks anew"
+MAX_FETCHED = 2**29  # bytes of the parts that a store keeps of an object store's
 
 
 @dataclass(frozen=True)
@@ -107,13 +116,37 @@ def encode(records: Sequence[Record], subset: Subset, about: dict[str, Any]) -> 
 
 
 class _Part:
-    """An open part file, its footer parsed."""
+    """An open part file that is the one its digest says, its footer parsed.
 
-    def __init__(self, storage: Storage, name: str) -> None:
-        self.stream, remote = storage.open(name), storage.local is None
-        # An object store answers few large requests sooner than many small ones.
-        self.file = pq.ParquetFile(self.stream, page_checksum_verification=True, pre_buffer=remote)
-        self.separate = self.file.num_row_groups == self.file.metadata.num_rows  # a row group for each row
+    Args:
+        sha256: the digest.
+        otherwise: what to say of a file with another one.
+    """
+
+    def __init__(self, storage: Storage, name: str, sha256: str, otherwise: str) -> None:
+        self.stream: pa.NativeFile = storage.open(name)
+        self.size = self.stream.size()
+        if storage.local is None:  # which answers one large request sooner than many small ones
+            self.stream = pa.BufferReader(self.stream.read_buffer())
+        found = hashlib.sha256()
+        while block := self.stream.read_buffer(2**20):
+            found.update(block)
+        if found.hexdigest() != sha256:
+            raise StorageError(f"{storage.location(name)}: damaged Parquet file: {otherwise}")
+        self.stream.seek(0)
+        self.file = pq.ParquetFile(self.stream, page_checksum_verification=True)
+        self.num_rows, schema = self.file.metadata.num_rows, self.file.schema_arrow
+        self.separate = self.file.num_row_groups == self.num_rows  # a row group for each row
+        self.columns = {field.name: field.type for field in schema}
+        if odd := [name for name, kind in _TYPES.items() if self.columns.get(name) != kind]:
+            raise pa.ArrowInvalid(f"its column {odd[0]} is {self.columns.get(odd[0])}, and not {_TYPES[odd[0]]}")
+        self.width = 0  # values of a vector
+        if vector := self.columns.get("vector"):
+            if not (pa.types.is_fixed_size_list(vector) and vector.value_type == pa.float32()):
+                raise pa.ArrowInvalid(f"its column vector is {vector}")
+            self.width = vector.list_size
+        if self.num_rows * max(1, 4 * self.width) > self.size:
+            raise pa.ArrowInvalid(f"{self.num_rows} rows of {self.width} values are more than it can hold")
 
     def read(self, rows: list[int], columns: list[str]) -> pa.Table:
         """Returns columns of some rows, after comparing their pages with their checksums."""
@@ -148,17 +181,20 @@ class ParameterStore:
         self._rows: dict[int, tuple[str, int]] = {}  # id to part and row
         self._parts: dict[str, list[int]] = {}  # part to ids
         self._opened: dict[str, _Part] = {}
-        # By id, of vectors that have been read: the open file, and how many bytes to read from where.
-        self._found: dict[int, tuple[pa.NativeFile, int, int]] = {}
+        # By id, of vectors that have been read: the open file, how many bytes to read from where, and their checksum.
+        self._found: dict[int, tuple[pa.NativeFile, int, int, int]] = {}
+        self._listed: dict[str, FileEntry] = {}  # by the manifest
         if artifact.exists():
-            for name, entry in artifact.manifest()["files"].items():
-                if name.startswith(f"{PARTS}/"):
-                    self._add(name, entry["ids"])
+            for name, entry in artifact.manifest().files.items():
+                if entry.ids is not None:
+                    self._listed[name] = entry
+                    self._add(name, entry.ids)
         else:
             for path in self.storage.list(f"{artifact.folder}/{PARTS}"):
                 name = path.removeprefix(f"{artifact.folder}/")
-                with self._naming(name):
-                    self._add(name, self._open(name).file.read(columns=["id"])["id"].to_pylist())
+                if digest_in(name):
+                    with self._naming(name):
+                        self._add(name, self._open(name).file.read(columns=["id"])["id"].to_pylist())
 
     def _add(self, part: str, ids: list[int]) -> None:
         self._parts[part] = ids
@@ -171,52 +207,67 @@ class ParameterStore:
         return sorted(self._rows)
 
     def append(self, records: Sequence[Record], subset: Subset, about: Mapping[str, Any] | None = None) -> None:
-        """Writes one part file. Networks that are there already are left out, as they have the same content.
+        """Writes a part file, or several of long vectors. Networks that are there already, the same, are left out.
 
         Args:
             about: what else is to be known of the part; JSON values.
         """
         records = [r for r in records if r.id not in self._rows]
-        if not records:
-            return
-        content = encode(records, subset, {"stage": self.artifact.stage, "key": self.artifact.key, **(about or {})})
-        name = f"{PARTS}/part-{digest(content)}.parquet"
-        self.storage.write(f"{self.artifact.folder}/{name}", content)
-        self._add(name, [r.id for r in records])
+        about = {"stage": self.artifact.stage, "key": self.artifact.key, **(about or {})}
+        longest = max((r.vector.nbytes for r in records if r.vector is not None), default=0)
+        count = max(1, PART_BYTES // longest) if longest else len(records)
+        for chosen in (records[start : start + count] for start in range(0, len(records), count or 1)):
+            content = encode(chosen, subset, about)
+            name = f"{PARTS}/part-{digest(content)}.parquet"
+            self.storage.write(f"{self.artifact.folder}/{name}", content)
+            self._add(name, [r.id for r in chosen])
 
     def manifest_entries(self, ids: Iterable[int]) -> dict[str, dict[str, Any]]:
         """Returns what `Artifact.commit` takes as `parts`: entries of the files that hold the networks `ids`."""
         needed = {self._rows[id_][0] for id_ in ids}
-        return {
-            name: {"path": name, "sha256": name.removesuffix(".parquet").rpartition("-")[2], "ids": self._parts[name]}
-            for name in sorted(needed)
-        }
+        return {name: {"path": name, "sha256": digest_in(name), "ids": self._parts[name]} for name in sorted(needed)}
 
-    def subset(self) -> Subset:
-        """Returns which parameters the vectors hold, as the metadata of a part file tells."""
-        part = next(iter(self._parts), None)
+    def subset(self, part: str | None = None) -> Subset:
+        """Returns which parameters the vectors hold, as the metadata of a part file tells (default: of the first)."""
+        part = part or next(iter(self._parts), None)
         if part is None:
             raise StorageError(f"{self.artifact.location}: holds no networks")
-        return Subset.from_json(json.dumps(self.about(part)["subset"]))
+        about = self.about(part)
+        with self._naming(part):
+            subset = Subset.from_json(json.dumps(about["subset"]))
+            offsets = [0, *itertools.accumulate(entry.size for entry in subset.entries)]
+            width = self._open(part).width or subset.size
+            if [*(entry.offset for entry in subset.entries), width] != offsets:
+                raise ValueError("the tensors that its metadata names do not make up a vector")
+            return subset
 
     def about(self, part: str) -> dict[str, Any]:
         """Returns what a part file says of its networks beside their rows."""
         with self._naming(part):
-            return json.loads(self._open(part).file.schema_arrow.metadata[METADATA_KEY])
+            about: dict[str, Any] = json.loads(self._open(part).file.schema_arrow.metadata[METADATA_KEY])
+            return about
 
     def records(self, ids: Sequence[int] | None = None) -> list[Record]:
         """Returns rows, without their vectors, in the order of `ids` (default: all, by id)."""
         ids = self.ids if ids is None else ids
-        table, _ = self._read(ids, list(COLUMNS))
-        records = {row["id"]: Record(**row) for row in table.to_pylist()}
+        table, read = self._read(ids, list(COLUMNS))
+        records = {}
+        for id_, row in zip(read, table.to_pylist(), strict=True):
+            if row["id"] != id_ or not is_group(row["group"]):
+                with self._naming(self._rows[id_][0]):
+                    raise ValueError(f"network {id_} stands there as number {row['id']} of group {row['group']!r}")
+            records[id_] = Record(**row)
         return [records[id_] for id_ in ids]
 
     def vectors(self, ids: Sequence[int] | None = None) -> np.ndarray:
         """Returns flattened parameters (len(ids), D), float32, in the order of `ids` (default: all, by id)."""
         ids = self.ids if ids is None else ids
         if len(ids) and all(id_ in self._found for id_ in ids):
-            with contextlib.suppress(OSError, ValueError):  # cut off meanwhile: pyarrow says what is wrong
-                return self._read_again(ids)
+            with contextlib.suppress(OSError):  # cut off meanwhile: to open it again says what is wrong
+                if (again := self._read_again(ids)) is not None:
+                    return again
+            self._opened.clear()
+            self._found.clear()
         table, read = self._read(ids, ["vector"])
         matrix = _matrix(table)
         if self.storage.local is not None:  # elsewhere each look would be a request
@@ -224,15 +275,17 @@ class ParameterStore:
                 part, row = self._rows[id_]
                 file = self._opened.get(part)
                 if file and (offset := file.find(row, vector)):
-                    self._found[id_] = file.stream, vector.nbytes, offset
+                    self._found[id_] = file.stream, vector.nbytes, offset, zlib.crc32(vector)
         position = {id_: index for index, id_ in enumerate(read)}
         return matrix[[position[id_] for id_ in ids]]
 
-    def _read_again(self, ids: Sequence[int]) -> np.ndarray:
-        """Returns vectors (len(ids), D) from where they are; their checksums were compared when they were found."""
+    def _read_again(self, ids: Sequence[int]) -> np.ndarray | None:
+        """Returns vectors (len(ids), D) from where they were found; None if one has changed since."""
         places = [self._found[id_] for id_ in ids]
-        content = bytearray().join([file.read_at(size, offset) for file, size, offset in places])
-        return np.frombuffer(content, np.float32).reshape(len(ids), places[0][1] // 4)
+        read = [file.read_at(size, offset) for file, size, offset, _ in places]
+        if any(zlib.crc32(content) != place[3] for content, place in zip(read, places, strict=True)):
+            return None
+        return np.frombuffer(bytearray().join(read), np.float32).reshape(len(ids), -1)
 
     def _read(self, ids: Sequence[int], columns: list[str]) -> tuple[pa.Table, list[int]]:
         """Returns the rows of `ids`, each once and part by part, and whose they are."""
@@ -248,29 +301,54 @@ class ParameterStore:
         tables = []
         for part, rows in wanted.items():
             with self._naming(part):
-                tables.append(self._open(part).read(list(rows), columns))
+                file = self._open(part)
+                if lacking := set(columns).difference(file.columns):
+                    raise ValueError(f"it has no column {min(lacking)}")
+                if file.num_rows != len(self._parts[part]):
+                    raise ValueError(f"it has {file.num_rows} rows, for {len(self._parts[part])} numbers")
+                tables.append(file.read(list(rows), columns))
         return pa.concat_tables(tables), [id_ for rows in wanted.values() for id_ in rows.values()]
 
     def _open(self, part: str) -> _Part:
         if part not in self._opened:
-            if len(self._opened) == MAX_OPEN_FILES:
+            fetched = sum(file.size for file in self._opened.values()) if self.storage.local is None else 0
+            if len(self._opened) == MAX_OPEN_FILES or fetched > MAX_FETCHED:
                 del self._opened[next(iter(self._opened))]
                 self._found.clear()  # which keeps files open
-            self._opened[part] = _Part(self.storage, f"{self.artifact.folder}/{part}")
+            entry = self._listed.get(part) or FileEntry(path=part, sha256=digest_in(part))
+            otherwise = self._differs(part)
+            self._opened[part] = _Part(self.storage, f"{self.artifact.folder}/{entry.path}", entry.sha256, otherwise)
         return self._opened[part]
+
+    def _differs(self, part: str) -> str:
+        """Returns what is said of a part file that is not the one that was written."""
+        if part in self._listed:
+            return differs(self.storage, self.artifact.folder)
+        return UNLIKE_ITS_NAME
 
     @contextlib.contextmanager
     def _naming(self, part: str) -> Iterator[None]:
-        """Turns an error of pyarrow or the file system into one that names the file and the remedy."""
+        """Turns what a part file's content causes into an error that names the file and the remedy."""
         try:
             yield
         except StorageError:
             raise
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             raise StorageError(
                 f"{self.storage.location(f'{self.artifact.folder}/{part}')}: damaged Parquet file ({error}); delete "
                 f"{self.artifact.location} and run again to build it anew"
             ) from None
+
+
+def digest_in(part: str) -> str:
+    """Returns the digest in the name of a part file, an empty text if it has none."""
+    found = re.fullmatch(rf"{PARTS}/part-([0-9a-f]{{64}})\.parquet", part)
+    return found[1] if found else ""
+
+
+def is_group(name: object) -> bool:
+    """Returns whether something is the name of a group of networks, which becomes part of names of files."""
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, re.ASCII) is not None
 
 
 def _matrix(table: pa.Table) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 
 from pdiff_ray.common.errors import ConfigError, StorageError
@@ -18,7 +19,9 @@ from pdiff_ray.config.schema import Experiment
 from pdiff_ray.config.sweep import Parameter, Sweep, SweepFile
 from pdiff_ray.stages.table import STAGES, artifacts_of
 from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.checks import Findings
 from pdiff_ray.storage.files import Storage
+from pdiff_ray.storage.sealed import read_listed, read_sealed, seal
 from pdiff_ray.sweeps import search
 from pdiff_ray.sweeps.trial import Trial, has_results
 
@@ -40,8 +43,8 @@ class Ledger:
         text = json.dumps([plain, file.sweep.keyed()], sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.trials: dict[int, Trial] = {}
-        for name in self.storage.list(f"{self.folder}/trials"):
-            trial = _read(self.storage, name)
+        for name in records(self.storage, self.folder):
+            trial = read_trial(self.storage, name)
             self.trials[trial.number] = trial
         # All combinations of a grid with the first seeds, then all with the next.
         grid = self.sweep.grid() if self.sweep.search == "grid" else []
@@ -96,8 +99,7 @@ class Ledger:
     def record(self, trial: Trial) -> None:
         """Remembers what is known of a trial."""
         self.trials[trial.number] = trial
-        content = json.dumps(asdict(trial), indent=1).encode()
-        self.storage.write(f"{self.folder}/trials/{trial.number:05d}.json", content)
+        self.storage.write(f"{self.folder}/trials/{trial.number:05d}.json", seal(asdict(trial)))
 
     def experiments(self, trial: Trial) -> list[Experiment]:
         """Returns the experiments of a trial, one per repeat.
@@ -157,12 +159,31 @@ class Ledger:
         return max(finished, key=lambda t: sign * (t.objective or 0.0), default=None)
 
 
-def _read(storage: Storage, name: str) -> Trial:
-    try:
-        content = json.loads(storage.read(name))
-        return Trial(**{**content, "repeats": tuple(content["repeats"]), "curve": tuple(map(tuple, content["curve"]))})
-    except (ValueError, TypeError, KeyError) as error:
-        raise StorageError(f"{storage.location(name)}: damaged ({error}); delete it to run its trial again") from None
+def records(storage: Storage, folder: str) -> list[str]:
+    """Returns the names of the files of a sweep's trials."""
+    return [name for name in storage.list(f"{folder}/trials") if re.search(r"/\d+\.json$", name)]
+
+
+def read_trial(storage: Storage, name: str) -> Trial:
+    """Returns the trial that a file records.
+
+    Raises:
+        StorageError: it is damaged, or another trial's.
+    """
+    remedy = "delete it to run its trial again"
+    trial = read_sealed(storage, name, Trial, remedy)
+    if not trial.repeats or not name.endswith(f"/{trial.number:05d}.json"):
+        raise StorageError(f"{storage.location(name)}: damaged: it is of trial {trial.number}; {remedy}")
+    return trial
+
+
+def verify_sweep(storage: Storage, folder: str) -> Findings:
+    """Reads all that is in a sweep's folder."""
+    found = Findings()
+    for name in records(storage, folder):
+        found.check(read_trial, storage, name)
+    found.check(read_listed, storage, folder)
+    return found
 
 
 @dataclass(frozen=True)

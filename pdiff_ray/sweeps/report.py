@@ -15,6 +15,7 @@ import yaml
 from pdiff_ray.config.sweep import Assignment, Value, as_value
 from pdiff_ray.stages import report
 from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.sealed import write_listed
 from pdiff_ray.sweeps import figures as sweep_figures
 from pdiff_ray.sweeps import search
 from pdiff_ray.sweeps.figures import Panel, Search, Slice, are_numbers
@@ -132,8 +133,7 @@ def write(ledger: Ledger) -> list[Row]:
     parts = (headline(ledger), report.markdown(cells(ledger, rows)), verdict(ledger), warning(rows), legend(ledger))
     files[TABLE_FILE] = "\n\n".join(part for part in parts if part).encode()
     files[REPORT_FILE] = _page(ledger, rows, pngs).encode()
-    for name, content in files.items():
-        ledger.storage.write(f"{ledger.folder}/{name}", content)
+    write_listed(ledger.storage, ledger.folder, files)
     return rows
 
 
@@ -313,4 +313,4 @@ def _link(artifact: Artifact) -> str | None:
     """Returns the address of a report relative to the sweep's folder, or None if there is no report."""
     if not artifact.exists():
         return None
-    return f"../../{artifact.folder}/{artifact.manifest()['files'][report.REPORT_FILE]['path']}"
+    return f"../../{artifact.folder}/{artifact.manifest().files[report.REPORT_FILE].path}"

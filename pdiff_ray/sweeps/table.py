@@ -143,7 +143,7 @@ def _results(ledger: Ledger, trial: Trial) -> list[Result]:
         if trial.state == "finished" and artifacts["evaluation"].exists():
             try:
                 known = _metrics(artifacts)
-                gate = artifacts["generator"].manifest()["info"].get("gate", {})
+                gate = artifacts["generator"].manifest().info.get("gate", {})
             except StorageError as error:  # one damaged result does not cost the others' table
                 console.print("[bold yellow]warning[/]:", Text(str(error)))
         results.append(Result(trial, repeat, artifacts, known, gate))
@@ -153,7 +153,7 @@ def _results(ledger: Ledger, trial: Trial) -> list[Result]:
 def _metrics(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
     """Returns those of the summary, and the range behind `generated/max_similarity`."""
     evaluation = artifacts["evaluation"]
-    num_test = evaluation.manifest()["info"]["test_images"]
+    num_test = evaluation.manifest().info["test_images"]
     wrong: dict[str, list[bytes]] = {"original": [], "generated": []}
     for record in ParameterStore(evaluation).records():
         if record.group in wrong:

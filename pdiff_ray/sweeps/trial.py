@@ -6,9 +6,10 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import ConfigDict
 from torch import Tensor
 
 from pdiff_ray.common.errors import PdiffError
@@ -44,6 +45,7 @@ class Trial:
         seconds: how long the trial ran.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # where it is read from a file
     number: int
     assignment: Assignment
     repeats: tuple[int, ...]

@@ -140,8 +140,8 @@ def write_files(at: Connection, run_id: str, files: Mapping[str, bytes]) -> None
 def zoo_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> MlflowRun:
     """Returns the run of a zoo and the base that it was trained from."""
     zoo, base = artifacts["zoo"], artifacts["base"]
-    metrics = {k: v for k, v in zoo.manifest()["info"].items() if k.endswith("_test_accuracy")}
-    metrics |= {f"base/{k}": v for k, v in base.manifest()["info"].items() if k.endswith("_accuracy")}
+    metrics = {k: v for k, v in zoo.manifest().info.items() if k.endswith("_test_accuracy")}
+    metrics |= {f"base/{k}": v for k, v in base.manifest().info.items() if k.endswith("_accuracy")}
     configuration = experiment.model_dump(mode="json", include={"data", "network", "training", "zoo"})
     return MlflowRun(
         kind="zoo",
@@ -158,9 +158,9 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Mlfl
     """Returns the run of a finished experiment, from its generator to its report."""
     report, evaluation = artifacts["report"], artifacts["evaluation"]
     summary = load_summary(artifacts)
-    seconds = {f"seconds/{stage}": artifacts[stage].manifest()["seconds"] for stage in STAGES}
-    files = {name: report.read(name) for name in report.manifest()["files"]}
-    files |= {name: evaluation.read(name) for name in evaluation.manifest()["files"] if name.endswith(".parquet")}
+    seconds = {f"seconds/{stage}": artifacts[stage].manifest().seconds for stage in STAGES}
+    files = {name: report.read(name) for name in report.manifest().files}
+    files |= {name: evaluation.read(name) for name in evaluation.manifest().files if name.endswith(".parquet")}
     return MlflowRun(
         kind="trial",
         key=report.key,
@@ -178,11 +178,11 @@ def _made(experiment: Experiment, artifacts: Mapping[str, Artifact], stages: Seq
     """Returns when some stages were made, and tags: where the last of them is, its version and seed."""
     artifact = artifacts[stages[-1]]
     manifest = artifact.manifest()
-    ended = int(datetime.fromisoformat(manifest["created_at"]).timestamp() * 1000)
-    seconds = sum(artifacts[stage].manifest()["seconds"] for stage in stages)
+    ended = int(datetime.fromisoformat(manifest.created_at).timestamp() * 1000)
+    seconds = sum(artifacts[stage].manifest().seconds for stage in stages)
     tags = {
         "pdiff.location": artifact.location,
-        "pdiff.version": manifest["versions"]["pdiff_ray"],
+        "pdiff.version": manifest.versions.get("pdiff_ray", "?"),
         "seed": str(experiment.seed),
     }
     return {"started": ended - int(1000 * seconds), "ended": ended, "tags": tags}

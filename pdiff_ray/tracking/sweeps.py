@@ -17,6 +17,7 @@ from typing import Literal
 
 from pdiff_ray.common.errors import PdiffError, StorageError
 from pdiff_ray.common.progress import console
+from pdiff_ray.storage.sealed import read_listed
 from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.sweeps.trial import Trial
 from pdiff_ray.tracking import pages
@@ -127,7 +128,9 @@ class _Writer:
 
     def mark(self) -> Mark:
         """Returns the note that all of the trials, as they are known now, have been written."""
-        content = "".join(fingerprint(trial) for _, trial in sorted(self.trials.items())) + self._table()
+        content = "".join(fingerprint(trial) for _, trial in sorted(self.trials.items()))
+        with contextlib.suppress(StorageError):  # it is written again at the end
+            content += self._table()
         return Mark(self.ledger.storage, self.uri, self.experiment, f"{self.ledger.key}-{short_digest(content)}")
 
     def catch_up(self, *, finish: bool) -> int:
@@ -239,11 +242,13 @@ class _Writer:
         at.client.set_experiment_tag(at.experiment_id, NOTE, note)
 
     def _table(self) -> str:
-        name = f"{self.ledger.folder}/{SUMMARY_TABLE}"
-        return self.ledger.storage.read(name).decode() if self.ledger.storage.exists(name) else ""
+        return self._files().get(SUMMARY_TABLE, b"").decode()
 
     def _files(self) -> dict[str, bytes]:
         """Returns tables, figures and report of the sweep."""
-        storage, folder = self.ledger.storage, f"{self.ledger.folder}/"
-        names = [name.removeprefix(folder) for name in storage.list(self.ledger.folder, recursive=True)]
-        return {name: storage.read(f"{folder}{name}") for name in names if not name.startswith("trials/")}
+        storage, folder = self.ledger.storage, self.ledger.folder
+        if files := read_listed(storage, folder):
+            return files
+        # Those of an earlier version are not listed.
+        names = [name.removeprefix(f"{folder}/") for name in storage.list(folder, recursive=True)]
+        return {name: storage.read(f"{folder}/{name}") for name in names if not name.startswith("trials/")}

@@ -15,7 +15,7 @@ import numpy as np
 
 from pdiff_ray.config.schema import SEEDED, Experiment
 from pdiff_ray.config.sweep import format_value
-from pdiff_ray.storage.artifacts import digest
+from pdiff_ray.storage.sealed import digest
 from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.sweeps.trial import Trial
 from pdiff_ray.tracking.runs import MAX_NOTE, OBJECTIVE, MlflowRun, flat, now, tracked
