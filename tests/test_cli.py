@@ -139,6 +139,20 @@ def test_exported_networks_load_in_the_plain_network(storage, tmp_path):
     assert not network.load_state_dict(tensors, strict=False).unexpected_keys
 
 
+def test_export_replaces_nothing_unasked(storage, tmp_path):
+    key, folder = next((storage / "samples").iterdir()).name, tmp_path / "out"
+    pdiff("export", key, folder, "--ids", "1,2", "--storage", storage)
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (folder / "generated-0002.safetensors").write_bytes(b"mine")
+    text = pdiff("export", key, folder, "--storage", storage, code=2)
+    assert f"{folder}/generated-0002.safetensors: is there already" in text
+    assert "--overwrite" in text
+    assert {file.name for file in folder.iterdir()} == set(whole)  # nothing was written
+    assert "2 networks" in pdiff("export", key, folder, "--ids", "1,2", "--overwrite", "--storage", storage)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+    assert "6 networks" in pdiff("export", key, folder, "--storage", storage)  # the same two and the others
+
+
 def test_import_of_checkpoints_and_the_way_from_there(storage, tmp_path):
     """Exported members, imported again as .pth and safetensors files, are judged as the originals were."""
     key = next((storage / "zoo").iterdir()).name

@@ -138,14 +138,15 @@ def verify_artifacts(keys: tuple[str, ...], storage_uri: str, as_json: bool) -> 
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--ids", help="Comma-separated ids; default: all.")
 @click.option("--subset-only", is_flag=True, help="The generated tensors alone, for load_state_dict(strict=False).")
+@click.option("--overwrite", is_flag=True, help="Replace files of FOLDER that have another content.")
 @storage_option
-def export(key: str, folder: Path, ids: str | None, subset_only: bool, storage_uri: str) -> None:
+def export(key: str, folder: Path, ids: str | None, subset_only: bool, overwrite: bool, storage_uri: str) -> None:
     """Write the networks of a zoo or of samples (KEY) into FOLDER as safetensors state dicts."""
     from pdiff_ray.stages.stored import Networks
     from pdiff_ray.storage.files import Storage
 
     networks = Networks.find(Storage(storage_uri), key)
-    count = sum(1 for _ in networks.export(folder, ids_of(ids), subset_only=subset_only))
+    count = sum(1 for _ in networks.export(folder, ids_of(ids), subset_only=subset_only, overwrite=overwrite))
     click.echo(f"{count} networks in {folder}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,22 +82,38 @@ class Networks:
         for id_ in self.ids if ids is None else ids:
             yield {**base, **self.subset.unflatten(self.vectors([id_])[0])}
 
-    def export(self, folder: Path, ids: Sequence[int] | None = None, *, subset_only: bool = False) -> Iterator[Path]:
-        """Writes `state_dicts` into a folder, a safetensors file each; yields the files as they are written."""
-        chosen = self.ids if ids is None else list(ids)
-        groups = [record.group for record in self._store.records(chosen)]
-        tensors = self.state_dicts(chosen, subset_only=subset_only)
-        for id_, group, content in zip(chosen, groups, tensors, strict=True):
-            target = folder / f"{group}-{id_:04d}.safetensors"
+    def export(
+        self, folder: Path, ids: Sequence[int] | None = None, *, subset_only: bool = False, overwrite: bool = False
+    ) -> Iterator[Path]:
+        """Writes `state_dicts` into a folder, a safetensors file each; yields the files as they are written.
+
+        Args:
+            overwrite: replaces files that are there with another content.
+
+        Raises:
+            ConfigError: there is such a file, and nothing was written.
+        """
+        chosen = dict.fromkeys(self.ids if ids is None else ids)
+        names = {record.id: f"{record.group}-{record.id:04d}.safetensors" for record in self._store.records([*chosen])}
+        there = [id_ for id_ in chosen if not overwrite and (folder / names[id_]).exists()]
+        for id_, tensors in zip(there, self.state_dicts(there, subset_only=subset_only), strict=True):
+            if (folder / names[id_]).read_bytes() != save_tree(tensors):
+                raise ConfigError(
+                    f"{folder / names[id_]}: is there already, with another content; choose another folder, or replace "
+                    "it with --overwrite"
+                )
+        for id_, tensors in zip(chosen, self.state_dicts([*chosen], subset_only=subset_only), strict=True):
+            target = folder / names[id_]
             temporary = target.with_name(f".{target.name}.tmp")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                temporary.write_bytes(save_tree(content))
+                temporary.write_bytes(save_tree(tensors))
                 temporary.replace(target)
             except OSError as error:
                 raise PdiffError(f"{target}: cannot be written: {error.strerror}; choose another folder") from None
             finally:
-                temporary.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
             yield target
 
     def _base(self) -> dict[str, Tensor]:
