@@ -11,9 +11,8 @@ import click
 
 from pdiff_ray import __version__
 from pdiff_ray.cli import experiments, results
+from pdiff_ray.common import signals
 from pdiff_ray.common.errors import PdiffError
-
-INTERRUPTED = 130
 
 
 def guarded(command: click.Command, arguments: Sequence[str] | None = None) -> None:
@@ -26,7 +25,8 @@ def guarded(command: click.Command, arguments: Sequence[str] | None = None) -> N
     # over and over.
     gc.set_threshold(10_000)
     try:
-        result = command(arguments, standalone_mode=False)
+        with signals.ending():
+            result = command(arguments, standalone_mode=False)
         if result == experiments.PLANNED and arguments is None:
             sys.stdout.flush()
             os._exit(0)  # nothing was started; to free what libraries have made, object by object, takes a second
@@ -39,7 +39,7 @@ def guarded(command: click.Command, arguments: Sequence[str] | None = None) -> N
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; the same command goes on from here", err=True)
-        sys.exit(INTERRUPTED)
+        sys.exit(signals.exit_code())
 
 
 def main() -> None:

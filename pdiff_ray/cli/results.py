@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import click
 
 from pdiff_ray.cli.options import ids_of, json_option, key_argument, print_json, storage_option
+from pdiff_ray.common import signals
 from pdiff_ray.common.errors import ConfigError, StorageError
 
 
@@ -169,13 +171,17 @@ def ui(storage_uri: str | None, tracking_uri: str | None, port: int) -> None:
     if uri.startswith(("http://", "https://")):
         _print_links(tracking.links(uri, uri.rstrip("/")))
         return
-    with contextlib.suppress(KeyboardInterrupt), tracking.Server(uri, port) as server:
-        click.echo(f"starting MLflow at {server.address}, which can take a minute")
-        links = tracking.links(uri, server.address)
-        server.wait_until_ready()
-        _print_links(links)
-        click.echo("serving until Ctrl-C")
-        server.wait()
+    try:
+        with tracking.Server(uri, port) as server:
+            click.echo(f"starting MLflow at {server.address}, which can take a minute")
+            links = tracking.links(uri, server.address)
+            server.wait_until_ready()
+            _print_links(links)
+            click.echo("serving until Ctrl-C")
+            server.wait()
+    except KeyboardInterrupt:
+        if (code := signals.exit_code()) != 128 + signal.SIGINT:
+            sys.exit(code)
 
 
 def _print_links(links: Mapping[str, Mapping[str, str]]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import math
+import signal
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pdiff_ray.common import signals
 from pdiff_ray.common.devices import exact_float32
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Progress
@@ -105,11 +107,15 @@ def beside_driver() -> dict[str, Any]:
 
 def _init(resources: Resources, address: str | None) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)  # none of its many notices is about the experiment
-    if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        return
     # Without "local", Ray would join whatever cluster was last started on this machine.
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    where: dict[str, Any] = {"address": address} if address else {"address": "local", "include_dashboard": False}
+    try:
+        with signals.kept():
+            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+    except SystemExit:  # what Ray makes of SIGTERM
+        signals.interrupt(signal.SIGTERM)
+    if address:
+        return
     try:
         check_resources(resources, ray.cluster_resources())
     except ConfigError:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import ray.train
 import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -71,6 +72,9 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
             failure_config=FailureConfig(max_failures=resources.max_failures + len(jobs) - 1),
         ),
     )
+    controllers: list[Any] = []
+    # In place of a handler of Ctrl-C that would stay when the training is over, and would end the driver with code 0.
+    trainer._register_sigint_handler = controllers.append  # type: ignore[attr-defined]
     try:
         trainer.fit()
     except TrainingFailedError:
@@ -82,6 +86,8 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
                 if not artifact.exists():  # a trial must not build what only a group of workers may
                     report_failure(events, artifact.key, f"the group of workers has ended: {reason}")
     finally:
+        for controller in controllers:  # and the workers with it, if it is there
+            ray.kill(controller)
         with contextlib.suppress(OSError):  # it has Ray's marker files only; the results are artifacts
             storage.fs.delete_dir(storage.path(f"tmp/{name}"))
     return failures(events)

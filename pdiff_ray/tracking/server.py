@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from pdiff_ray.common import signals
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import console
 from pdiff_ray.common.secrets import without_secrets
@@ -188,7 +189,7 @@ def reachable(uri: str, name: str | None = None) -> str:
 class Server:
     """MLflow's own server on the loopback interface, for as long as the context is entered.
 
-    It ends with the context, whatever ends that: SIGTERM and SIGHUP become SystemExit while it is there.
+    It ends with the context, whatever ends that, signals too.
 
     Args:
         uri: MLflow's database.
@@ -216,22 +217,22 @@ class Server:
 
     def __enter__(self) -> Server:
         self._log = tempfile.TemporaryFile()
-        self._handlers = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGHUP)}
+        self._ending = signals.ending()
+        self._ending.__enter__()
         self._process = subprocess.Popen(
             self.command, env=self.environment, stdout=self._log, stderr=self._log, start_new_session=True
         )
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number in self._handlers:
+        for number in signals.ENDING:
             signal.signal(number, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGKILL):  # to the server and its workers
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_S)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._ending.__exit__(None, None, None)
         self._log.close()
 
     def wait_until_ready(self) -> None:
@@ -262,7 +263,3 @@ class Server:
         self._log.seek(0)
         *_, last = ["no output", *self._log.read().decode(errors="replace").strip().splitlines()]
         return TrackingError(f"MLflow's server at {self.address} {what}: {last}")
-
-
-def _exit(number: int, _: object) -> None:
-    sys.exit(128 + number)
