@@ -29,7 +29,7 @@ from pdiff_ray.common.progress import silent
 from pdiff_ray.config import loading
 from pdiff_ray.config import schema as config
 from pdiff_ray.config import sweep as space
-from pdiff_ray.data.cache import default_cache
+from pdiff_ray.data.kept import default_cache
 from pdiff_ray.stages import base, evaluation, generator, samples, zoo
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.table import artifacts_of

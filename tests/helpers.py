@@ -1,6 +1,7 @@
 """What several test files use."""
 
 import io
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 
 from pdiff_ray.config import loading
 from pdiff_ray.config import schema as config
-from pdiff_ray.data.cache import default_cache
+from pdiff_ray.data.kept import default_cache
 from pdiff_ray.data.sources import DATASETS
 from pdiff_ray.networks.build import build_network
 from pdiff_ray.stages import zoo
@@ -73,16 +74,23 @@ def pixels(count, size=8, channels=3, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def png(array):
+def encoded(image, format="PNG", **options):
+    """A PIL image or an array as the bytes of a file."""
     stream = io.BytesIO()
-    Image.fromarray(array).save(stream, "PNG")
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(stream, format, **options)
     return stream.getvalue()
 
 
-def write_parquet(path, images, labels, image="img", label="label"):
+def write_parquet(path, images, labels, image="img", label="label", type=None, names=None):
+    """Images, as bytes of files or arrays, and their labels; `names` are those of the classes in the metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    column = pa.array([{"bytes": png(array), "path": None} for array in images])
-    pq.write_table(pa.table({image: column, label: pa.array(labels, pa.int64())}), path, row_group_size=10)
+    column = pa.array([{"bytes": i if isinstance(i, bytes) else encoded(i), "path": None} for i in images])
+    table = pa.table({image: column, label: pa.array(labels, type)})
+    if names:
+        features = {label: {"names": names, "_type": "ClassLabel"}, image: {"_type": "Image"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path, row_group_size=10)
 
 
 def images_of(split, batch_size=7):

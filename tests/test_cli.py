@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.shell_completion import BashComplete
-from helpers import TINY, build, pixels, png, tiny
+from helpers import TINY, build, encoded, pixels, tiny
 from safetensors.torch import load_file, save_file
 
 from pdiff_ray.cli.main import cli, guarded
@@ -327,7 +327,7 @@ def test_init_writes_an_experiment_that_runs(tmp_path, monkeypatch):
             folder = tmp_path / "images" / split / label
             folder.mkdir(parents=True)
             for index in range(count):
-                (folder / f"{index}.png").write_bytes(png(pixels(1, size=16, seed=index)[0]))
+                (folder / f"{index}.png").write_bytes(encoded(pixels(1, size=16, seed=index)[0]))
     assert "mine.yaml: written" in pdiff("init", "images", "resnet18", "--output", "mine.yaml")
     text = (tmp_path / "mine.yaml").read_text()
     assert "12 training and 6 test images of 3 x 16 x 16 in 2 classes" in text

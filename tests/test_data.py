@@ -77,7 +77,7 @@ def test_cache_is_built_once(tmp_path, parquet):
     assert labels.tolist() == [i % 3 for i in range(40)]
     assert torch.equal(images_of(first.test)[0], images_of(second.test)[0])
     left = {path.name for path in (tmp_path / "cache").glob("*/*")}
-    assert left == {"images.npy", "labels.npy"}
+    assert left == {"images.npy", "labels.npy", "checksums.txt"}
 
 
 @pytest.mark.parametrize("name", ["custom", "cifar10"])
@@ -104,6 +104,47 @@ def test_two_at_once_build_one_whole_cache(tmp_path):
         assert torch.equal(images_of(getattr(first, split))[0], images_of(getattr(second, split))[0])
     assert decoded.count(900) == decoded.count(897) == 1
     assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", "", ".lock", ".lock"]
+
+
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy", "checksums.txt"])
+def test_damaged_cache_is_made_anew(tmp_path, parquet, capfd, name):
+    """Whatever byte changes, images and labels are those of the files."""
+    config, cache = parquet[0], tmp_path / "cache"
+    expected = [images_of(getattr(data.load(config, cache), split)) for split in ("train", "test")]
+    capfd.readouterr()
+    random = np.random.default_rng(0)
+    for round in range(12):
+        for file in cache.glob(f"custom-t*/{name}"):
+            content = bytearray(file.read_bytes())
+            if round:
+                content[random.integers(len(content))] ^= 1 << random.integers(8)
+            else:
+                content = content[: len(content) // 2]
+            file.write_bytes(content)
+        for split, (images, labels) in zip(("train", "test"), expected, strict=True):
+            found, found_labels = images_of(getattr(data.load(config, cache), split))
+            assert torch.equal(found, images)
+            assert torch.equal(found_labels, labels)
+        assert capfd.readouterr().err.count("is damaged and is made anew") == 2
+    assert not list(cache.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["images.records", "ends.npy", "checksums.npy", "checksums.txt"])
+def test_damaged_records_are_made_anew(tmp_path, parquet, name):
+    config, cache = with_(parquet[0], max_cache_gib=0.0), tmp_path / "cache"
+    expected = images_of(data.load(config, cache).test)[0]
+    random = np.random.default_rng(0)
+    for _ in range(6):
+        (file,) = cache.glob(f"custom-test-encoded-*/{name}")
+        intact = file.read_bytes()
+        content = bytearray(intact)
+        content[random.integers(len(content))] ^= 1 << random.integers(8)
+        file.write_bytes(content)
+        assert torch.equal(images_of(data.load(config, cache).test)[0], expected)
+        assert torch.equal(images_of(data.load(config, cache).test)[0], expected)
+        assert file.read_bytes() == intact
+    file.unlink()
+    assert torch.equal(images_of(data.load(config, cache).test)[0], expected)
 
 
 def test_unwritable_cache(tmp_path):
@@ -133,7 +174,7 @@ def test_streamed_images_are_the_cached_ones(tmp_path, parquet, workers):
     cached = data.load(config, tmp_path / "cache")
     streaming = with_(config, max_cache_gib=0.0, loader_workers=workers)
     streamed = data.load(streaming, tmp_path / "streaming")
-    assert not list((tmp_path / "streaming").rglob("*.npy"))
+    assert not list((tmp_path / "streaming").rglob("images.npy"))
     for name in ("validation", "test")[: 2 - workers]:
         images, labels = images_of(getattr(cached, name))
         found, found_labels = images_of(getattr(streamed, name))
@@ -143,18 +184,18 @@ def test_streamed_images_are_the_cached_ones(tmp_path, parquet, workers):
     assert all(torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in pairs)
 
 
-def test_streaming_maps_one_arrow_file_and_travels_light(tmp_path, parquet):
+def test_streaming_maps_one_file_and_travels_light(tmp_path, parquet):
     config, _, _ = parquet
     streaming, cache = with_(config, max_cache_gib=0.0), tmp_path / "cache"
     samples = data.load(streaming, cache).train.source.samples
-    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}
+    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*.records")}
     assert len(written) == 2
     samples[0]
-    assert samples._encoded.nbytes > 40 * 150
+    assert samples._records[0].nbytes > 40 * 150
     assert len(pickle.dumps(samples)) < 2000
     np.testing.assert_array_equal(np.asarray(pickle.loads(pickle.dumps(samples))[33][0]), np.asarray(samples[33][0]))
     data.load(with_(streaming, image_size=4), cache)
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")} == written
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.records")} == written
 
 
 def test_streaming_refuses_fixed_noise(tmp_path):

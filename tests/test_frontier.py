@@ -11,8 +11,9 @@ from test_partition import CONVNET, CONVNEXT, LAST_NORMS, RESNET, SMALL_VIT, Twi
 from torch import nn
 
 from pdiff_ray.config.schema import Data, Experiment
-from pdiff_ray.data.cache import Cached, build_once
+from pdiff_ray.data.cache import Cached
 from pdiff_ray.data.dataset import Dataset, Split
+from pdiff_ray.data.kept import build_once
 from pdiff_ray.data.sources import DataInfo
 from pdiff_ray.evaluation.judge import Judge
 from pdiff_ray.networks import frontier as frontiers
@@ -334,6 +335,18 @@ def test_a_full_disk_is_a_reason(tmp_path, monkeypatch):
     assert "No space left" in judge.frontier("train").reason
     assert judge.judge(judge.subset.flatten(judge.network.state_dict())[None])[0].test_accuracy is not None
     assert not [f for f in tmp_path.iterdir() if f.is_dir()]
+
+
+def test_damaged_frontiers_are_computed_anew(tmp_path):
+    expected = judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path).frontier("train").frontier.rows[0].clone()
+    random = np.random.default_rng(0)
+    for name in ("0", "labels.npy", "seconds.npy", "checksums.txt"):
+        (file,) = tmp_path.glob(f"frontier-*/{name}")
+        content = bytearray(file.read_bytes())
+        content[random.integers(len(content))] ^= 1 << random.integers(8)
+        file.write_bytes(content)
+        kept = judge_of(CONVNET, LAST_NORMS, noise(8), tmp_path).frontier("train")
+        assert torch.equal(kept.frontier.rows[0], expected)
 
 
 def test_few_reads_use_what_is_there(tmp_path):

@@ -11,7 +11,7 @@ from test_partition import CONVNET, CONVNEXT, LAST_NORMS, RESNET, SMALL_VIT
 from torch.func import functional_call
 
 from pdiff_ray.common import devices
-from pdiff_ray.data.cache import default_cache
+from pdiff_ray.data.kept import default_cache
 from pdiff_ray.evaluation.judge import Judge
 from pdiff_ray.evaluation.similarity import unpack_wrong
 from pdiff_ray.stages.context import Context

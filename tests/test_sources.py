@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import images_of, pixels, png, with_, write_parquet
+from helpers import encoded, images_of, pixels, with_, write_parquet
 from PIL import Image
 
 from pdiff_ray.common.errors import ConfigError, PdiffError
@@ -184,9 +184,14 @@ def test_missing_root(tmp_path, config, remedy):
 
 
 def test_empty_image_folder(tmp_path):
-    (tmp_path / "train" / "cat").mkdir(parents=True)
+    config = Data(name="custom", source="folder", root=str(tmp_path))
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
     with pytest.raises(ConfigError, match=r"data\.root: .*train has to hold a folder of images per class"):
-        sources.check_data(Data(name="custom", source="folder", root=str(tmp_path)))
+        sources.check_data(config)
+    (tmp_path / "train" / "cat").mkdir()
+    with pytest.raises(ConfigError, match=r"data\.root: the class folder .*train/cat holds no image \(\.png, .*; add"):
+        sources.check_data(config)
 
 
 def test_truncated_parquet_file_is_named(parquet):
@@ -203,10 +208,10 @@ def test_truncated_parquet_file_is_named(parquet):
         (pa.table({"picture": [b"x"], "label": [0]}), "has columns picture, label; wanted are img or image"),
         (pa.table({"img": [{"bytes": b"x"}]}), "has columns img; wanted"),
         (pa.table({"img": [b"x"], "label": [0]}), "cannot be read as Parquet images"),
-        (pa.table({"img": [{"bytes": b"x"}], "label": ["cat"]}), "cannot be read as Parquet images"),
+        (pa.table({"img": [{"bytes": b"x"}], "label": [[0]]}), "labels of type list.* wanted is one number or one"),
         (pa.table({"img": pa.array([{"bytes": b"x"}])[:0], "label": pa.array([0])[:0]}), "holds no images"),
     ],
-    ids=["no image", "no label", "no struct", "label as text", "no rows"],
+    ids=["no image", "no label", "no struct", "labels in lists", "no rows"],
 )
 def test_wrong_parquet_columns(tmp_path, table, expected):
     for split in ("train", "test"):
@@ -220,18 +225,18 @@ def test_wrong_parquet_columns(tmp_path, table, expected):
 def test_labels_of_another_data_set(tmp_path, label):
     for split in ("train", "test"):
         write_parquet(tmp_path / f"{split}.parquet", pixels(4, size=32), [0, 1, 2, label])
-    with pytest.raises(ConfigError, match=rf"cifar10 has the labels 0 to 9, but the train data .* has .*{label}"):
+    with pytest.raises(ConfigError, match=rf"train\.parquet, row 3 \(counted from 0\), has the label {label}"):
         sources.check_data(Data(name="cifar10", source="parquet", root=str(tmp_path)))
 
 
 @pytest.mark.parametrize("max_cache_gib", [1.0, 0.0])
 def test_damaged_image_is_named(tmp_path, parquet, max_cache_gib):
     config, train, _ = parquet
-    column = [{"bytes": png(array)} for array in train[:20]]
+    column = [{"bytes": encoded(array)} for array in train[:20]]
     column[13] = {"bytes": column[13]["bytes"][:60]}
     table = pa.table({"img": pa.array(column), "label": pa.array([0, 1] * 10)})
     pq.write_table(table, Path(config.root) / "test.parquet")
-    with pytest.raises(PdiffError, match=r"data\.root: image 13, counted from 0, cannot be decoded"):
+    with pytest.raises(PdiffError, match=r"data\.root: .*test\.parquet, row 13 \(counted from 0\), cannot be"):
         images_of(data.load(with_(config, max_cache_gib=max_cache_gib), tmp_path / "cache").test)
     assert not list((tmp_path / "cache").glob("*.tmp"))
 

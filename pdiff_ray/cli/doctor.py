@@ -68,7 +68,7 @@ def _storage(experiment: Experiment) -> str:
 
 
 def _cache(experiment: Experiment) -> str:
-    from pdiff_ray.data.cache import default_cache
+    from pdiff_ray.data.kept import default_cache
 
     cache = default_cache()
     cache.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -14,7 +16,7 @@ from pdiff_ray import distributed
 from pdiff_ray.cli.options import DEFAULT_STORAGE, print_json
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.common.progress import console
-from pdiff_ray.config.schema import Experiment
+from pdiff_ray.config.schema import Data, Experiment
 from pdiff_ray.config.sweep import Parameter, as_value, format_value
 from pdiff_ray.data import sources
 from pdiff_ray.evaluation.metrics import described
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 MAX_TRIALS = 15  # how many trials of a search are printed
 FIRST_SHOWN, LAST_SHOWN = 30, 5  # trials of a plan that are printed if it has more than both together
 NETWORKS_SHOWN = 12
+NAMES_SHOWN = 6  # of files that are not used
 STATES = {"running": "begun", "finished": "done", "stopped": "stopped early", "failed": "failed"}
 
 
@@ -50,7 +53,7 @@ def print_start(plan: Plan) -> None:
 def print_plan(plan: Plan, as_json: bool = False) -> None:
     """Prints the stages of an experiment, whether they are done, and the time and memory that the others will take."""
     if as_json:
-        print_json(plan.to_dict())
+        print_json({**plan.to_dict(), **_data_dict(plan.experiment.data)})
         return
     from pdiff_ray.estimates.estimate import Estimator
 
@@ -64,6 +67,7 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
         rest = ("to build", what[stage], _duration(cost.seconds), _gib(cost.memory)) if cost else ("there", what[stage])
         rows.append((stage, artifact.key, *rest))
     _print_table(f"plan of {e.name}", ("stage", "key", "state", "what", "time", "memory"), rows)
+    _print_data(e.data)
     if costs:
         console.print(
             f"shared: {'; zoo steps are '.join(filter(None, _sharing(estimator, e)))}\n"
@@ -85,6 +89,38 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
             console.print(f"[bold yellow]missing:[/] {error}")
 
 
+def _data_dict(data: Data) -> dict[str, Any]:
+    """Returns what is found of a data set as JSON values; nothing if it is not on this machine."""
+    try:
+        return {"data": asdict(sources.inventory(data))}
+    except PdiffError:
+        return {}
+
+
+def _print_data(data: Data) -> None:
+    """Prints images and classes of every split, what is not used, and what may be wrong."""
+    try:
+        found = sources.inventory(data)
+    except PdiffError:  # it is not on this machine
+        return
+    info, splits = found.info, []
+    for split, count in found.images.items():
+        classes = found.classes[split]
+        splits.append(f"{split} {count:,} images" + ("" if classes is None else f" of {classes:,} classes"))
+    where = f" ({found.where})" if found.where else ""
+    shape = f"{info.channels} x {info.image_size} x {info.image_size} pixels, {info.num_classes:,} classes"
+    lines = [f"data {data.name}{where}: {', '.join(splits)}; {shape}"]
+    if found.unused:
+        more = f" and {len(found.unused) - NAMES_SHOWN} more" if len(found.unused) > NAMES_SHOWN else ""
+        lines.append(
+            f"not used, as they have no split's or image's name: {', '.join(found.unused[:NAMES_SHOWN])}{more}"
+        )
+    for line in lines:
+        console.print(line, markup=False)
+    for warning in found.warnings:
+        console.print(f"[bold yellow]warning:[/] {escape(warning)}")
+
+
 def print_sweep_plan(ledger: Ledger, as_json: bool = False) -> None:
     """Prints the trials of a sweep, what they share, what is done, and the time and memory that the rest will take."""
     from pdiff_ray.estimates.estimate import Estimator
@@ -93,7 +129,7 @@ def print_sweep_plan(ledger: Ledger, as_json: bool = False) -> None:
     estimator = Estimator(ledger.storage)
     plan, sweep, e = make_plan(ledger, estimator), ledger.sweep, ledger.file.experiment
     if as_json:
-        print_json({"name": e.name, "storage": ledger.storage.place, **plan.to_dict()})
+        print_json({"name": e.name, "storage": ledger.storage.place, **plan.to_dict(), **_data_dict(e.data)})
         return
     _print_question(ledger)
     if plan.trials:
@@ -109,6 +145,10 @@ def print_sweep_plan(ledger: Ledger, as_json: bool = False) -> None:
         if len(plan.networks) > NETWORKS_SHOWN:
             sharing.append((f"... {len(plan.networks) - NETWORKS_SHOWN} more", "", ""))
         _print_table("what networks share", ("network", "shared", "zoo steps"), sharing)
+    swept = [experiment.data for trial in plan.trials for experiment in ledger.experiments(trial)] or [e.data]
+    distinct = {(d.name, d.source, d.root, d.channels, d.image_size): d for d in swept}
+    for data in distinct.values():
+        _print_data(data)
     r = e.resources
     console.print(
         f"time: {_duration(plan.first_s + plan.trials_s)} of devices (bases and zoos that are built first "

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import multiprocessing
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from pdiff_ray.common.devices import free_bytes
-from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config.schema import Data
-from pdiff_ray.data.sources import (
-    Advance,
-    DataInfo,
-    ParquetImages,
-    Samples,
-    decoded,
-    keyed,
-    open_samples,
-    parquet_files,
-)
+from pdiff_ray.data.files import Advance, ParquetImages
+from pdiff_ray.data.kept import build_once, digest, intact
+from pdiff_ray.data.sources import DataInfo, Samples, check_labels, decoded, file_states, keyed, open_samples
 
+FORMAT = 2  # of the cache; raise it when images are decoded otherwise
 # A split is moved to a GPU as a whole if it takes no more than this, and no more than this share of the free memory.
 ON_DEVICE_BYTES, ON_DEVICE_SHARE = 4 * 2**30, 0.25
 
@@ -106,12 +95,6 @@ def random_images(info: DataInfo, config: Data, count: int) -> Cached:
     return Cached(images, random.integers(info.num_classes, size=count), f"random-{digest([shape, images.dtype.name])}")
 
 
-def default_cache() -> Path:
-    """Returns the folder for decoded images: PDIFF_CACHE or, if that is not set, one in the user's cache folder."""
-    chosen = os.environ.get("PDIFF_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pdiff_ray"
-
-
 def open_source(config: Data, info: DataInfo, split: str, cache: Path, progress: Advance | None) -> Cached | Streamed:
     """Opens the images of a split, decoding them into `cache` first if they are not there.
 
@@ -122,18 +105,18 @@ def open_source(config: Data, info: DataInfo, split: str, cache: Path, progress:
         ConfigError: the images would take more, and `data.pixel_noise` needs them in the cache.
         PdiffError: the cache cannot be written.
     """
-    files = parquet_files(config, split) if config.source == "parquet" else []
-    states = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    determining = ("name", "source", "fingerprint", "code", "pixel_noise", "seed")
+    states = file_states(config, split)
+    determining = ("name", "source", "fingerprint", "reading", "code", "pixel_noise", "seed")
     identity = {
+        "format": FORMAT,
         "data": {name: value for name, value in keyed(config).items() if name in determining},
-        "info": [info.channels, info.image_size, info.mean, info.std],
+        "info": [info.channels, info.image_size, info.num_classes, info.mean, info.std],
         "root": states or str(Path(config.root).resolve()),
         "split": split,
     }
     key = digest(identity)
     folder = cache / f"{config.name}-{split}-{key}"
-    if not folder.exists():
+    if not intact(folder):
         samples = open_samples(config, split)
         width = 4 if config.pixel_noise else 1
         gib = len(samples) * info.channels * info.image_size**2 * width / 2**30
@@ -144,40 +127,14 @@ def open_source(config: Data, info: DataInfo, split: str, cache: Path, progress:
                     f"{config.max_cache_gib:g}"
                 )
             if isinstance(samples, ParquetImages):
-                encoded, write = cache / f"{config.name}-{split}-encoded-{digest(states)}", samples.write_arrow
-                build_once(encoded, lambda temporary: write(temporary / "images.arrow", progress))
-                samples.arrow = encoded / "images.arrow"
+                encoded, write = cache / f"{config.name}-{split}-encoded-{digest(states)}", samples.write_records
+                build_once(encoded, lambda temporary: write(temporary, progress))
+                samples.kept = encoded
             return Streamed(samples, info, config.loader_workers, key)
         build_once(folder, lambda temporary: _decode_all(config, info, split, samples, temporary, progress))
     # The mapping is copy-on-write because torch warns of read-only arrays; nothing writes to it.
     images = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
     return Cached(images, np.load(folder / "labels.npy", allow_pickle=False), key)
-
-
-def build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Has `build` fill a folder of the cache, unless another worker of this node has done so or is doing so.
-
-    Raises:
-        PdiffError: the cache cannot be written.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if folder.exists():
-                return
-            for remnant in folder.parent.glob(f"{folder.name}.*.tmp"):  # left by a worker that was killed
-                shutil.rmtree(remnant, ignore_errors=True)
-            temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
-            temporary.mkdir()
-            try:
-                build(temporary)
-                temporary.rename(folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise PdiffError(
-            f"cache {folder.parent}: {error.strerror or error}; free space or set PDIFF_CACHE to another folder"
-        ) from None
 
 
 def _decode_all(
@@ -189,9 +146,11 @@ def _decode_all(
     labels = np.empty(count, dtype=np.int64)
     noise = np.random.default_rng(derive_seed(config.seed, "pixel_noise", split))
     mean, std = (np.array(v, dtype=np.float32).reshape(-1, 1, 1) for v in (info.mean, info.std))
-    encoded = folder / "encoded.arrow"
+    encoded = folder / "encoded"
     if isinstance(samples, ParquetImages):
-        samples.write_arrow(encoded)
+        encoded.mkdir()
+        samples.write_records(encoded)
+        samples.kept = encoded
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL releases Python's lock while it decodes
         for start in range(0, count, 256):  # so that only a few decoded images are in memory
             chunk = range(start, min(start + 256, count))
@@ -204,11 +163,7 @@ def _decode_all(
                 images[index] = image
             if progress:
                 progress(chunk.stop, count)
-    encoded.unlink(missing_ok=True)
+    shutil.rmtree(encoded, ignore_errors=True)
+    check_labels(config, info, samples, labels)
     images.flush()
     np.save(folder / "labels.npy", labels, allow_pickle=False)
-
-
-def digest(value: Any) -> str:
-    """Returns a hash of a JSON value, as 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -19,8 +19,10 @@ from torch import Tensor
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.common.seeds import derive_seed, rng
 from pdiff_ray.config.schema import Data
-from pdiff_ray.data.cache import Cached, Streamed, digest, open_source
-from pdiff_ray.data.sources import SPLITS, Advance, DataInfo, describe
+from pdiff_ray.data.cache import Cached, Streamed, open_source
+from pdiff_ray.data.files import SPLITS, Advance
+from pdiff_ray.data.kept import digest
+from pdiff_ray.data.sources import DataInfo, describe
 
 
 @dataclass(frozen=True)

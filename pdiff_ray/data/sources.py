@@ -1,28 +1,25 @@
-"""Where images come from: one table of data sets, and their undecoded samples from torchvision, Parquet or folders.
-
-Shapes: C channels, S the edge in pixels.
-"""
+"""Where images come from: one table of data sets, and their undecoded samples from torchvision, files or own code."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.dataset as ds
 from PIL import Image
 
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.registry import Registry, imported
 from pdiff_ray.config.schema import Data
+from pdiff_ray.data import files
+from pdiff_ray.data.files import MAX_CLASSES, SPLITS, Found
+from pdiff_ray.data.images import decode, unreadable
 
-SPLITS = ("train", "test")
+FILES = ("parquet", "folder")  # sources of which each file is known
+READING = 2  # how files become images; raise it when they become others, for those that do
 
 
 @dataclass(frozen=True)
@@ -63,12 +60,11 @@ _TABLE = {
 DATASETS: Registry[DataInfo] = Registry("data set", _TABLE, also=["custom"])
 
 Sample = tuple[Any, int]  # a PIL image and its label
-Advance = Callable[[int, int], None]  # done, total
 
 
 @runtime_checkable
 class Samples(Protocol):
-    """A sequence of undecoded samples: torchvision's data sets, `ParquetImages`, or the user's own."""
+    """A sequence of undecoded samples: torchvision's data sets, images in files, or the user's own."""
 
     def __len__(self) -> int: ...
 
@@ -81,17 +77,19 @@ def describe(config: Data) -> DataInfo:
     Raises:
         ConfigError: a custom set cannot be read, or the user's own function does not give what it should.
     """
+    if config.name == "custom" and config.source not in FILES:
+        raise ConfigError(f"data.source: {config.source!r} cannot be read as custom data; choose parquet or folder")
+    return _describe(config, _found(config) if config.name == "custom" else None)
+
+
+def _describe(config: Data, found: Found | None) -> DataInfo:
+    """Describes a data set of which the files are found, if it is read from files."""
     if config.name == "custom":
-        if config.source not in ("parquet", "folder"):
-            raise ConfigError(f"data.source: {config.source!r} cannot be read as custom data; choose parquet or folder")
-        samples = open_samples(config, "train")
-        try:
-            image, _ = next(iter(samples))
-        except (OSError, SyntaxError, TypeError) as error:  # PIL's errors, or a null
-            raise ConfigError(f"data.root: the first image under {config.root!r} cannot be read: {error}") from None
-        channels = 1 if image.mode == "L" else 3
+        assert found
+        surveys = [files.survey(found, split) for split in SPLITS]
+        channels = 1 if all(survey.grey for survey in surveys) else 3
         # Pixels in -1..1, the usual choice where nothing is known about a data set.
-        info = DataInfo(channels, min(image.size), _num_classes(samples), (0.5,) * channels, (0.5,) * channels)
+        info = DataInfo(channels, surveys[0].edge, _num_classes(found), (0.5,) * channels, (0.5,) * channels)
     elif ":" in config.name:
         info = _own(config)[0]
     else:
@@ -106,34 +104,129 @@ def describe(config: Data) -> DataInfo:
 
 def keyed(config: Data) -> dict[str, Any]:
     """Returns what of the configuration, the table, the files and the user's own code determines the images."""
-    info = describe(config)
-    content = {**config.keyed(), "mean": info.mean, "std": info.std}
-    if config.source in ("parquet", "folder"):
+    found, missing = None, {}
+    if _reads_files(config):
         try:
-            content["fingerprint"] = _fingerprint(config)
-        except ConfigError:  # `check_data` says so; a plan may be for another machine
-            content["fingerprint"] = "missing"
+            found = _found(config)
+        except ConfigError:
+            if config.name == "custom":
+                raise
+            missing = {"fingerprint": "missing"}  # `check_data` says so; a plan may be for another machine
+    info = _describe(config, found) if found else describe(config)
+    content = {**config.keyed(), "mean": info.mean, "std": info.std, **missing}
+    if found:
+        content["fingerprint"] = found.fingerprint()
+        if not _read_as_before(config, found):
+            content["reading"] = READING
     return content
+
+
+def _read_as_before(config: Data, found: Found) -> bool:
+    """Tells whether results of earlier versions, which went by the first image and the highest label, still hold."""
+    train, test = (files.survey(found, split) for split in SPLITS)
+    size = config.name != "custom" or config.image_size or train.edge == train.first_edge
+    samples = found.open("train")
+    classes = config.name != "custom" or _num_classes(found) == int(samples.targets.max()) + 1
+    return bool(train.plain and test.plain and size and classes)
 
 
 def check_data(config: Data) -> None:
     """Raises ConfigError unless both splits can be opened and their labels are those of the data set."""
     info = describe(config)
-    if config.source == "folder":
-        first, second = (open_samples(config, split).classes for split in SPLITS)  # type: ignore[attr-defined]
-        if first != second:
-            odd = min(set(first) ^ set(second))
-            raise ConfigError(
-                f"data.root: the class folder {odd!r} is not in both splits under {config.root!r}, which would number "
-                "the classes differently; add an image of it or remove it"
-            )
     for split in SPLITS:
-        labels = np.asarray(getattr(open_samples(config, split), "targets", (0,)))
-        if labels.min() < 0 or labels.max() >= info.num_classes:
+        samples = open_samples(config, split)
+        if (classes := getattr(samples, "classes", None)) and len(classes) != info.num_classes and _reads_files(config):
             raise ConfigError(
-                f"data.name: {config.name} has the labels 0 to {info.num_classes - 1}, but the {split} data under "
-                f"{config.root!r} has {labels.min()} to {labels.max()}; correct data.name or data.root"
+                f"data.name: {config.name} has {info.num_classes} classes, but under {config.root!r} are "
+                f"{len(classes)} ({', '.join(map(str, classes[:5]))}, ...); correct data.name or data.root"
             )
+        labels = np.asarray(getattr(samples, "targets", (0,)))
+        check_labels(config, info, samples, labels)
+
+
+def check_labels(config: Data, info: DataInfo, samples: Samples, labels: np.ndarray) -> None:
+    """Raises ConfigError if a label (N,) is of no class."""
+    bad = np.flatnonzero((labels < 0) | (labels >= info.num_classes))
+    if not len(bad):
+        return
+    which = f"the labels 0 to {info.num_classes - 1}"
+    whose = f"the classes of {config.name} have {which}"
+    if config.name == "custom":
+        whose = (
+            f"the training data has {which}" if not getattr(samples, "classes", None) else f"the classes have {which}"
+        )
+    raise ConfigError(
+        f"data.name: {whose}, but {_name(samples, int(bad[0]))} has the label {labels[bad[0]]}, and so have "
+        f"{len(bad) - 1} more one beyond; correct the labels, data.name or data.root"
+    )
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a data set is found to be.
+
+    Attributes:
+        images: by split.
+        classes: that have images, by split; None where that takes reading all of them.
+        where: the folder of the files, and how many they are.
+        unused: files and folders below the root that belong to no split.
+        warnings: what may be wrong with the images.
+    """
+
+    info: DataInfo
+    images: dict[str, int]
+    classes: dict[str, int | None]
+    where: str = ""
+    unused: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def inventory(config: Data) -> Inventory:
+    """Returns what is found of a data set; of those in torchvision's format and the digits, what the table has.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if not _reads_files(config):
+        counts = count_images(config) or (0, 0)
+        return Inventory(describe(config), dict(zip(SPLITS, counts, strict=True)), dict.fromkeys(SPLITS))
+    found = _found(config)
+    info = _describe(config, found)
+    targets = {split: found.open(split).targets for split in SPLITS}
+    kind = "folders of classes" if found.places else "Parquet files"
+    return Inventory(
+        info,
+        {split: len(labels) for split, labels in targets.items()},
+        {split: len(np.unique(labels)) for split, labels in targets.items()},
+        f"{kind} in {found.folder}",
+        found.unused,
+        [warning for split in SPLITS for warning in files.survey(found, split).warnings],
+    )
+
+
+def _reads_files(config: Data) -> bool:
+    return config.source in FILES and ":" not in config.name
+
+
+def _found(config: Data) -> Found:
+    return files.find(config.source, Path(config.root))
+
+
+def file_states(config: Data, split: str) -> list[Any]:
+    """Returns path, size and time of the files of a split, if the data is in Parquet files or folders."""
+    return _found(config).states(split) if _reads_files(config) else []
+
+
+def _num_classes(found: Found) -> int:
+    """Returns the number of declared classes, of class folders, or of labels from 0 to the highest."""
+    samples = found.open("train")
+    count = len(samples.classes) if samples.classes else int(samples.targets.max()) + 1
+    if count > MAX_CLASSES:
+        raise ConfigError(
+            f"data.root: {samples.name(int(samples.targets.argmax()))} has the label {count - 1}, which would make "
+            f"{count:,} classes; number the classes from 0"
+        )
+    return count
 
 
 def _own(config: Data) -> tuple[DataInfo, Samples, Samples]:
@@ -158,27 +251,19 @@ def _called(function: Callable[[str], Any], root: str) -> Any:
 
 def count_images(config: Data) -> tuple[int, int] | None:
     """Returns the numbers of training and test images; None of custom data that cannot be read."""
-    if config.name in DATASETS:
-        return DATASETS[config.name].images
     try:
-        train, test = (len(open_samples(config, split)) for split in SPLITS)
-    except PdiffError:
-        return None
-    return train, test
+        if _reads_files(config) or config.name not in DATASETS:
+            train, test = (len(open_samples(config, split)) for split in SPLITS)
+            return train, test
+    except PdiffError:  # `check_data` says so
+        pass
+    return DATASETS[config.name].images if config.name in DATASETS else None
 
 
 def open_samples(config: Data, split: str) -> Samples:
     """Opens the undecoded samples of a split ("train" or "test")."""
-    if config.source == "parquet":
-        return ParquetImages(parquet_files(config, split))
-    if config.source == "folder":
-        from torchvision.datasets import ImageFolder
-
-        folder = _first_folder(config, split)
-        try:
-            return ImageFolder(str(folder))
-        except FileNotFoundError as error:
-            raise ConfigError(f"data.root: {folder} has to hold a folder of images per class: {error}") from None
+    if _reads_files(config):
+        return _found(config).open(split)
     if ":" in config.name:
         _, train, test = _own(config)
         return train if split == "train" else test
@@ -217,137 +302,24 @@ class _Digits:
         return Image.fromarray(self.images[index]), int(self.targets[index])
 
 
-class ParquetImages:
-    """Images in the Hugging Face schema: `img` or `image` struct with `bytes`, and `label` (or `fine_label`).
-
-    Parquet has no quick way to single rows: they come from a memory-mapped Arrow file of the encoded images, which
-    `write_arrow` makes. Mapped, it takes no memory of a process, and travels to others as a path.
-    """
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = files
-        self.arrow: Path | None = None
-        batches = [batch["label"].to_numpy(zero_copy_only=False) for batch in self._batches("label")]
-        self.targets = np.concatenate([*batches, []]).astype(np.int64)
-        if not len(self.targets):
-            raise ConfigError(f"data.root: {self.files[0]} holds no images")
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> Sample:
-        return _open_image(self._encoded[index]), int(self.targets[index])
-
-    def __iter__(self) -> Iterator[Sample]:
-        """All in order, few of them in memory."""
-        for batch in self._batches("bytes", "label"):
-            for encoded, label in zip(batch["bytes"], batch["label"], strict=True):
-                yield _open_image(encoded), label.as_py()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_encoded"}
-
-    @functools.cached_property
-    def _encoded(self) -> pa.ChunkedArray:
-        assert self.arrow is not None
-        return pa.ipc.open_file(pa.memory_map(str(self.arrow))).read_all()["bytes"]
-
-    def write_arrow(self, path: Path, progress: Advance | None = None) -> None:
-        """Copies the encoded images to a new Arrow file and reads them from there."""
-        self.arrow = path
-        done, schema = 0, pa.schema({"bytes": pa.binary()})
-        with pa.ipc.new_file(str(path), schema) as writer:
-            for batch in self._batches("bytes"):
-                writer.write_batch(batch.cast(schema))
-                done += len(batch)
-                if progress:
-                    progress(done, len(self))
-
-    def _batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
-        """Yields the files' rows in batches, with the columns "bytes", "label" or both."""
-        for file in self.files:
-            try:
-                dataset = ds.dataset(str(file), format="parquet")
-                names = dataset.schema.names
-                image = next((n for n in ("img", "image") if n in names), None)
-                label = next((n for n in ("label", "fine_label") if n in names), None)
-                if image is None or label is None:
-                    raise ConfigError(
-                        f"data.root: {file} has columns {', '.join(names)}; wanted are img or image (struct with "
-                        "bytes) and label"
-                    )
-                fields = {"bytes": ds.field(image, "bytes"), "label": ds.field(label).cast(pa.int64())}
-                # Small batches and little read ahead: a set may be larger than memory.
-                yield from dataset.to_batches(
-                    columns={name: fields[name] for name in columns}, batch_size=256, batch_readahead=2
-                )
-            except (pa.ArrowException, OSError) as error:
-                raise ConfigError(f"data.root: {file} cannot be read as Parquet images: {error}") from None
-
-
-def _open_image(encoded: pa.Scalar) -> Any:
-    return Image.open(io.BytesIO(encoded.as_py()))
-
-
-def _num_classes(samples: Samples) -> int:
-    classes = getattr(samples, "classes", None)
-    return len(classes) if classes else int(max(samples.targets)) + 1  # type: ignore[attr-defined]
-
-
-def parquet_files(config: Data, split: str) -> list[Path]:
-    """Returns the Parquet files of a split under the root."""
-    root = Path(config.root)
-    names = ("test", "validation", "valid") if split == "test" else ("train",)
-    for name in names:
-        if files := sorted(root.glob(f"**/{name}*.parquet")):
-            return files
-    raise ConfigError(f"data.root: no {names[0]}*.parquet under {config.root!r}; put files there or correct the path")
-
-
-def _first_folder(config: Data, split: str) -> Path:
-    names = ("test", "val", "validation") if split == "test" else ("train",)
-    for name in names:
-        if (folder := Path(config.root) / name).is_dir():
-            return folder
-    raise ConfigError(f"data.root: no folder {' or '.join(names)} under {config.root!r}")
-
-
-def _fingerprint(config: Data) -> str:
-    """Hashes custom files cheaply: names, sizes, and of Parquet files the end, whose footer changes with the data."""
-    sha = hashlib.sha256()
-    for split in SPLITS:
-        if config.source == "parquet":
-            for file in parquet_files(config, split):
-                sha.update(f"{split}/{file.name}/{file.stat().st_size}".encode())
-                with file.open("rb") as stream:
-                    stream.seek(max(0, file.stat().st_size - 65536))
-                    sha.update(stream.read())
-        else:
-            folder = _first_folder(config, split)
-            for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-                sha.update(f"{split}/{file.relative_to(folder)}/{file.stat().st_size}".encode())
-    return sha.hexdigest()[:16]
-
-
 def decoded(samples: Samples, index: int, info: DataInfo) -> tuple[np.ndarray, int]:
+    """Returns an image as uint8 (C, S, S), and its label.
+
+    Raises:
+        PdiffError: it cannot be decoded.
+    """
     try:
         image, label = samples[index]
-        return decode(image, info), label
-    except (OSError, SyntaxError) as error:  # PIL's errors
-        known = getattr(samples, "samples", None)  # files and labels of an image folder
-        name = known[index][0] if known else f"image {index}, counted from 0,"
-        raise PdiffError(f"data.root: {name} cannot be decoded: {error}; replace or remove it") from None
+        return decode(image, info.channels, info.image_size), int(label)
+    except PdiffError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise PdiffError(unreadable(_name(samples, index), error)) from None
 
 
-def decode(image: Any, info: DataInfo) -> np.ndarray:
-    """Turns a PIL image into uint8 (C, S, S): shorter edge resized to S, centre cropped."""
-    image = image.convert("L" if info.channels == 1 else "RGB")
-    size = info.image_size
-    if image.size != (size, size):
-        scale = size / min(image.size)
-        width, height = (max(size, round(edge * scale)) for edge in image.size)
-        image = image.resize((width, height), resample=2)  # bilinear
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-    array = np.asarray(image, dtype=np.uint8)
-    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+def _name(samples: Samples, index: int) -> str:
+    """Returns where an image is, for messages."""
+    if name := getattr(samples, "name", None):
+        return name(index)
+    known = getattr(samples, "samples", None)  # files and labels of torchvision's image folders
+    return known[index][0] if known else f"image {index}, counted from 0,"

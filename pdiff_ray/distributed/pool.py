@@ -10,7 +10,7 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorErro
 
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.data.cache import default_cache
+from pdiff_ray.data.kept import default_cache
 from pdiff_ray.distributed.session import gpu_share, report_progress, take_place
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.evaluation import Evaluator, Task

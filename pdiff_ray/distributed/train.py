@@ -17,7 +17,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.data.cache import default_cache
+from pdiff_ray.data.kept import default_cache
 from pdiff_ray.distributed.session import failures, gpu_share, report_failure, report_progress, take_place
 from pdiff_ray.stages import base, zoo
 from pdiff_ray.stages.context import Context

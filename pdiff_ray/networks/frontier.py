@@ -23,8 +23,8 @@ from torch import Tensor
 
 from pdiff_ray.common.devices import free_bytes
 from pdiff_ray.common.errors import PdiffError
-from pdiff_ray.data.cache import build_once
 from pdiff_ray.data.dataset import Dataset, Split
+from pdiff_ray.data.kept import build_once, intact
 from pdiff_ray.networks.partition import PartitionedNetwork
 
 SMALL_BYTES = 256 * 2**20  # kept whatever it costs to compute
@@ -150,7 +150,7 @@ def keep(
     found = hashlib.sha256(f"{FORMAT} {network.fingerprint()} {split.key} {device.type} {torch.__version__}".encode())
     folder = cache / f"frontier-{found.hexdigest()[:16]}"
     try:
-        if not folder.exists():
+        if not intact(folder):
             if reads < len(split):
                 return Kept(reason=f"{reads:,.0f} images are read, fewer than the {len(split):,} to compute it for")
             if not _make_room(cache, size, dataset.config.max_cache_gib):

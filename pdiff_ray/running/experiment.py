@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.markup import escape
 
 from pdiff_ray import distributed, tracking
 from pdiff_ray.common.devices import exact_float32
@@ -14,7 +15,7 @@ from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Display, Progress, console, display
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data import sources
-from pdiff_ray.data.cache import default_cache
+from pdiff_ray.data.kept import default_cache
 from pdiff_ray.evaluation.groups import groups_of
 from pdiff_ray.evaluation.metrics import metrics_of
 from pdiff_ray.networks.build import check_network
@@ -104,6 +105,8 @@ def check_plan(plan: Plan) -> int:
         )
     if plan.needs_ray:
         sources.check_data(plan.experiment.data)
+        for warning in sources.inventory(plan.experiment.data).warnings:
+            console.print(f"[bold yellow]warning:[/] {escape(warning)}")
     plan.storage.check_writable()
     return subset.size
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Progress, silent
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.data.cache import default_cache
+from pdiff_ray.data.kept import default_cache
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.base import NETWORK_FILE, describe_base, open_dataset, untrained_network
 from pdiff_ray.stages.context import Context
