@@ -21,6 +21,7 @@ BENCHMARKS = {
     "few_step": "core",
     "training": "core",
     "store": "core",
+    "searching": "searching",
     "growth": "judging",
     "actors": "cluster",
     "ray_overhead": "cluster",
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     exact_float32()
     results: list[Result] = []
-    header = ("name", "ours (s)", "other (s)", "ratio", "(spread)", "n", "target", "limit", "MiB")
+    header = ("name", "ours", "other", "ratio", "(spread)", "n", "target", "limit", "MiB")
     print(COLUMNS.format(*header, "ours against other"))
     for name in options.names or BENCHMARKS:
         for result in getattr(importlib.import_module(f"benchmarks.{BENCHMARKS[name]}"), name)():
@@ -61,8 +62,8 @@ def row(result: Result) -> str:
     low, high = result.spread
     line = COLUMNS.format(
         result.name,
-        f"{result.ours_s:.4g}",
-        f"{result.other_s:.4g}",
+        f"{result.ours_s:.4g} {result.unit}".rstrip(),
+        f"{result.other_s:.4g} {result.unit}".rstrip(),
         f"{result.ratio:.2f} x",
         f"({low:.2f}-{high:.2f})",
         result.n,

@@ -23,7 +23,7 @@ Work = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Result:
-    """One comparison. Times are medians in seconds; the ratio is the median of other / ours over paired runs."""
+    """One comparison. Seconds, or what has another unit, are medians; the ratio is that of other / ours over pairs."""
 
     name: str
     what: str
@@ -37,6 +37,7 @@ class Result:
     limit: float | None = None  # the ratio of floating-point operations (of matrix products and convolutions)
     peak_mib: float | None = None  # memory that ours takes beyond what was there before
     note: str = ""
+    unit: str = "s"
     load: float = 0.0  # processes that wanted a core in the last minute
     hardware: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -61,7 +62,7 @@ def compare(
 
 
 def result(name: str, what: str, against: str, pairs: Sequence[tuple[float, float]], **fields: Any) -> Result:
-    """The result of paired times, ours and other.
+    """The result of paired times or other quantities, ours and other.
 
     Args:
         fields: further ones of `Result`.

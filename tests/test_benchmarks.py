@@ -7,7 +7,7 @@ import pytest
 from test_partition import CONVNET, LAST_NORMS
 
 from benchmarks import __main__ as command
-from benchmarks import cluster, core, judging
+from benchmarks import cluster, core, judging, searching
 from pdiff_ray.config import loading
 from pdiff_ray.estimates.estimate import Estimator
 from pdiff_ray.running.experiment import make_plan
@@ -19,6 +19,7 @@ RUNS = {
     "zoo_step": lambda: judging.zoo_step(8, 2, SMALL),
     "sampling": lambda: core.sampling(samples=4, steps=20),
     "training": lambda: core.training(members=8, dimension=64, steps=4),
+    "searching": lambda: searching.searching(trials=12, seeds=2),
     "store": lambda: core.store(count=60, k=10, dimension=32),
     "growth": lambda: judging.growth((2, 4, 8), (20, 40, 60), (LAST_NORMS,)),
 }

@@ -86,12 +86,34 @@ def test_the_study_tells_finished_stopped_and_failed_trials_apart(tmp_path):
     done = [
         replace(trials[0], state="finished", objective=0.5),
         replace(trials[1], state="stopped", objective=0.1, curve=((1, 0.05), (2, 0.1))),
-        replace(trials[2], state="failed", reason="no"),
+        replace(trials[2], state="failed", reason="no", curve=((1, 0.9),)),
     ]
     study = study_of(sweep, done)
-    assert [t.state.name for t in study.trials] == ["COMPLETE", "PRUNED", "FAIL"]
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "PRUNED", "PRUNED"]
     assert study.best_value == 0.5
     assert study.trials[1].intermediate_values == {1: 0.05, 2: 0.1}
+    assert not study.trials[2].intermediate_values, "it is worse than what was stopped, however far it came"
+
+
+def diverging(assignment):
+    """The score, or nothing above a learning rate of 0.002."""
+    return None if assignment["generator.autoencoder.lr"] > 2e-3 else score(assignment)
+
+
+@pytest.mark.parametrize("crashed", [False, True])
+def test_a_search_keeps_away_from_what_fails(tmp_path, crashed):
+    """By its values, or in all of its attempts, as where a network is too large for the machine."""
+    late = {}
+    for search in ("optuna", "random"):
+        trials = []
+        sweep = search_file(tmp_path, search, num_trials=40).sweep
+        for number in range(40):
+            trial = Trial(number, suggest(sweep, number, trials), (0,), "finished")
+            if (found := diverging(trial.assignment)) is None:
+                trial = replace(trial, state="failed", curve=((1, 9.0),), crashed=crashed)
+            trials.append(replace(trial, objective=found))
+        late[search] = sum(trial.state == "failed" for trial in trials[20:])
+    assert late["optuna"] < late["random"] / 2
 
 
 def test_more_trials_continue_a_search(tmp_path):

@@ -101,6 +101,15 @@ def test_a_file_with_a_sweep_is_an_experiment_without_it(tmp_path):
             {"parameters": {"zoo.members": 3}},
             r"sweep\.parameters\.zoo\.members: 3 is not accepted: .* choice, variants",
         ),
+        (
+            {"parameters": {"generator.autoencoder.latent_noise": [1, 2, 1.0]}},
+            r"sweep\.parameters\.generator\.autoencoder\.latent_noise: choice has 1 and 1\.0, which cannot be told",
+        ),
+        ({"parameters": {"zoo.steps_per_member": {"choice": [0, False]}}}, r"choice has 0 and False, which cannot be"),
+        ({"parameters": {"generator.members": [4, 4]}}, r"choice has 4 and 4, which cannot be told apart"),
+        ({"parameters": {"generator.members": ["4", 4]}}, r"choice has '4' and 4, which cannot be told apart"),
+        ({"parameters": {"network.args": [{"widths": [4]}, "{widths: [4]}"]}}, r"which cannot be told apart"),
+        ({"parameters": {"generator.autoencoder.latent_noise": [float("nan")]}}, r"choice has nan; a finite number"),
         ([1], r"sweep: \[1\] is not accepted: it takes a mapping with some of search, parameters"),
         (
             {"parameters": {"generator.members": [4]}, "repeat": 2},

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from urllib.parse import parse_qs
 import mlflow
 import pytest
 from helpers import TINY, build, tiny
+from mlflow.utils import validation
 from test_cli import pdiff
 
 from pdiff_ray import tracking
@@ -26,7 +28,8 @@ from pdiff_ray.running.sweep import run_trials
 from pdiff_ray.stages import report
 from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.sweeps.trial import Trial
-from pdiff_ray.tracking import sweeps
+from pdiff_ray.tracking import runs as runs_module
+from pdiff_ray.tracking import server, sweeps
 from pdiff_ray.tracking.database import prepare_database
 
 
@@ -321,6 +324,48 @@ def test_failed_and_stopped_trials_and_repeats(again):
     assert sorted((m.step, m.value) for m in curve) == [(1, 0.05), (2, 0.1)]
     assert len({frozenset(run.data.params) for run in found["trial"]}) == 1
     assert cut.data.params["sampling.steps"] == "-", "a parameter that does not apply"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain/name: 1.5", "a, b (c) [d=1] @k %", "größe", "../up", "/top", "a//b", "..", ".", "", "x" * 251, "a\nb"],
+)
+def test_names_are_changed_only_as_far_as_mlflow_refuses_them(name):
+    """Its own check agrees, and names that differ go on to do so."""
+    for check in (validation._validate_param_name, validation._validate_metric_name):
+        check(runs_module.accepted(name))
+        try:
+            check(name)
+        except mlflow.MlflowException:
+            assert runs_module.accepted(name) not in (name, runs_module.accepted(f"{name}="))
+        else:
+            assert (runs_module.accepted(name) == name) == (len(name) <= 250)
+
+
+ODD = """base: {base}
+name: tiny
+sweep: {{parameters: {{"MAP@k, [delta=1.3]": {{variants: {{"a, b": {{}}, "%s @": {{sampling.samples: 5}}}}}}}}}}
+"""
+
+
+def test_odd_names_and_numbers_that_are_none_are_recorded(again):
+    ledger = again(ODD)
+    for number, assignment in enumerate(ledger.sweep.grid()):
+        trial = Trial(number, assignment, (0,), "finished", 0.5 + number, seconds=1.0)
+        ledger.trials[number] = trial
+    assert tracking.log(ledger) == 2
+    client = client_of(ledger)
+    found = by_kind(client)
+    assert [run.info.status for runs in found.values() for run in runs] == ["FINISHED"] * 4
+    (name,) = (name for name in found["trial"][0].data.params if name.startswith("MAP"))
+    assert name.startswith("MAP_k_ _delta_1.3")
+    assert [run.data.params[name] for run in found["trial"]] == ["a, b", "%s @"]
+    assert found["sweep"][0].data.params[runs_module.accepted(f"sweep.parameters.{next(iter(assignment))}")]
+    metrics = {"a": math.inf, "b": math.nan, "c (d)": 0.1 + 0.2}
+    odd = runs_module.MlflowRun("trial", "k", "odd", 0, 1, {}, {}, metrics, {"loss": [(0, 1.0), (1, math.inf)]})
+    uri = tracking.tracking_uri(ledger.file.experiment, ledger.storage)
+    run = client.get_run(runs_module.write(server.connect(uri, "tiny", ledger.storage), odd))
+    assert run.data.metrics == {runs_module.accepted("c (d)"): 0.3, "loss": 1.0}
 
 
 def test_a_retried_trial_takes_the_place_of_the_failed_one(again):

@@ -4,15 +4,18 @@ import math
 import shutil
 
 import pytest
+import torch
 import yaml
-from helpers import TINY, tiny
+from helpers import TINY, context, tiny
 
 from pdiff_ray.cli import experiments as commands
-from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.common.errors import PdiffError, StorageError
 from pdiff_ray.config import loading
 from pdiff_ray.config import sweep as space
 from pdiff_ray.distributed.tune import _Claims
+from pdiff_ray.running import sweep as sweep_running
 from pdiff_ray.running.sweep import run_trials
+from pdiff_ray.storage.parameters import ParameterStore
 from pdiff_ray.sweeps import table as sweep_table
 from pdiff_ray.sweeps import trial
 from pdiff_ray.sweeps.ledger import Ledger, needs
@@ -63,6 +66,51 @@ def test_a_loss_that_is_no_number_fails_its_trial(tmp_path, monkeypatch):
     assert [t.state for t in ledger.done()] == ["failed"] * 2
     assert "mean_train_loss is nan" in ledger.done()[0].reason
     assert ledger.best() is None
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_rung_that_is_no_number_fails_its_trial(copy, value):
+    """Once infinity was told to schedulers, which then stopped nobody: their cutoffs were not a number."""
+    ledger, rungs = ledger_of(copy, GRID), []
+    (experiment,) = ledger.experiments(ledger.done()[0])
+    artifacts = ledger.artifacts(experiment)
+    preview = trial._preview(experiment, artifacts, context(), ledger.sweep.metric, lambda *told: rungs.append(told))
+    size = ParameterStore(artifacts["zoo"]).subset().size
+    preview(1, torch.zeros(2, size))
+    assert [rung for rung, _ in rungs] == [1]
+    loss = "generated/mean_validation_loss"
+    preview = trial._preview(experiment, artifacts, context(), loss, lambda *told: pytest.fail("it was told"))
+    with pytest.raises(PdiffError, match=rf"{loss} is (inf|nan) at rung 2"):
+        preview(2, torch.full((2, size), value))
+
+
+def test_rungs_of_an_earlier_version_that_are_no_numbers_are_left_out(tmp_path):
+    ledger = ledger_of(tmp_path / "storage", SEARCH)
+    ledger.record(Trial(0, IMPOSSIBLE, (0,), "stopped", 2.0, curve=((1, 2.0), (2, math.inf))))
+    assert ledger_of(tmp_path / "storage", SEARCH).done()[0].curve == ((1, 2.0),)
+
+
+def test_a_trial_whose_storage_is_away_is_tried_again_and_not_blamed(tmp_path, monkeypatch):
+    ledger, attempts = ledger_of(tmp_path / "storage", GRID | {"max_retries": 2}), []
+
+    def away(experiments, *_):
+        attempts.append(experiments)
+        if len(attempts) < 3 or len(attempts) > 3 + 1:
+            raise StorageError("no such bucket")
+        if len(attempts) > 3:
+            raise PdiffError("the loss is inf")
+        return 0.5
+
+    monkeypatch.setattr(sweep_running, "run_trial", away)
+    assert run(ledger) == [0, 1]
+    first, second = ledger.done()
+    assert (first.state, first.objective, len(attempts)) == ("finished", 0.5, 4)
+    assert (second.state, second.reason, second.crashed) == ("failed", "the loss is inf", False)
+    again = ledger_of(tmp_path / "storage", GRID | {"max_retries": 2})
+    again.trials.pop(0)
+    assert run(again) == [0, 1]
+    assert len(attempts) == 4 + 2 * 3
+    assert all(t.crashed and t.reason == "no such bucket" for t in again.done())
 
 
 def test_a_search_has_learned_from_failures_but_not_from_crashes(tmp_path):

@@ -204,7 +204,7 @@ def _state(ledger: Ledger, trial: Trial) -> str:
     if trial.number not in ledger.trials:
         return "to run"
     state = STATES[ledger.trials[trial.number].state]
-    return f"{state}, to run again" if trial.state == "failed" and ledger.sweep.search == "grid" else state
+    return f"{state}, to run again" if trial.state == "failed" else state
 
 
 def _sharing(estimator: Estimator, e: Experiment) -> tuple[str, str]:

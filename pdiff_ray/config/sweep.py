@@ -67,6 +67,17 @@ class Parameter(Section):
             if not low < high or (self.loguniform and low <= 0):
                 above = " above 0" if self.loguniform else ""
                 raise ValueError(f"{next(iter(given))} is [low, high] with low < high{above}, not [{low}, {high}]")
+        seen: dict[Value, Any] = {}
+        for value in self.choice or ():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"choice has {value}; a finite number is wanted")
+            # A search takes 1 for True and 1.0, and tables show it as "1".
+            for same in dict.fromkeys((as_value(value), str(as_value(value)))):
+                if same in seen:
+                    raise ValueError(
+                        f"choice has {seen[same]!r} and {value!r}, which cannot be told apart; leave one of them out"
+                    )
+                seen[same] = value
         return self
 
     @property
@@ -264,7 +275,12 @@ class SweepFile:
 
 def describe(assignment: Mapping[str, Value]) -> str:
     """Returns an assignment in a few words."""
-    return ", ".join(f"{name.rpartition('.')[2]} {format_value(value)}" for name, value in assignment.items())
+    return ", ".join(f"{parts_of(name)[-1]} {format_value(value)}" for name, value in assignment.items())
+
+
+def parts_of(name: str) -> list[str]:
+    """Returns the keys of a field's dotted path; any other name, as variants may have, is one of its own."""
+    return name.split(".") if re.fullmatch(r"\w+(\.\w+)*", name) else [name]
 
 
 def format_value(value: Value) -> str:

@@ -135,6 +135,14 @@ class Metric:
         return f"{scale * value:.{digits}f}" + ("" if std is None else f"±{scale * std:.{digits}f}")
 
 
+def tidy(value: Any) -> Any:
+    """Returns a number without the digits that only rounding errors make, 0.559 for 0.5589999999999999."""
+    if not isinstance(value, float):
+        return value
+    rounded = float(f"{value:.14g}")
+    return rounded if len(repr(rounded)) < len(repr(value)) - 5 else value
+
+
 BEST = "*chosen on training images, reported on test images."
 IOU = "IoU: overlap of wrong test predictions within the group, with the originals, and with the most similar original."
 DISTANCE = "distance: to the nearest member in weight space, relative to the mean distance among members."

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pdiff_ray.evaluation.metrics import Metric, described
+from pdiff_ray.evaluation.metrics import Metric, described, tidy
 
 
 def legend(metrics: Mapping[str, Metric]) -> str:
@@ -66,5 +66,5 @@ def comma_separated(summary: Mapping[str, Any]) -> str:
     sink = io.StringIO()
     writer = csv.DictWriter(sink, fieldnames=list(summary["groups"][0]))
     writer.writeheader()
-    writer.writerows(summary["groups"])
+    writer.writerows({name: tidy(value) for name, value in group.items()} for group in summary["groups"])
     return sink.getvalue()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, replace
 
@@ -61,7 +62,10 @@ class Ledger:
         return len(self._combinations) or self.sweep.num_trials or 0
 
     def open_trials(self) -> list[Trial]:
-        """Trials to run again: interrupted, failed or without their results; a search has learned from its failures."""
+        """Trials to run again: interrupted, crashed or without their results, and those of a grid that failed.
+
+        What the values of a search's trial caused is a result, from which it has learned.
+        """
         return [t for _, t in sorted(self.trials.items()) if t.number < self.total and self._is_open(t)]
 
     def _is_open(self, trial: Trial) -> bool:
@@ -174,7 +178,8 @@ def read_trial(storage: Storage, name: str) -> Trial:
     trial = read_sealed(storage, name, Trial, remedy)
     if not trial.repeats or not name.endswith(f"/{trial.number:05d}.json"):
         raise StorageError(f"{storage.location(name)}: damaged: it is of trial {trial.number}; {remedy}")
-    return trial
+    # An earlier version told schedulers of infinity, too.
+    return replace(trial, curve=tuple((rung, value) for rung, value in trial.curve if math.isfinite(value)))
 
 
 def verify_sweep(storage: Storage, folder: str) -> Findings:

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from pdiff_ray.config.sweep import Assignment, Value, as_value
+from pdiff_ray.evaluation.metrics import tidy
 from pdiff_ray.stages import report
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.sealed import write_listed
@@ -282,7 +283,7 @@ def _csv(lines: Sequence[Mapping[str, Any]]) -> bytes:
     sink = io.StringIO()
     writer = csv.DictWriter(sink, fieldnames=list(dict.fromkeys(name for line in lines for name in line)))
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({name: tidy(value) for name, value in line.items()} for line in lines)
     return sink.getvalue().encode()
 
 

@@ -47,23 +47,27 @@ def _draw(trial: optuna.trial.BaseTrial, name: str, parameter: Parameter) -> Val
 
 
 def study_of(sweep: Sweep, done: Sequence[Trial]) -> optuna.Study:
-    """Returns an Optuna study in memory that holds the trials `done`; those that ASHA stopped count as pruned."""
+    """Returns an Optuna study in memory that holds the trials `done`.
+
+    Those that ASHA stopped or that failed count as pruned. As failed ones TPE would leave them out of both its
+    densities, and then suggest little but values that fail.
+    """
     import optuna
     from optuna.trial import FixedTrial, TrialState, create_trial
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    states = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
     study = optuna.create_study(direction="maximize" if sweep.maximize else "minimize")
     for trial in done:
         fixed = FixedTrial(dict(trial.assignment))
         for name in trial.assignment:  # which tells it the distributions
             _draw(fixed, name, sweep.parameters[name])
         ended = create_trial(
-            state=states[trial.state],
+            state=TrialState.COMPLETE if trial.state == "finished" else TrialState.PRUNED,
             value=trial.objective if trial.state == "finished" else None,
             params=fixed.params,
             distributions=fixed.distributions,
-            intermediate_values=dict(trial.curve),
+            # A pruned trial without any is worse than all that have some.
+            intermediate_values={} if trial.state == "failed" else dict(trial.curve),
         )
         study.add_trial(ended)
     return study

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from pdiff_ray.common.errors import StorageError
 from pdiff_ray.common.progress import console
-from pdiff_ray.config.sweep import Assignment, format_value
+from pdiff_ray.config.sweep import Assignment, format_value, parts_of
 from pdiff_ray.evaluation.metrics import METRICS, Metric, metrics_of, named_metrics
 from pdiff_ray.evaluation.similarity import iou, unpack_wrong
 from pdiff_ray.reports import tables
@@ -242,7 +242,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     """Shortens dotted paths to as many of their last parts as tell them from each other."""
 
     def tails(name: str) -> Iterator[str]:
-        parts = name.split(".")
+        parts = parts_of(name)
         return (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
 
     def alone(tail: str) -> bool:

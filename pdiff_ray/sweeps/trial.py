@@ -41,7 +41,8 @@ class Trial:
         objective: the sweep's metric, as the mean over the repeats.
         curve: pairs of a rung and the objective that the unfinished generator had there, if a scheduler asked for them.
         reason: why the trial failed.
-        crashed: whether it failed because its process, node or storage was lost, and not because of its values.
+        crashed: whether each of its attempts was lost with its process, node or storage. The next launch tries it
+            again; until then a search takes its values for the cause, which they may be.
         seconds: how long the trial ran.
     """
 
@@ -84,7 +85,7 @@ def run_trial(
         The mean of the objective over the experiments.
 
     Raises:
-        PdiffError: the objective is not finite, or something else that the user can mend.
+        PdiffError: the objective is not finite, at a rung or at the end, or something else that the user can mend.
     """
     objectives = []
     for experiment in experiments:
@@ -96,10 +97,18 @@ def run_trial(
                 build = functools.partial(generator.build, preview=preview)
             build_missing(stage, experiment, artifacts, context, claim, build)
         objectives.append(objective(artifacts, metric))
-    found = float(np.mean(objectives))
-    if not math.isfinite(found):
-        raise PdiffError(f"{metric} is {found}: the logits of a generated network are not finite")
-    return found
+    return _finite(metric, float(np.mean(objectives)))
+
+
+def _finite(metric: str, value: float, where: str = "") -> float:
+    """Returns an objective as schedulers, searches and MLflow can compare it.
+
+    Raises:
+        PdiffError: it is infinite or not a number, which fails the trial wherever it is found.
+    """
+    if not math.isfinite(value):
+        raise PdiffError(f"{metric} is {value}{where}: the logits of a generated network are not finite")
+    return value
 
 
 def has_results(artifacts: Mapping[str, Artifact]) -> bool:
@@ -126,7 +135,6 @@ def _preview(
 
     def preview(rung: int, vectors: Tensor) -> None:
         values = [getattr(judgement, quantity) for judgement in judge.judge(vectors, [split])]
-        mean = float(np.mean(values))
-        report_rung(rung, math.inf if math.isnan(mean) else mean)  # a loss may be NaN, which schedulers cannot compare
+        report_rung(rung, _finite(metric, float(np.mean(values)), f" at rung {rung}"))
 
     return preview

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import posixpath
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.evaluation.metrics import named_metrics
+from pdiff_ray.evaluation.metrics import named_metrics, tidy
 from pdiff_ray.stages.report import load_history, load_summary
 from pdiff_ray.stages.table import STAGES
-from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.artifacts import Artifact, digest
 from pdiff_ray.tracking.server import Connection, Mark, connect, experiment_name, tracking_uri, translated
 
 MAX_POINTS = 500  # of a curve
 MAX_NOTE = 8000  # characters of a description, MLflow's limit
 MAX_VALUE = 500  # characters of a parameter
+MAX_KEY, MAX_READABLE = 250, 100  # characters of a name: that MLflow takes, and of one that is changed
+REFUSED = r"[^\w ./:-]"  # characters that MLflow does not take in names
 PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"  # MLflow's tags
 OBJECTIVE = "objective"  # the metric that a sweep's trials are compared by, whatever it is
 
@@ -103,10 +108,14 @@ def write(at: Connection, run: MlflowRun) -> str:
         tags[NOTE] = run.note[:MAX_NOTE]
     created = at.client.create_run(at.experiment_id, run_name=run.name, tags=tags, start_time=run.started)
     run_id: str = created.info.run_id
-    points = [Metric(name, float(value), run.ended, 0) for name, value in run.metrics.items()]
-    for name, curve in run.curves.items():
-        every = max(1, len(curve) // MAX_POINTS)
-        points += [Metric(name, float(value), run.ended, step) for step, value in curve[::every]]
+    curves = {name: curve[:: max(1, len(curve) // MAX_POINTS)] for name, curve in run.curves.items()}
+    curves |= {name: [(0, value)] for name, value in run.metrics.items()}
+    points = [
+        Metric(accepted(name), tidy(float(value)), run.ended, step)
+        for name, curve in curves.items()
+        for step, value in curve
+        if math.isfinite(value)  # MLflow would show infinity as 1.8e308, and take it for the best
+    ]
     try:
         at.client.log_batch(run_id, points, params_of(run.params))
         write_files(at, run_id, run.files)
@@ -122,7 +131,20 @@ def params_of(values: Mapping[str, str]) -> list[Any]:
     """Returns parameters as MLflow has them, as long as it takes."""
     from mlflow.entities import Param
 
-    return [Param(path, value[:MAX_VALUE]) for path, value in values.items()]
+    return [Param(accepted(path), value[:MAX_VALUE]) for path, value in values.items()]
+
+
+def accepted(name: str) -> str:
+    """Returns the name of a parameter or metric as MLflow takes it.
+
+    That is the name itself, or, if MLflow refuses it, what of it is taken and a digest of the whole, so that names that
+    differ still do.
+    """
+    apart = name.startswith(("/", "..")) or posixpath.normpath(name) != name or name == "."  # no path of its own
+    if len(name) <= MAX_KEY and not apart and not re.search(REFUSED, name):
+        return name
+    readable = re.sub(rf"{REFUSED}|/|\.\.+", "_", name)[:MAX_READABLE].strip("._ ")
+    return f"{readable or 'name'}-{digest(name.encode())[:6]}"
 
 
 def write_files(at: Connection, run_id: str, files: Mapping[str, bytes]) -> None:
