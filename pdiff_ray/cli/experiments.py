@@ -118,6 +118,7 @@ def import_command(
     from pdiff_ray.common.progress import display
     from pdiff_ray.running.experiment import make_plan
     from pdiff_ray.stages.checkpoints import Options, import_zoo
+    from pdiff_ray.stages.checks import checked_subset
 
     plan = make_plan(load_experiment(file, **options), target="zoo")
     zoo = plan.artifacts["zoo"]
@@ -129,6 +130,7 @@ def import_command(
         return
     plan.storage.check_writable()
     taken = Options(pattern, weights, prefix, order, base)
+    checked_subset(plan.experiment)
     with display() as progress:
         report = import_zoo(folder, plan.experiment, plan.artifacts, taken, progress)
     click.echo(f"{report}\nzoo: {zoo.location}")

@@ -115,7 +115,7 @@ class Capacity:
     def _stackable(self, together: Callable[[dict[str, Tensor]], Tensor]) -> bool:
         """Returns whether `together` turns stacked tensors into two networks' logits, and gradients if they are on."""
         stacked = {
-            name: torch.stack([tensor, tensor]).requires_grad_(tensor.is_floating_point())
+            name: torch.stack([tensor, tensor]).requires_grad_(tensor.is_floating_point() or tensor.is_complex())
             for name, tensor in self.own.items()
         }
         tolerance = 1e-3 if self.precision == "float32" else 3e-2  # of the largest logit

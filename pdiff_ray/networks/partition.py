@@ -232,7 +232,7 @@ def _verify(
 ) -> None:
     """Raises ValueError unless both give the same logits: for other tensors, other batches and part of a frontier."""
     random = torch.Generator().manual_seed(0)
-    tensors = {name: _perturbed(tensor, random) for name, tensor in tensors.items()}
+    tensors = {name: perturbed(tensor, random) for name, tensor in tensors.items()}
     larger, first = torch.cat([images, images[:1]]), images[:1]
     with torch.no_grad():
         frontier = parts.prefix(larger)
@@ -249,7 +249,7 @@ def _verify(
                 raise ValueError("the network's parts do not compute what the whole does")
 
 
-def _perturbed(tensor: Tensor, random: torch.Generator) -> Tensor:
+def perturbed(tensor: Tensor, random: torch.Generator) -> Tensor:
     """Changes each value by a tenth or so, without changing a sign: variances stay positive."""
     noise = torch.randn(tensor.shape, generator=random).to(tensor.device)
     return torch.where(tensor == 0, 0.01 * noise.abs(), tensor * (noise / 10).exp()).to(tensor.dtype)

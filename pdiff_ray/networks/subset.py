@@ -9,7 +9,7 @@ import fnmatch
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -25,16 +25,35 @@ SHORTCUTS = {"downsample", "shortcut"}  # what torchvision and timm call the pro
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a subset."""
+    """One tensor of a subset.
+
+    Attributes:
+        dtype: that it has in the network; in a vector, a complex number is two values.
+        also: its other names in the network, if it is tied.
+    """
 
     name: str
     shape: tuple[int, ...]
     offset: int
     kind: Literal["parameter", "buffer"]
+    dtype: str = "float32"
+    also: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) * (2 if self.is_complex else 1)
+
+    @property
+    def is_complex(self) -> bool:
+        return self.dtype.startswith("complex")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.also)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns its fields as JSON values, but those at their defaults."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
 
 @dataclass(frozen=True)
@@ -56,19 +75,23 @@ class Subset:
         """Joins tensors by name (a state dict will do) to one float32 vector (D,).
 
         Raises:
-            ConfigError: a tensor is missing or has another shape.
+            ConfigError: a tensor is missing, has another shape, or is complex where it should not be.
         """
+        pieces = []
         for entry in self.entries:
-            if entry.name not in tensors:
+            name = next((name for name in entry.names if name in tensors), None)
+            if name is None:
                 raise ConfigError(f"{entry.name}: missing from the tensors{did_you_mean(entry.name, tensors)}")
-            if tuple(tensors[entry.name].shape) != entry.shape:
-                raise ConfigError(
-                    f"{entry.name}: has shape {tuple(tensors[entry.name].shape)}, the subset wants {entry.shape}"
-                )
-        return torch.cat([tensors[entry.name].detach().reshape(-1).float() for entry in self.entries])
+            tensor = tensors[name].detach()
+            if tuple(tensor.shape) != entry.shape:
+                raise ConfigError(f"{name}: has shape {tuple(tensor.shape)}, the subset wants {entry.shape}")
+            if tensor.is_complex() != entry.is_complex:
+                raise ConfigError(f"{name}: has the type {tensor.dtype}, the subset wants {entry.dtype}")
+            pieces.append((torch.view_as_real(tensor) if entry.is_complex else tensor).reshape(-1).float())
+        return torch.cat(pieces)
 
     def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Cuts vectors (..., D) into tensors (..., *shape) by name, as views where possible.
+        """Cuts vectors (..., D) into tensors (..., *shape) by name, of the network's types, as views where possible.
 
         A generator may put a running variance below zero; it is clamped, since no network can use it.
         """
@@ -77,16 +100,34 @@ class Subset:
         tensors = {}
         for entry in self.entries:
             piece = vectors[..., entry.offset : entry.offset + entry.size]
-            tensor = piece.reshape(*vectors.shape[:-1], *entry.shape)
+            if entry.is_complex:
+                piece = torch.complex(piece[..., ::2], piece[..., 1::2])
+            tensor = piece.reshape(*vectors.shape[:-1], *entry.shape).to(getattr(torch, entry.dtype))
             tensors[entry.name] = tensor.clamp(min=0) if entry.name.endswith("running_var") else tensor
         return tensors
 
+    def under_all_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns tensors that `unflatten` gave by all their names, as a state dict has them."""
+        return {name: tensors[entry.name] for entry in self.entries for name in entry.names}
+
     def to_json(self) -> str:
-        return json.dumps([asdict(entry) for entry in self.entries])
+        return json.dumps([entry.to_dict() for entry in self.entries])
 
     @staticmethod
     def from_json(text: str) -> Subset:
-        return Subset(tuple(Entry(**{**item, "shape": tuple(item["shape"])}) for item in json.loads(text)))
+        return Subset(
+            tuple(
+                Entry(**{**item, "shape": tuple(item["shape"]), "also": tuple(item.get("also", ()))})
+                for item in json.loads(text)
+            )
+        )
+
+
+def first_names(network: nn.Module) -> dict[str, str]:
+    """Returns the first name of every parameter and buffer by each of its names, of which a tied tensor has several."""
+    first: dict[int, str] = {}
+    named = (*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False))
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
 
 
 def norm_layers(network: nn.Module) -> list[str]:
@@ -114,16 +155,23 @@ def resolve(rule: SubsetRule, network: nn.Module, batchnorm: str = "frozen") -> 
     Raises:
         ConfigError: the rule matches nothing or goes beyond the network's layers.
     """
-    parameters = dict(network.named_parameters())
-    name, value = rule.chosen
+    parameters, first = dict(network.named_parameters()), first_names(network)
+    rule_name, value = rule.chosen
     try:
-        chosen = set(RULES[name](network, value))
+        chosen = {first.get(found, found) for found in RULES[rule_name](network, value)}
         if odd := chosen - set(parameters):
             raise ConfigError(f"{min(odd)!r} is no parameter of the network{did_you_mean(min(odd), parameters)}")
+        whole = {name for name in chosen if not _is_continuous(parameters[name])}
+        if rule.all:  # steps and noise of any size are for the others
+            chosen -= whole
+        elif whole:
+            raise ConfigError(
+                f"{min(whole)!r} holds {parameters[min(whole)].dtype}, which cannot be generated; leave it out"
+            )
         if not chosen:
             raise ConfigError(f"{value!r} chooses no parameter of the network")
     except ConfigError as error:
-        raise ConfigError(f"zoo.subset.{name}: {error}") from None
+        raise ConfigError(f"zoo.subset.{rule_name}: {error}") from None
     tensors: dict[str, Tensor] = {name: p for name, p in parameters.items() if name in chosen}
     if batchnorm == "included":
         layers = {name.rpartition(".")[0] for name in chosen}
@@ -131,16 +179,24 @@ def resolve(rule: SubsetRule, network: nn.Module, batchnorm: str = "frozen") -> 
             layer, _, leaf = name.rpartition(".")
             if (rule.all or layer in layers) and leaf in ("running_mean", "running_var"):
                 tensors[name] = buffer
-    entries, offset = [], 0
+    names: dict[str, list[str]] = {}
+    for other, name in first.items():
+        names.setdefault(name, []).append(other)
+    entries: list[Entry] = []
     for name, tensor in tensors.items():
         kind: Literal["parameter", "buffer"] = "parameter" if name in parameters else "buffer"
-        entries.append(Entry(name, tuple(tensor.shape), offset, kind))
-        offset += tensor.numel()
+        offset = entries[-1].offset + entries[-1].size if entries else 0
+        dtype, also = str(tensor.dtype).removeprefix("torch."), tuple(names[name][1:])
+        entries.append(Entry(name, tuple(tensor.shape), offset, kind, dtype, also))
     return Subset(tuple(entries))
 
 
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _names(network: nn.Module, patterns: Sequence[str]) -> Iterator[str]:
-    parameters = [name for name, _ in network.named_parameters()]
+    parameters = [name for name, _ in network.named_parameters(remove_duplicate=False)]
     for pattern in patterns:
         matched = fnmatch.filter(parameters, pattern)
         if not matched:

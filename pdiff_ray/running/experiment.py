@@ -18,11 +18,10 @@ from pdiff_ray.data import sources
 from pdiff_ray.data.kept import default_cache
 from pdiff_ray.evaluation.groups import groups_of
 from pdiff_ray.evaluation.metrics import metrics_of
-from pdiff_ray.networks.build import check_network
 from pdiff_ray.stages import evaluation
+from pdiff_ray.stages.checks import checked_subset
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.table import STAGES, artifacts_of, build_missing
-from pdiff_ray.stages.zoo import subset_of
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.files import Storage
 
@@ -93,8 +92,7 @@ def check_plan(plan: Plan) -> int:
     Raises:
         PdiffError
     """
-    network = check_network(plan.experiment.network, sources.describe(plan.experiment.data))
-    subset = subset_of(plan.experiment, network)
+    subset = checked_subset(plan.experiment)
     plan.experiment.generator.check_dimension(subset.size)
     groups_of(plan.experiment.evaluation)
     metrics_of(plan.experiment.evaluation)

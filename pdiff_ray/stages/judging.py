@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.data.dataset import Dataset
 from pdiff_ray.evaluation.judge import Judge
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.base import load_network, open_dataset
@@ -16,34 +13,19 @@ from pdiff_ray.stages.context import Context
 from pdiff_ray.storage.artifacts import Artifact
 
 
-def make_judge(experiment: Experiment, network: nn.Module, subset: Subset, dataset: Dataset, context: Context) -> Judge:
-    """Returns the judge of networks that differ from `network` in `subset`, by the experiment's policies."""
-    config = experiment.evaluation
-    return Judge(
-        network,
-        subset,
-        dataset,
-        context.device,
-        experiment.zoo.batchnorm,
-        config.batch_size,
-        cache=context.cache,
-        networks_per_program=config.networks_per_program,
-    )
-
-
 def base_judge(experiment: Experiment, artifacts: Mapping[str, Artifact], subset: Subset, context: Context) -> Judge:
-    """Returns the judge of networks that differ from the base in `subset`.
+    """Returns the judge of networks that differ from the base in `subset`, by the experiment's policies.
 
     The context keeps the last one for the stages to come, which mostly judge the same networks: to split a network
     takes seconds, and an accelerator holds what they share.
     """
     config = experiment.evaluation
-    policies = (experiment.zoo.batchnorm, config.batch_size, config.networks_per_program)
+    policies = (experiment.zoo.batchnorm, config.batch_size, "float32", context.cache, config.networks_per_program)
     key = (artifacts["base"].location, experiment.data, subset, *policies)
     if key not in context.judges:
         context.judges.clear()  # its memory is free before the next one is made
         network, dataset = load_network(experiment, artifacts), open_dataset(experiment, context)
-        context.judges[key] = make_judge(experiment, network, subset, dataset, context)
+        context.judges[key] = Judge(network, subset, dataset, context.device, *policies)
     return context.judges[key]
 
 

@@ -20,13 +20,13 @@ from torch import nn
 
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config.schema import Experiment, Zoo
-from pdiff_ray.data.dataset import Dataset, steps_per_epoch
-from pdiff_ray.evaluation.judge import judged
+from pdiff_ray.data.dataset import steps_per_epoch
+from pdiff_ray.evaluation.judge import Judge, judged
 from pdiff_ray.networks.frontier import Kept
 from pdiff_ray.networks.subset import Subset, resolve
-from pdiff_ray.stages.base import load_network, load_state, open_dataset, train_network, untrained_network
+from pdiff_ray.stages.base import load_network, load_state, train_network, untrained_network
 from pdiff_ray.stages.context import Context
-from pdiff_ray.stages.judging import base_judge, describe_sharing, make_judge
+from pdiff_ray.stages.judging import base_judge, describe_sharing
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.parameters import ParameterStore, Record, stamp
 from pdiff_ray.storage.trees import save_tree
@@ -79,11 +79,11 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     # Shared out before looking at what is there: workers look at different times.
     own = runs_of(config)[(context.rank - shift) % context.world :: context.world]
     missing = [run for run in own if not present.issuperset(run.member_ids)]
-    if config.regime == "independent":
-        dataset = open_dataset(experiment, context)
+    if missing and config.regime == "independent":
+        judge = base_judge(experiment, artifacts, subset, context)
         for run in missing:
             for id_ in run.member_ids:
-                store.append([_independent(experiment, dataset, subset, id_, context)], subset)
+                store.append([_independent(experiment, judge, id_, context)], subset)
     elif missing:
         _FromBase(experiment, artifacts, subset, store, context).train(missing)
     if set(ParameterStore(artifact).ids).issuperset(range(config.members)):
@@ -108,13 +108,17 @@ def commit(
     artifact.commit({"subset.json": subset.to_json().encode()}, info, seconds, store.manifest_entries(ids))
 
 
-def _independent(experiment: Experiment, dataset: Dataset, subset: Subset, id_: int, context: Context) -> Record:
-    """Returns one member, trained from its own initialisation by the recipe of the base."""
+def _independent(experiment: Experiment, judge: Judge, id_: int, context: Context) -> Record:
+    """Returns one member, trained from its own initialisation by the recipe of the base.
+
+    Args:
+        judge: of networks that differ from the base in the subset, which is all that is kept of a member.
+    """
     seed = derive_seed(experiment.zoo.seed or 0, "independent", id_)
     alone = Context(context.device, context.cache)  # a worker's networks are its own: no data-parallel training
-    network, _ = train_network(experiment, dataset, alone, ("member", seed), f"member {id_}")
-    vector = subset.flatten(network.state_dict())
-    judgement = make_judge(experiment, network, subset, dataset, context).judge(vector[None])[0]
+    network, _ = train_network(experiment, judge.dataset, alone, ("member", seed), f"member {id_}")
+    vector = judge.subset.flatten(network.state_dict())
+    judgement = judge.judge(vector[None])[0]
     record = Record(id_, "original", vector=vector.cpu().numpy(), seed=seed, **stamp())
     context.progress("zoo", id_ + 1, experiment.zoo.members, f"test {judgement.test_accuracy:.1%}")
     return judged(record, judgement)

@@ -18,6 +18,7 @@ from pdiff_ray.config.sweep import Assignment, describe
 from pdiff_ray.evaluation.metrics import named_metrics
 from pdiff_ray.generators.interface import NUM_RUNGS
 from pdiff_ray.stages import generator, report, zoo
+from pdiff_ray.stages.checks import checked_subset
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.judging import base_judge
 from pdiff_ray.stages.table import STAGES, Claim, artifacts_of, build_missing, unclaimed
@@ -90,6 +91,8 @@ def run_trial(
     objectives = []
     for experiment in experiments:
         artifacts = artifacts_of(experiment, storage)
+        if not artifacts["base"].exists():  # of a network that the search has chosen
+            checked_subset(experiment)
         for stage in () if has_results(artifacts) else STAGES:
             build = None
             if stage == "generator" and report_rung and len(experiments) == 1:

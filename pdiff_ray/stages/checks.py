@@ -1,0 +1,154 @@
+"""What makes a network unfit for the stages to come, found before anything is trained.
+
+What is reported of a network holds in whatever batches it is judged, and for the file that is exported of it, only if
+its logits depend on nothing but the image and the tensors that are stored.
+
+Shapes: B images of a batch, C channels, S the edge in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.data.sources import describe
+from pdiff_ray.evaluation.recalibration import START
+from pdiff_ray.networks.build import build_network, check_network
+from pdiff_ray.networks.partition import perturbed
+from pdiff_ray.networks.subset import Subset, first_names
+from pdiff_ray.stages.zoo import subset_of
+from pdiff_ray.storage.trees import load_tree, save_tree
+
+IMAGES = 3
+TOLERANCE = 1e-5  # of the largest logit; on a CPU, batches of other sizes round by 1e-6 at most
+
+
+def checked_subset(experiment: Experiment) -> Subset:
+    """Returns the subset of the experiment's network, after finding the network fit for all stages.
+
+    Raises:
+        ConfigError: the network cannot be built, trained, judged or exported, or the rule does not fit it.
+    """
+    info, config = describe(experiment.data), experiment.network.model_copy(update={"pretrained": False})
+    network = check_network(config, info).eval()
+    fresh, subset = build_network(config, info, "anew").eval(), subset_of(experiment, network)
+    images = torch.randn(
+        IMAGES, info.channels, info.image_size, info.image_size, generator=torch.Generator().manual_seed(0)
+    )
+    try:
+        if experiment.zoo.regime == "independent" and not experiment.zoo.imported:
+            _check_shared(network, fresh, subset)
+        with torch.no_grad():
+            check_function(network, fresh, images)
+    except Exception as error:  # the network's own code may raise anything
+        raise ConfigError(f"network.name: {config.name} {_text(error)}") from None
+    return subset
+
+
+def check_function(network: nn.Module, fresh: nn.Module, images: Tensor) -> None:
+    """Compares logits of two networks in eval mode, with other parameters than theirs.
+
+    They must be the same in a second pass, for an image among other images or alone, and in a network that was built
+    anew and has loaded what is stored of the first.
+
+    Args:
+        network: as it is after a step of training.
+        fresh: the same network from another seed; it is given the first one's tensors.
+        images: (B >= 3, C, S, S).
+
+    Raises:
+        ValueError: what is wrong, and the remedy, as a sentence about the network.
+    """
+    images = images.contiguous(memory_format=torch.channels_last)
+    random = torch.Generator().manual_seed(1)
+    values = {name: perturbed(parameter.detach(), random) for name, parameter in network.named_parameters()}
+
+    def logits(images: Tensor) -> Tensor:
+        return functional_call(network, values, (images,))
+
+    expected = logits(images)
+    if not _same(logits(images), expected):
+        raise ValueError(
+            "gives the same images other logits in a second pass, in eval mode; leave dropout and noise to training"
+        )
+    found = "gives an image other logits among other images"
+    try:
+        alone = all(_same(logits(images[some]), expected[some]) for some in (slice(1, 2), slice(1, None)))
+    except Exception as error:
+        alone, found = False, f"cannot take one image alone ({_text(error)})"
+    if not alone:
+        norms = nn.modules.batchnorm._BatchNorm
+        layers = [name for name, layer in network.named_modules() if isinstance(layer, norms) and _uses_batch(layer)]
+        raise ValueError(
+            f"{found}, in eval mode, so that accuracies would depend on how many are judged at a time"
+            f"{_named(layers)}; let BatchNorm keep and use running statistics, and nothing mix the images of a batch"
+        )
+    names = first_names(network)
+    stored = {**network.state_dict(), **{name: values[first] for name, first in names.items() if first in values}}
+    try:
+        content = save_tree(stored)
+    except KeyError as error:
+        raise ValueError(
+            f"has tensors of type {error}, which safetensors files cannot hold; use another type"
+        ) from None
+    fresh.load_state_dict(load_tree(content))
+    if not _same(fresh(images), expected):
+        ours, theirs = _unsaved(network), _unsaved(fresh)
+        differ = [name for name in ours if name not in theirs or not _equal(ours[name], theirs[name])]
+        raise ValueError(
+            "gives other logits when it is built anew and loads its own state dict, so that an exported file would be "
+            f"another network{_named(differ)}; what is random or learned has to be a parameter or a persistent buffer, "
+            "and what is tied one Parameter under both names"
+        )
+
+
+def _check_shared(network: nn.Module, fresh: nn.Module, subset: Subset) -> None:
+    """Raises ValueError if networks from other seeds differ in more than the subset and BatchNorm's statistics."""
+    stored = {name for entry in subset.entries for name in entry.names}
+    ours, theirs = network.state_dict(), fresh.state_dict()
+    others = [name for name in ours if name not in stored and name.rpartition(".")[2] not in START]
+    if differ := [name for name in others if not _equal(ours[name], theirs[name])]:
+        raise ValueError(
+            f"has tensors outside of zoo.subset that its seed decides{_named(differ)}, which networks of zoo.regime "
+            "independent would not share; make them constant, or choose branches"
+        )
+
+
+def _unsaved(network: nn.Module) -> dict[str, Tensor]:
+    """Returns tensors that are in no state dict, buffers and plain attributes, by name."""
+    return {
+        f"{prefix}.{name}".removeprefix("."): tensor
+        for prefix, module in network.named_modules()
+        for name, tensor in {**vars(module), **module._buffers}.items()
+        if isinstance(tensor, Tensor) and (name in module._non_persistent_buffers_set or name in vars(module))
+    }
+
+
+def _uses_batch(layer: nn.modules.batchnorm._BatchNorm) -> bool:
+    return layer.training or layer.running_mean is None
+
+
+def _same(logits: Tensor, expected: Tensor) -> bool:
+    """Returns whether logits are equal but for rounding, not-a-number to itself."""
+    if logits.shape != expected.shape:
+        return False
+    tolerance = TOLERANCE * float(expected.abs().nan_to_num(0, 0, 0).max())
+    return torch.allclose(logits, expected, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def _equal(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.shape == other.shape and torch.equal(tensor, other)
+
+
+def _named(names: Iterable[str]) -> str:
+    first = list(names)[:4]
+    return f" ({', '.join(first)})" if first else ""
+
+
+def _text(error: Exception) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
