@@ -1,15 +1,28 @@
 """Networks whose numbers would not hold are refused before training; exported files are what was judged."""
 
+import json
+
 import pytest
 import torch
-from helpers import tiny
+from helpers import build, context, tiny
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.config.schema import SubsetRule
+from pdiff_ray.evaluation.summary import by_title as groups_by_title
 from pdiff_ray.networks.subset import Subset, resolve
+from pdiff_ray.running.results import Result
+from pdiff_ray.stages import exports
+from pdiff_ray.stages.base import open_dataset
 from pdiff_ray.stages.checks import checked_subset
+from pdiff_ray.stages.evaluation import SUMMARY_FILE
+from pdiff_ray.stages.report import load_summary
+from pdiff_ray.stages.stored import Networks
+from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.files import Storage
+from pdiff_ray.storage.parameters import ParameterStore
 
 
 class Small(nn.Module):
@@ -80,6 +93,10 @@ def permuted():
     return Layer(lambda self, x: x[:, self.order], order=order)
 
 
+def mixed():
+    return nn.Sequential(shared(), tied(), rotation(), parameter(torch.float64), permuted(), masked(persistent=True))
+
+
 MIDDLES = {
     "batch statistics": lambda: nn.BatchNorm1d(16, track_running_stats=False),
     "training mode": lambda: AlwaysTraining(16),
@@ -96,6 +113,7 @@ MIDDLES = {
     "sharing memory": sharing_memory,
     "complex128": lambda: rotation(torch.complex128),
     "plain": nn.Identity,
+    "mixed": mixed,
     "norms": lambda: nn.Sequential(nn.BatchNorm1d(16), nn.Dropout(), nn.LayerNorm(16)),
     "persistent": lambda: masked(persistent=True),
     "constant": lambda: Layer(lambda self, x: x * self.mask, mask=torch.arange(16.0)),
@@ -212,3 +230,104 @@ def test_integers_are_left_out_or_refused():
     assert "middle.order" not in resolve(SubsetRule(all=True), network).names
     with pytest.raises(ConfigError, match=r"'middle.order' holds torch.int64"):
         resolve(SubsetRule(names=("middle.*",)), network)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A finished experiment whose network has all that is accepted."""
+    small_ones = ("zoo.members=3", "sampling.samples=2", "evaluation.fine_tuned_networks=0", "zoo.batchnorm=included")
+    found = experiment(tmp_path_factory.mktemp("storage"), "mixed", *small_ones)
+    build(*found)
+    return found
+
+
+def accuracy_of(file, dataset):
+    """The accuracy on test images of a file's network, in the plain way."""
+    network = small("mixed", image_size=8, num_classes=10)
+    network.load_state_dict(load_file(file), strict=True)
+    images, labels = next(dataset.test.in_order(len(dataset.test)))
+    with torch.no_grad():
+        predicted = network.eval()(dataset.prepare(images, torch.device("cpu"))).argmax(1)
+    return (predicted == labels).double().mean().item()
+
+
+@pytest.mark.parametrize(("stage", "group"), [("zoo", "original"), ("samples", "generated")])
+def test_exported_files_are_the_networks_that_were_judged(judged, tmp_path, stage, group, capsys):
+    config, artifacts = judged
+    networks, dataset = Networks(artifacts[stage]), open_dataset(config, context())
+    files = list(networks.export(tmp_path))
+    rows = [row for row in ParameterStore(artifacts["evaluation"]).records() if row.group == group]
+    assert [file.stem for file in files] == [f"{group}-{row.number:04d}" for row in rows]
+    for file, row in zip(files, rows, strict=True):
+        assert accuracy_of(file, dataset) == pytest.approx(row.test_accuracy, abs=1e-9)
+    parts = [load_file(file) for file in networks.export(tmp_path / "parts", subset_only=True)]
+    assert parts[0].keys() == {name for entry in networks.subset.entries for name in entry.names}
+    assert "note" not in capsys.readouterr().out
+
+
+def test_a_network_that_has_changed_since_is_not_exported(judged, tmp_path, monkeypatch):
+    monkeypatch.setitem(MIDDLES, "mixed", lambda: nn.Sequential(*mixed(), Layer(lambda self, x: -x)))
+    with pytest.raises(PdiffError, match=r"original-0000.safetensors: network 0 .* test images") as caught:
+        list(Networks(judged[1]["zoo"]).export(tmp_path / "out"))
+    assert "changed since" in str(caught.value)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_only_the_building_decides_is_not_exported(tmp_path):
+    """As in a storage of an earlier version, which did not check networks."""
+    config, artifacts = experiment(tmp_path, "mask", "zoo.members=2")
+    build(config, artifacts, "base", "zoo")
+    for only in (True, False):
+        with pytest.raises(PdiffError, match="built anew"):
+            list(Networks(artifacts["zoo"]).export(tmp_path / "out", subset_only=only))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_is_not_compared_is_said(judged, tmp_path, capsys, monkeypatch):
+    config, artifacts = experiment(tmp_path, "plain", "zoo.members=2")
+    build(config, artifacts, "base", "zoo")
+    manifest = tmp_path / artifacts["base"].folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["files"]["images.safetensors"]  # as earlier versions had it
+    manifest.write_text(json.dumps(content))
+    networks = Networks.find(Storage(str(tmp_path)), artifacts["zoo"].folder)
+    assert len(list(networks.export(tmp_path / "out"))) == 2
+    assert "an earlier version kept no images" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(exports, "_is_installed", lambda name: True)
+    assert len(list(networks.export(tmp_path / "out"))) == 2
+    assert "not tried" in capsys.readouterr().out
+
+
+def test_code_of_packages_is_not_run_for_a_storage():
+    assert exports._is_installed("torch.hub:load")
+    assert exports._is_installed("os:system")
+    assert exports._is_installed("nowhere:nothing")
+    assert not exports._is_installed(f"{__name__}:small")
+
+
+def test_one_number_per_network(judged):
+    artifacts = judged[1]
+    records = ParameterStore(artifacts["evaluation"]).records()
+    best = {group["group"]: group["best_id"] for group in load_summary(artifacts)["groups"]}
+    for line, name in (("original", "original"), ("generated", "generated")):
+        group = [record for record in records if record.group == name]
+        chosen = max(group, key=lambda r: (r.train_accuracy, -r.train_loss))
+        assert best.pop(line) == chosen.number == group.index(chosen)
+    assert set(best.values()) == {None}, "baselines are not kept"
+    networks = Result("mixed", artifacts).networks().to_pylist()
+    assert [row["id"] for row in networks if row["group"] == "generated"] == [0, 1]
+
+
+def test_numbers_of_earlier_versions_are_translated(judged, tmp_path):
+    artifacts = judged[1]
+    store, summary = ParameterStore(artifacts["evaluation"]), load_summary(artifacts)
+    now = [group["best_id"] for group in summary["groups"]]
+    by_title, old = groups_by_title(store.records()), Artifact(Storage(str(tmp_path)), "evaluation", {}, {})
+    for group in summary["groups"]:
+        records = by_title[group["group"]]
+        group["best_id"] = max(records, key=lambda r: (r.train_accuracy, -r.train_loss)).id
+    assert [group["best_id"] for group in summary["groups"]] != now
+    ParameterStore(old).append(store.records(), store.subset())
+    parts = ParameterStore(old).manifest_entries(store.ids)
+    old.commit({SUMMARY_FILE: json.dumps(summary).encode()}, {}, 0.0, parts)
+    assert [group["best_id"] for group in load_summary({"evaluation": old})["groups"]] == now

@@ -353,9 +353,9 @@ def groups_of(summary):
 def test_best_is_chosen_on_training_data():
     """The network with the highest test accuracy is not the best one, as test labels choose nothing."""
     generated = [
-        make_record(0, "generated", 0.80, 0.9, [3], nearest_distance=1.0),
-        make_record(1, "generated", 0.95, 0.5, [0, 1, 2, 3, 4], nearest_distance=1.0, train_loss=0.3),
-        make_record(2, "generated", 0.95, 0.6, [0, 1, 2, 3], nearest_distance=1.0, train_loss=0.2),
+        make_record(3, "generated", 0.80, 0.9, [3], parent=0, nearest_distance=1.0),
+        make_record(4, "generated", 0.95, 0.5, [0, 1, 2, 3, 4], parent=1, nearest_distance=1.0, train_loss=0.3),
+        make_record(5, "generated", 0.95, 0.6, [0, 1, 2, 3], parent=2, nearest_distance=1.0, train_loss=0.2),
     ]
     line = groups_of(summary_of(generated))["generated"]
     assert (line["best"], line["best_id"]) == (0.6, 2)

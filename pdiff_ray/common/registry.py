@@ -65,12 +65,17 @@ def imported(name: str, field: str = "") -> Any:
         raise ConfigError(f"{where}{name!r} (module:attribute) cannot be imported: {error}") from None
 
 
-def fingerprint(name: str) -> str:
-    """Returns a hash of the source file of "module:attribute", or "missing": what it makes changes with its source."""
+def source_of(name: str) -> Path | None:
+    """Returns the source file of "module:attribute", None if there is none."""
     try:
         spec = importlib.util.find_spec(name.partition(":")[0])
     except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.origin or not Path(spec.origin).is_file():
-        return "missing"  # importing it says so
-    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:16]
+        return None
+    found = Path(spec.origin).resolve() if spec and spec.origin else None
+    return found if found and found.is_file() else None
+
+
+def fingerprint(name: str) -> str:
+    """Returns a hash of the source file of "module:attribute", or "missing": what it makes changes with its source."""
+    source = source_of(name)
+    return hashlib.sha256(source.read_bytes()).hexdigest()[:16] if source else "missing"  # importing it says so

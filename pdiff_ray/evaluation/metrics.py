@@ -150,7 +150,7 @@ DISTANCE = "distance: to the nearest member in weight space, relative to the mea
 _METRICS = (  # in the order of columns
     Metric("networks", lambda group: len(group.records), None, "n", tables=("experiment",)),
     Metric("best", lambda group: group.best.test_accuracy, "best_test_accuracy", "best*", "percent", BEST),
-    Metric("best_id", lambda group: group.best.id),
+    Metric("best_id", lambda group: group.best.number),
     Metric("mean", _of("test_accuracy"), "mean_test_accuracy", "mean", "percent"),
     Metric("median", _of("test_accuracy", np.median), "median_test_accuracy", "median", "percent"),
     Metric("std", _of("test_accuracy", np.std), "std_test_accuracy", "std", "percent", tables=("experiment",), least=2),

@@ -63,9 +63,12 @@ class Result:
         return pa.Table.from_pylist(self.summary["groups"])
 
     def networks(self) -> pa.Table:
-        """Returns a table with a row for every network that was judged: originals, baselines and samples."""
+        """Returns a table with a row for every network that was judged: originals, baselines and samples.
+
+        `id` is a network's in `zoo` or `samples`, as `groups()["best_id"]` is; baselines are not kept, and have none.
+        """
         records = ParameterStore(self.artifacts["evaluation"]).records()
-        return pa.Table.from_pylist([without_vector(record) for record in records])
+        return pa.Table.from_pylist([{**without_vector(record), "id": record.number} for record in records])
 
     @property
     def zoo(self) -> Networks:

@@ -26,8 +26,10 @@ from pdiff_ray.storage.trees import load_tree, save_tree
 from pdiff_ray.training.trainer import Trainer
 
 NETWORK_FILE = "network.safetensors"
+IMAGES_FILE = "images.safetensors"
 HISTORY_FILE = "history.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
+KEPT_IMAGES = 16  # test images beside a base, with which exported networks are tried where the data set is not
 
 
 def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
@@ -37,14 +39,19 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     started = time.monotonic()
     network, history = train_network(experiment, dataset, context, ("base", config.seed or 0), "base", artifact)
     if context.rank == 0:
-        files = {
-            NETWORK_FILE: save_tree(dict(network.state_dict())),
-            HISTORY_FILE: save_tree({name: torch.tensor(values) for name, values in history.items()}),
-        }
+        files = files_of(network, dataset)
+        files[HISTORY_FILE] = save_tree({name: torch.tensor(values) for name, values in history.items()})
         info = describe_base(experiment, network, dataset, context)
         artifact.commit(files, info, time.monotonic() - started)
     if context.world > 1:
         dist.barrier()
+
+
+def files_of(network: nn.Module, dataset: Dataset) -> dict[str, bytes]:
+    """Returns a base's files by name: its tensors, and the first test images (B, C, S, S), prepared, with labels."""
+    images, labels = next(dataset.test.in_order(KEPT_IMAGES))
+    kept = {"images": dataset.prepare(images, torch.device("cpu")), "labels": labels}
+    return {NETWORK_FILE: save_tree(dict(network.state_dict())), IMAGES_FILE: save_tree(kept)}
 
 
 def describe_base(experiment: Experiment, network: nn.Module, dataset: Dataset, context: Context) -> dict[str, Any]:

@@ -20,15 +20,14 @@ from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Progress, silent
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.kept import default_cache
-from pdiff_ray.networks.subset import Subset
-from pdiff_ray.stages.base import NETWORK_FILE, describe_base, open_dataset, untrained_network
+from pdiff_ray.networks.subset import Subset, first_names
+from pdiff_ray.stages.base import describe_base, files_of, open_dataset, untrained_network
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.zoo import commit, subset_of
 from pdiff_ray.storage import weights
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.matching import match
 from pdiff_ray.storage.parameters import PARTS, ParameterStore, Record, stamp
-from pdiff_ray.storage.trees import save_tree
 from pdiff_ray.storage.weights import Weight
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".pth.tar", ".pt.tar")
@@ -162,7 +161,8 @@ def import_zoo(
             f"{count}; lower it, or choose other files with --pattern\n{report}"
         )
     context = Context(torch.device("cpu"), default_cache(), progress=progress)
-    info = describe_base(experiment, wanted.network, open_dataset(experiment, context), context)
+    dataset = open_dataset(experiment, context)
+    info = describe_base(experiment, wanted.network, dataset, context)
     storage = artifacts["zoo"].storage
     for name in storage.list(f"{artifacts['zoo'].folder}/{PARTS}"):  # of an import that was interrupted
         storage.delete(name)
@@ -173,8 +173,7 @@ def import_zoo(
         store.append(records, wanted.subset)
         progress("import", stack.stop, count, "")
     origin = {"imported_from": str(folder)}
-    network = save_tree(dict(wanted.network.state_dict()))
-    artifacts["base"].commit({NETWORK_FILE: network}, {**info, **origin, "file": report.base}, 0.0)
+    artifacts["base"].commit(files_of(wanted.network, dataset), {**info, **origin, "file": report.base}, 0.0)
     said = [{"file": member.name, **member.numbers} for member in members]
     seconds = time.monotonic() - started
     commit(artifacts["zoo"], wanted.subset, count, seconds, {**origin, "files": said, "left_out": report.left_out})
@@ -253,9 +252,10 @@ class _Wanted:
         self.tensors: dict[str, Tensor] = dict(self.network.state_dict())
         self.statistics = {name for name in self.tensors if name.endswith(("running_mean", "running_var"))}
         self.base: dict[str, Tensor] = {}
+        self.first = first_names(self.network)
         # What is neither in the vector nor measured anew is the base's.
-        self.others = set(self.parameters) | (self.statistics if experiment.zoo.batchnorm == "frozen" else set())
-        self.others -= set(self.subset.names)
+        others = set(self.parameters) | (self.statistics if experiment.zoo.batchnorm == "frozen" else set())
+        self.others = {name for name, first in self.first.items() if first in others - set(self.subset.names)}
 
     def read(self, file: Path, label: str) -> Checkpoint:
         """Reads what a file describes; no tensors yet.
@@ -320,14 +320,21 @@ class _Wanted:
         Raises:
             PdiffError: something of the subset is missing or not finite, or what is not in it differs from the base's.
         """
-        taken = self.others | set(self.subset.names)
+        taken = self.others | {name for entry in self.subset.entries for name in entry.names}
         tensors = weights.load({name: w for name, w in checkpoint.tensors.items() if name in taken})
         for name in sorted(self.others & set(tensors)):
-            if not torch.equal(tensors[name], self.base[name].to(tensors[name].dtype)):
+            base = self.base.get(name, self.base[self.first[name]])
+            if not torch.equal(tensors[name], base.to(tensors[name].dtype)):
                 raise PdiffError(
                     f"{checkpoint.file}: {name} is not in zoo.subset but differs from the base's; widen the subset "
                     "(all), set zoo.batchnorm to included if it is a running statistic, or leave the file out "
                     "(--pattern)"
+                )
+        for name in tensors.keys() - set(self.subset.names) - self.others:
+            if not torch.equal(tensors[name], tensors[self.first[name]]):
+                raise PdiffError(
+                    f"{checkpoint.file}: {name} and {self.first[name]} differ, but are one tensor in the network; the "
+                    "file is of another network, or the network of zoo.imported is to tie nothing"
                 )
         try:
             vector = self.subset.flatten(tensors)

@@ -21,11 +21,11 @@ from pdiff_ray.evaluation.recalibration import START
 from pdiff_ray.networks.build import build_network, check_network
 from pdiff_ray.networks.partition import perturbed
 from pdiff_ray.networks.subset import Subset, first_names
+from pdiff_ray.stages.exports import same_logits, text_of
 from pdiff_ray.stages.zoo import subset_of
 from pdiff_ray.storage.trees import load_tree, save_tree
 
 IMAGES = 3
-TOLERANCE = 1e-5  # of the largest logit; on a CPU, batches of other sizes round by 1e-6 at most
 
 
 def checked_subset(experiment: Experiment) -> Subset:
@@ -46,7 +46,7 @@ def checked_subset(experiment: Experiment) -> Subset:
         with torch.no_grad():
             check_function(network, fresh, images)
     except Exception as error:  # the network's own code may raise anything
-        raise ConfigError(f"network.name: {config.name} {_text(error)}") from None
+        raise ConfigError(f"network.name: {config.name} {text_of(error)}") from None
     return subset
 
 
@@ -72,15 +72,15 @@ def check_function(network: nn.Module, fresh: nn.Module, images: Tensor) -> None
         return functional_call(network, values, (images,))
 
     expected = logits(images)
-    if not _same(logits(images), expected):
+    if not same_logits(logits(images), expected):
         raise ValueError(
             "gives the same images other logits in a second pass, in eval mode; leave dropout and noise to training"
         )
     found = "gives an image other logits among other images"
     try:
-        alone = all(_same(logits(images[some]), expected[some]) for some in (slice(1, 2), slice(1, None)))
+        alone = all(same_logits(logits(images[some]), expected[some]) for some in (slice(1, 2), slice(1, None)))
     except Exception as error:
-        alone, found = False, f"cannot take one image alone ({_text(error)})"
+        alone, found = False, f"cannot take one image alone ({text_of(error)})"
     if not alone:
         norms = nn.modules.batchnorm._BatchNorm
         layers = [name for name, layer in network.named_modules() if isinstance(layer, norms) and _uses_batch(layer)]
@@ -97,7 +97,7 @@ def check_function(network: nn.Module, fresh: nn.Module, images: Tensor) -> None
             f"has tensors of type {error}, which safetensors files cannot hold; use another type"
         ) from None
     fresh.load_state_dict(load_tree(content))
-    if not _same(fresh(images), expected):
+    if not same_logits(fresh(images), expected):
         ours, theirs = _unsaved(network), _unsaved(fresh)
         differ = [name for name in ours if name not in theirs or not _equal(ours[name], theirs[name])]
         raise ValueError(
@@ -133,14 +133,6 @@ def _uses_batch(layer: nn.modules.batchnorm._BatchNorm) -> bool:
     return layer.training or layer.running_mean is None
 
 
-def _same(logits: Tensor, expected: Tensor) -> bool:
-    """Returns whether logits are equal but for rounding, not-a-number to itself."""
-    if logits.shape != expected.shape:
-        return False
-    tolerance = TOLERANCE * float(expected.abs().nan_to_num(0, 0, 0).max())
-    return torch.allclose(logits, expected, rtol=0, atol=tolerance, equal_nan=True)
-
-
 def _equal(tensor: Tensor, other: Tensor) -> bool:
     return tensor.shape == other.shape and torch.equal(tensor, other)
 
@@ -148,7 +140,3 @@ def _equal(tensor: Tensor, other: Tensor) -> bool:
 def _named(names: Iterable[str]) -> str:
     first = list(names)[:4]
     return f" ({', '.join(first)})" if first else ""
-
-
-def _text(error: Exception) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -60,7 +60,13 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
 
 def load_summary(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     """Returns the evaluation's summary, as `summary.summarize` made it."""
-    return json.loads(artifacts["evaluation"].read(SUMMARY_FILE))
+    summary = json.loads(artifacts["evaluation"].read(SUMMARY_FILE))
+    if any(group["group"] == "ensemble" and group.get("best_id") is not None for group in summary["groups"]):
+        # An earlier version gave the ids of the evaluation's rows, which nothing but the evaluation has.
+        store = ParameterStore(artifacts["evaluation"])
+        for group in summary["groups"]:
+            group["best_id"] = store.records([group["best_id"]])[0].number
+    return summary
 
 
 def load_history(artifact: Artifact) -> dict[str, list[float]]:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from pdiff_ray.common.errors import ConfigError, PdiffError, StorageError
+from pdiff_ray.common.progress import console
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.base import NETWORK_FILE
-from pdiff_ray.storage.artifacts import Artifact, Manifest, find, is_finished, opened, read_manifest
+from pdiff_ray.stages.exports import Trial
+from pdiff_ray.storage.artifacts import Artifact, Manifest, find, finished, is_finished, opened, read_manifest
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.storage.parameters import ParameterStore, without_vector
 from pdiff_ray.storage.trees import load_tree, save_tree
@@ -80,21 +82,25 @@ class Networks:
         """
         base = {} if subset_only else self._base()
         for id_ in self.ids if ids is None else ids:
-            yield {**base, **self.subset.unflatten(self.vectors([id_])[0])}
+            yield {**base, **self.subset.under_all_names(self.subset.unflatten(self.vectors([id_])[0]))}
 
     def export(
         self, folder: Path, ids: Sequence[int] | None = None, *, subset_only: bool = False, overwrite: bool = False
     ) -> Iterator[Path]:
         """Writes `state_dicts` into a folder, a safetensors file each; yields the files as they are written.
 
+        Each is first loaded into a network that is built anew, which must compute what the judged network does, and
+        predict what was reported of it, on a few test images. What could not be compared is printed.
+
         Args:
             overwrite: replaces files that are there with another content.
 
         Raises:
             ConfigError: there is such a file, and nothing was written.
+            PdiffError: a network does not compute what it should; it has no file then.
         """
-        chosen = dict.fromkeys(self.ids if ids is None else ids)
-        names = {record.id: f"{record.group}-{record.id:04d}.safetensors" for record in self._store.records([*chosen])}
+        chosen = list(dict.fromkeys(self.ids if ids is None else ids))
+        names = {record.id: f"{record.group}-{record.id:04d}.safetensors" for record in self._store.records(chosen)}
         there = [id_ for id_ in chosen if not overwrite and (folder / names[id_]).exists()]
         for id_, tensors in zip(there, self.state_dicts(there, subset_only=subset_only), strict=True):
             if (folder / names[id_]).read_bytes() != save_tree(tensors):
@@ -102,13 +108,25 @@ class Networks:
                     f"{folder / names[id_]}: is there already, with another content; choose another folder, or replace "
                     "it with --overwrite"
                 )
-        for id_, tensors in zip(chosen, self.state_dicts([*chosen], subset_only=subset_only), strict=True):
+        if not subset_only:
+            self._check_whole()
+        trial, reported = self._trial(), self._reported(chosen)
+        if trial and (trial.labels is None or len(reported) < len(chosen)):
+            why = "no evaluation of them is there" if trial.labels is not None else "an earlier version kept no images"
+            console.print(
+                f"note: predictions are compared with the judged networks', not with what was reported: {why}"
+            )
+        for id_, tensors in zip(chosen, self.state_dicts(chosen, subset_only=subset_only), strict=True):
             target = folder / names[id_]
             temporary = target.with_name(f".{target.name}.tmp")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 temporary.write_bytes(save_tree(tensors))
+                if trial:
+                    trial.check(temporary, self.vectors([id_])[0], *reported.get(id_, ()))
                 temporary.replace(target)
+            except PdiffError as error:
+                raise PdiffError(f"{target}: network {id_} is not exported: {error}") from None
             except OSError as error:
                 raise PdiffError(f"{target}: cannot be written: {error.strerror}; choose another folder") from None
             finally:
@@ -116,20 +134,63 @@ class Networks:
                     temporary.unlink()
             yield target
 
+    def _trial(self) -> Trial | None:
+        """Returns what files are tried with, or prints why there is nothing."""
+        try:
+            return Trial(self._made_from("base"), self.subset)
+        except PdiffError as error:
+            console.print(f"note: the files are not tried: {error}", markup=False)
+            return None
+
+    def _reported(self, ids: Sequence[int]) -> dict[int, tuple[bytes, str]]:
+        """Returns, by id, which test images networks were reported to get wrong, and the precision of that."""
+        if self._batchnorm == "recalibrated":  # with statistics that were measured for it
+            return {}
+        storage, wanted = self.artifact.storage, set(ids)
+        found = {record.id: (record.wrong, "float32") for record in self._store.records(ids) if record.wrong}
+        for folder in finished(storage):
+            if wanted <= found.keys():
+                break
+            if folder.startswith("evaluation/") and self.artifact.folder in dict(lineage(storage, folder)):
+                evaluation = opened(storage, read_manifest(storage, folder))
+                for record in ParameterStore(evaluation).records():
+                    if record.group == self._group and record.number in wanted and record.wrong:
+                        found.setdefault(record.number, (record.wrong, evaluation.config["precision"]))
+        return found
+
+    @property
+    def _group(self) -> str:
+        return {"zoo": "original", "samples": "generated"}[self.artifact.stage]
+
+    @functools.cached_property
+    def _batchnorm(self) -> str | None:
+        """The policy of the zoo; None if the zoo is not there any more."""
+        try:
+            return self._made_from("zoo").config.get("batchnorm")
+        except StorageError:
+            return None
+
+    def _check_whole(self) -> None:
+        """Raises ConfigError if the networks have no running statistics of their own."""
+        if self._batchnorm == "recalibrated":
+            raise ConfigError(
+                f"{self.artifact.folder}: zoo.batchnorm is recalibrated, so these networks have no running statistics "
+                "of their own; export with --subset-only, and measure them on training images"
+            )
+
     def _base(self) -> dict[str, Tensor]:
         """Returns the tensors of the base network."""
+        self._check_whole()
+        base = self._made_from("base")
+        return load_tree(base.read(NETWORK_FILE), base.location)
+
+    def _made_from(self, stage: str) -> Artifact:
+        """Returns the artifact of a stage that the networks were made from, or themselves."""
         storage, name = self.artifact.storage, self.artifact.folder
-        ways = {folder.split("/")[0]: manifest for folder, manifest in lineage(storage, name)}
-        zoo, base = ways["zoo"], ways.get("base")
-        if zoo is not None and zoo.config.get("batchnorm") == "recalibrated":
-            raise ConfigError(
-                f"{name}: zoo.batchnorm is recalibrated, so these networks have no running statistics of their own; "
-                "export with --subset-only, and measure them on training images"
-            )
-        if base is None:
-            raise StorageError(f"{name}: the base network that it was made from is not in {storage.place} any more")
-        artifact = opened(storage, base)
-        return load_tree(artifact.read(NETWORK_FILE), artifact.location)
+        for folder, manifest in lineage(storage, name):
+            if manifest and manifest.stage == stage:
+                return opened(storage, manifest)
+        raise StorageError(f"{name}: the {stage} that it was made from is not in {storage.place} any more")
 
 
 def lineage(storage: Storage, folder: str) -> list[tuple[str, Manifest | None]]:

@@ -48,10 +48,10 @@ class Record:
     `train_*` are measured on the selection split, which is training data.
     """
 
-    id: int
+    id: int  # in its artifact: an evaluation counts all its networks
     group: str  # original, ensemble, noise_added, fine_tuned or generated
     vector: np.ndarray | None = None  # (D,) float32
-    parent: int | None = None  # id of the member it was made from
+    parent: int | None = None  # in an evaluation, id of the member it was made from, or of the sample that it is
     sigma: float | None = None  # of the noise added to the parent
     seed: int | None = None
     step: int | None = None  # of training
@@ -65,6 +65,11 @@ class Record:
     nearest_distance: float | None = None  # L2 to the nearest (other) member over the mean distance among members
     created_at: datetime | None = None
     worker: str | None = None
+
+    @property
+    def number(self) -> int | None:
+        """The id that an evaluation's network has in the zoo or the samples, to be exported by; None of baselines."""
+        return {"original": self.id, "generated": self.parent}.get(self.group)
 
     @property
     def judged(self) -> bool:
