@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import build, context, tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
@@ -16,6 +16,7 @@ from pdiff_ray.networks.subset import Subset, resolve
 from pdiff_ray.running.results import Result
 from pdiff_ray.stages import exports
 from pdiff_ray.stages.base import open_dataset
+from pdiff_ray.stages.checkpoints import import_zoo
 from pdiff_ray.stages.checks import checked_subset
 from pdiff_ray.stages.evaluation import SUMMARY_FILE
 from pdiff_ray.stages.report import load_summary
@@ -101,7 +102,7 @@ MIDDLES = {
     "batch statistics": lambda: nn.BatchNorm1d(16, track_running_stats=False),
     "training mode": lambda: AlwaysTraining(16),
     "centred": lambda: Layer(lambda self, x: x - x.mean(0)),
-    "faintly centred": lambda: Layer(lambda self, x: x - 1e-3 * x.mean(0)),
+    "faintly centred": lambda: Layer(lambda self, x: x - 0.03 * x.mean(0)),
     "attending": lambda: Layer(lambda self, x: (x @ x.T).softmax(1) @ x),
     "summed": lambda: Layer(lambda self, x: x.cumsum(0)),
     "squeezed": lambda: Layer(lambda self, x: x.squeeze()),
@@ -263,6 +264,21 @@ def test_exported_files_are_the_networks_that_were_judged(judged, tmp_path, stag
     parts = [load_file(file) for file in networks.export(tmp_path / "parts", subset_only=True)]
     assert parts[0].keys() == {name for entry in networks.subset.entries for name in entry.names}
     assert "note" not in capsys.readouterr().out
+
+
+def test_tied_tensors_are_imported(judged, tmp_path):
+    files = list(Networks(judged[1]["zoo"]).export(tmp_path / "files"))
+    change = ("zoo.imported=own", "zoo.members=3", "zoo.batchnorm=included")
+    config, artifacts = experiment(tmp_path / "storage", "mixed", *change)
+    import_zoo(tmp_path / "files", config, artifacts)
+    found, expected = Networks(artifacts["zoo"]), Networks(judged[1]["zoo"])
+    assert torch.equal(found.vectors(), expected.vectors())
+    assert found.subset == expected.subset
+    assert len(list(found.export(tmp_path / "again"))) == 3
+    tensors = load_file(files[1])
+    save_file({**tensors, "middle.1.2.weight": tensors["middle.1.2.weight"] + 1}, files[1])
+    with pytest.raises(PdiffError, match=r"0001.*middle.1.0.weight and middle.1.2.weight differ"):
+        import_zoo(tmp_path / "files", *experiment(tmp_path / "other", "mixed", *change))
 
 
 def test_a_network_that_has_changed_since_is_not_exported(judged, tmp_path, monkeypatch):

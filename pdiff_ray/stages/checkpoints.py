@@ -331,10 +331,10 @@ class _Wanted:
                     "(--pattern)"
                 )
         for name in tensors.keys() - set(self.subset.names) - self.others:
-            if not torch.equal(tensors[name], tensors[self.first[name]]):
+            if not torch.equal(tensors[name], tensors.get(first := self.first[name], tensors[name])):
                 raise PdiffError(
-                    f"{checkpoint.file}: {name} and {self.first[name]} differ, but are one tensor in the network; the "
-                    "file is of another network, or the network of zoo.imported is to tie nothing"
+                    f"{checkpoint.file}: {first} and {name} differ, but are one tensor in the network; the file is of "
+                    "a network that does not tie them"
                 )
         try:
             vector = self.subset.flatten(tensors)

@@ -26,6 +26,7 @@ from pdiff_ray.stages.zoo import subset_of
 from pdiff_ray.storage.trees import load_tree, save_tree
 
 IMAGES = 3
+BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def checked_subset(experiment: Experiment) -> Subset:
@@ -43,7 +44,8 @@ def checked_subset(experiment: Experiment) -> Subset:
     try:
         if experiment.zoo.regime == "independent" and not experiment.zoo.imported:
             _check_shared(network, fresh, subset)
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             check_function(network, fresh, images)
     except Exception as error:  # the network's own code may raise anything
         raise ConfigError(f"network.name: {config.name} {text_of(error)}") from None
@@ -57,7 +59,7 @@ def check_function(network: nn.Module, fresh: nn.Module, images: Tensor) -> None
     anew and has loaded what is stored of the first.
 
     Args:
-        network: as it is after a step of training.
+        network: as it is after a step of training; its running statistics become those of the images.
         fresh: the same network from another seed; it is given the first one's tensors.
         images: (B >= 3, C, S, S).
 
@@ -66,11 +68,17 @@ def check_function(network: nn.Module, fresh: nn.Module, images: Tensor) -> None
     """
     images = images.contiguous(memory_format=torch.channels_last)
     random = torch.Generator().manual_seed(1)
-    values = {name: perturbed(parameter.detach(), random) for name, parameter in network.named_parameters()}
+    values = {name: _trained(name, parameter.detach(), random) for name, parameter in network.named_parameters()}
 
     def logits(images: Tensor) -> Tensor:
         return functional_call(network, values, (images,))
 
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, BatchNorm)}
+    for layer in layers.values():
+        layer.momentum = 1.0
+    network.train()
+    logits(images)  # layers keep statistics with which signals reach the logits, as in a trained network
+    network.eval()
     expected = logits(images)
     if not same_logits(logits(images), expected):
         raise ValueError(
@@ -82,11 +90,10 @@ def check_function(network: nn.Module, fresh: nn.Module, images: Tensor) -> None
     except Exception as error:
         alone, found = False, f"cannot take one image alone ({text_of(error)})"
     if not alone:
-        norms = nn.modules.batchnorm._BatchNorm
-        layers = [name for name, layer in network.named_modules() if isinstance(layer, norms) and _uses_batch(layer)]
+        blamed = [name for name, layer in layers.items() if layer.training or layer.running_mean is None]
         raise ValueError(
             f"{found}, in eval mode, so that accuracies would depend on how many are judged at a time"
-            f"{_named(layers)}; let BatchNorm keep and use running statistics, and nothing mix the images of a batch"
+            f"{_named(blamed)}; let BatchNorm keep and use running statistics, and nothing mix the images of a batch"
         )
     names = first_names(network)
     stored = {**network.state_dict(), **{name: values[first] for name, first in names.items() if first in values}}
@@ -129,8 +136,16 @@ def _unsaved(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _uses_batch(layer: nn.modules.batchnorm._BatchNorm) -> bool:
-    return layer.training or layer.running_mean is None
+def _trained(name: str, parameter: Tensor, random: torch.Generator) -> Tensor:
+    """Returns other values of a parameter, and no small ones for scales that begin at or near zero."""
+    if (
+        parameter.ndim == 1
+        and parameter.is_floating_point()
+        and not name.endswith("bias")
+        and parameter.abs().max() < 0.1
+    ):
+        return torch.rand(parameter.shape, generator=random).to(parameter.dtype) + 0.5
+    return perturbed(parameter, random)
 
 
 def _equal(tensor: Tensor, other: Tensor) -> bool:
