@@ -47,6 +47,12 @@ class Trial:
 
     def __init__(self, base: Artifact, subset: Subset) -> None:
         self.subset, self.tensors = subset, load_tree(base.read(NETWORK_FILE), base.location)
+        try:
+            self._build(base)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ConfigError(f"{base.location}: its manifest does not say what the network is ({error!r})") from None
+
+    def _build(self, base: Artifact) -> None:
         about = base.manifest()
         config = parse(Network, {**about.config["network"], "pretrained": False}, "network")
         if ":" in config.name and _is_installed(config.name):
@@ -61,7 +67,6 @@ class Trial:
         channels, size = images.shape[1:3]
         info = DataInfo(channels, size, about.info["num_classes"], (0.0,) * channels, (1.0,) * channels)
         self._judged, self._fresh = (build_network(config, info, seed).eval() for seed in ("judged", "anew"))
-        self._judged.load_state_dict(self.tensors)
 
     @torch.no_grad()
     def check(self, file: Path, vector: Tensor, wrong: bytes | None = None, precision: str = "float32") -> None:
@@ -76,6 +81,7 @@ class Trial:
             PdiffError: they differ.
         """
         try:
+            self._judged.load_state_dict(self.tensors)
             self._fresh.load_state_dict({**self.tensors, **load_tree(file.read_bytes(), str(file))})
         except RuntimeError as error:
             raise PdiffError(f"its network does not load it: {text_of(error)}") from None
@@ -86,7 +92,7 @@ class Trial:
                 "something in the network is random, or tied, that its state dict does not tell"
             )
         if wrong is not None and self.labels is not None:
-            tolerance = TOLERANCE[precision] * logits.abs().max()
+            tolerance = TOLERANCE.get(precision, TOLERANCE["float32"]) * logits.abs().max()
             reported = torch.from_numpy(np.unpackbits(np.frombuffer(wrong, np.uint8))[: len(logits)]).bool()
             right = logits.gather(1, self.labels[:, None])[:, 0]
             others = logits.scatter(1, self.labels[:, None], -torch.inf).amax(1)

@@ -155,7 +155,7 @@ class Networks:
                 evaluation = opened(storage, read_manifest(storage, folder))
                 for record in ParameterStore(evaluation).records():
                     if record.group == self._group and record.number in wanted and record.wrong:
-                        found.setdefault(record.number, (record.wrong, evaluation.config["precision"]))
+                        found.setdefault(record.number, (record.wrong, str(evaluation.config.get("precision"))))
         return found
 
     @property
@@ -187,7 +187,7 @@ class Networks:
     def _made_from(self, stage: str) -> Artifact:
         """Returns the artifact of a stage that the networks were made from, or themselves."""
         storage, name = self.artifact.storage, self.artifact.folder
-        for folder, manifest in lineage(storage, name):
+        for _, manifest in lineage(storage, name):
             if manifest and manifest.stage == stage:
                 return opened(storage, manifest)
         raise StorageError(f"{name}: the {stage} that it was made from is not in {storage.place} any more")
