@@ -239,3 +239,35 @@ def test_only_images_that_are_read_otherwise_have_other_keys(tmp_path, contents,
     write_both(tmp_path, contents)
     for config in write_both(tmp_path, contents, "test"):
         assert ("reading" not in sources.keyed(with_(config, image_size=8))) == as_before
+
+
+# --- damaged images ---------------------------------------------------------------------------------------------------
+
+
+class One:
+    """A data set of one encoded image."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return images.open_image(self.content, "it"), 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "JPEG2000", "AVIF"])
+def test_whatever_byte_changes_an_image_is_read_or_refused(format):
+    random, content = np.random.default_rng(0), turned(6, format)
+    refusals = []
+    for _ in range(40):
+        damaged = bytearray(content)
+        damaged[random.integers(len(damaged))] ^= 1 << random.integers(8)
+        try:
+            sources.decoded(One(bytes(damaged)), 0, sources.DataInfo(3, 8, 1, (0.5,) * 3, (0.5,) * 3))
+        except PdiffError as error:
+            refusals.append(str(error))
+    assert refusals
+    assert all(" cannot be decoded: " in refusal for refusal in refusals)

@@ -318,7 +318,7 @@ class ParquetImages:
         return dataset.take(rows, columns={"bytes": ds.field(image, "bytes")})["bytes"][0].as_py()
 
     def _encoded(self) -> Iterator[bytes]:
-        """Yields the encoded images of all files, in order."""
+        """Yields the encoded images of all files, in order, one for each label."""
         index = 0
         for file in self.files:
             dataset = _dataset(file)
@@ -330,6 +330,8 @@ class ParquetImages:
                 ):
                     for value in batch["bytes"]:
                         encoded = value.as_py()
+                        if index == len(self):
+                            raise pa.ArrowInvalid("it has more images than labels")
                         if not isinstance(encoded, bytes):
                             raise ConfigError(
                                 f"data.root: {self.name(index)} has no bytes of an image; embed it or remove the row"

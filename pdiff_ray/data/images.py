@@ -52,14 +52,15 @@ def open_image(encoded: bytes | Path, name: str) -> Image.Image:
     except Image.DecompressionBombError:
         reason = f"it has more than {MAX_PIXELS:,} pixels"
     except Exception as error:  # of any kind, as readers meet damaged files
-        reason = str(error)
+        raise ConfigError(unreadable(name, error)) from None
     if reason:
         raise ConfigError(unreadable(name, reason))
     return image
 
 
 def unreadable(name: str, reason: object) -> str:
-    """Returns the message that an image cannot be decoded."""
+    """Returns the message that an image cannot be decoded, for a reason or an error."""
+    reason = str(reason) or type(reason).__name__
     return f"data.root: {name} cannot be decoded: {reason}; replace, convert or remove it"
 
 

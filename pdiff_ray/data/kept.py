@@ -76,7 +76,7 @@ def _checksums(folder: Path) -> bytes:
     for file in sorted(folder.iterdir()):
         if file.name != CHECKSUMS and file.suffix != CHECKED_APART:
             state = file.stat()
-            lines.append(f"{_checksum(file, state.st_ino, state.st_size, state.st_mtime_ns):08x} {file.name}\n")
+            lines.append(f"{_checksum(file, state.st_ino, state.st_size, state.st_ctime_ns):08x} {file.name}\n")
     return "".join(lines).encode()
 
 

@@ -313,13 +313,15 @@ def decoded(samples: Samples, index: int, info: DataInfo) -> tuple[np.ndarray, i
         return decode(image, info.channels, info.image_size), int(label)
     except PdiffError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise PdiffError(unreadable(_name(samples, index), error)) from None
+    except Exception as error:  # of any kind, as readers meet damaged files
+        raise PdiffError(unreadable(_name(samples, index), error)) from error
 
 
 def _name(samples: Samples, index: int) -> str:
     """Returns where an image is, for messages."""
     if name := getattr(samples, "name", None):
         return name(index)
-    known = getattr(samples, "samples", None)  # files and labels of torchvision's image folders
-    return known[index][0] if known else f"image {index}, counted from 0,"
+    if known := getattr(samples, "samples", None):  # files and labels of torchvision's image folders
+        return known[index][0]
+    known = getattr(samples, "_image_files", getattr(samples, "_images", None))  # Flowers102, Food101; OxfordIIITPet
+    return str(known[index]) if known else f"image {index}, counted from 0,"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -104,9 +105,14 @@ def check_plan(plan: Plan) -> int:
     if plan.needs_ray:
         sources.check_data(plan.experiment.data)
         for warning in sources.inventory(plan.experiment.data).warnings:
-            console.print(f"[bold yellow]warning:[/] {escape(warning)}")
+            _warn(warning)
     plan.storage.check_writable()
     return subset.size
+
+
+@functools.cache  # trials of a sweep share their data
+def _warn(text: str) -> None:
+    console.print(f"[bold yellow]warning:[/] {escape(text)}")
 
 
 def run(plan: Plan, *, in_process: bool = False, track: bool = False) -> None:
