@@ -26,11 +26,14 @@ from pdiff_ray import tracking
 from pdiff_ray.config import sweep as space
 from pdiff_ray.running.sweep import run_trials
 from pdiff_ray.stages import report
+from pdiff_ray.storage.files import Storage
 from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.sweeps.trial import Trial
-from pdiff_ray.tracking import runs as runs_module
-from pdiff_ray.tracking import server, sweeps
+from pdiff_ray.tracking import sweeps, usage
 from pdiff_ray.tracking.database import prepare_database
+from pdiff_ray.tracking.inputs import splits
+from pdiff_ray.tracking.runs import MlflowRun, accepted, write
+from pdiff_ray.tracking.server import connect
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,37 @@ def test_a_run_per_zoo_and_per_trial(recorded):
     assert {"report.html", "table.csv", "accuracy.png", "networks"} <= names
 
 
+def test_runs_have_their_data(recorded):
+    experiment, artifacts, client = recorded
+    info = artifacts["base"].manifest().info
+    for run in runs(client).values():
+        data = {i.tags[0].value: i.dataset for i in run.inputs.dataset_inputs}
+        assert list(data) == ["train", "validation", "test"]
+        assert {dataset.name for dataset in data.values()} == {"digits"}
+        assert len({dataset.digest for dataset in data.values()}) == 3
+        images = [json.loads(dataset.profile)["num_rows"] for dataset in data.values()]
+        assert images == [info[f"{split}_images"] for split in data] == [810, 90, 897]
+    other = experiment.model_copy(
+        update={"data": experiment.data.model_copy(update={"root": "s3://me:secret@b/x?k=v"})}
+    )
+    assert all("secret" not in split.source and "k=v" not in split.source for split in splits(other, artifacts["base"]))
+
+
+def test_base_and_best_sample_are_models_measured_on_their_data(recorded):
+    _experiment, artifacts, client = recorded
+    found = runs(client)
+    models = {m.source_run_id: m for m in client.search_logged_models([found["zoo"].info.experiment_id])}
+    base, best = (models[found[kind].info.run_id] for kind in ("zoo", "trial"))
+    assert len(models) == 2
+    assert {m.dataset_digest: m.value for m in base.metrics} == {
+        i.dataset.digest: artifacts["base"].manifest().info[f"{i.tags[0].value}_accuracy"]
+        for i in found["zoo"].inputs.dataset_inputs
+    }
+    assert [m.key for m in best.metrics] == ["generated/best_test_accuracy"]
+    assert best.params["export"].startswith(f"pdiff export {artifacts['samples'].key} FOLDER --ids ")
+    assert [output.model_id for output in found["trial"].outputs.model_outputs] == [best.model_id]
+
+
 def test_nothing_is_recorded_twice(recorded):
     experiment, artifacts, client = recorded
     assert not tracking.record(experiment, artifacts)
@@ -88,6 +122,26 @@ def test_an_unfinished_run_is_replaced(recorded):
     new = runs(client)["trial"].info
     assert new.run_id != old
     assert new.status == "FINISHED"
+    made_by = {model.source_run_id for model in client.search_logged_models([new.experiment_id])}
+    assert made_by == {run.info.run_id for run in runs(client).values()}, "the old run's model went with it"
+
+
+def test_system_metrics_are_those_of_the_time_of_a_run(empty, tmp_path, monkeypatch):
+    shutil.copy(empty, tmp_path)
+    at = connect(f"sqlite:///{tmp_path}/mlflow.db", "tiny", Storage(str(tmp_path)))
+    monkeypatch.setattr(usage, "FIRST_S", 0.01)
+    monkeypatch.setattr(usage, "MAX_SAMPLES", 16)
+    with tracking.Usage("node") as elsewhere, tracking.Usage() as taken:
+        until(lambda: len(taken.samples) > 8 and elsewhere.samples)
+        started, ended = taken.samples[2][0], taken.samples[6][0]
+        late = [moment for moment, _ in taken.between(started, ended)]
+        assert late == [moment for moment, _ in taken.samples[2:7]]
+        until(lambda: taken.samples[1][0] - taken.samples[0][0] > 35)  # some have gone, and pauses have doubled
+        assert len(taken.samples) <= 16
+    run = MlflowRun("trial", "key", "run", late[0] - 5000, ended, {}, {}, {})
+    found = at.client.get_run(write(at, run, taken)).data.metrics
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_percentage"} <= set(found)
+    assert all(name.startswith("system/node/") for name in elsewhere.samples[0][1])
 
 
 def test_a_dead_server_is_one_error_without_secrets(recorded):
@@ -333,13 +387,13 @@ def test_failed_and_stopped_trials_and_repeats(again):
 def test_names_are_changed_only_as_far_as_mlflow_refuses_them(name):
     """Its own check agrees, and names that differ go on to do so."""
     for check in (validation._validate_param_name, validation._validate_metric_name):
-        check(runs_module.accepted(name))
+        check(accepted(name))
         try:
             check(name)
         except mlflow.MlflowException:
-            assert runs_module.accepted(name) not in (name, runs_module.accepted(f"{name}="))
+            assert accepted(name) not in (name, accepted(f"{name}="))
         else:
-            assert (runs_module.accepted(name) == name) == (len(name) <= 250)
+            assert (accepted(name) == name) == (len(name) <= 250)
 
 
 ODD = """base: {base}
@@ -360,12 +414,12 @@ def test_odd_names_and_numbers_that_are_none_are_recorded(again):
     (name,) = (name for name in found["trial"][0].data.params if name.startswith("MAP"))
     assert name.startswith("MAP_k_ _delta_1.3")
     assert [run.data.params[name] for run in found["trial"]] == ["a, b", "%s @"]
-    assert found["sweep"][0].data.params[runs_module.accepted(f"sweep.parameters.{next(iter(assignment))}")]
+    assert found["sweep"][0].data.params[accepted(f"sweep.parameters.{next(iter(assignment))}")]
     metrics = {"a": math.inf, "b": math.nan, "c (d)": 0.1 + 0.2}
-    odd = runs_module.MlflowRun("trial", "k", "odd", 0, 1, {}, {}, metrics, {"loss": [(0, 1.0), (1, math.inf)]})
+    odd = MlflowRun("trial", "k", "odd", 0, 1, {}, {}, metrics, {"loss": [(0, 1.0), (1, math.inf)]})
     uri = tracking.tracking_uri(ledger.file.experiment, ledger.storage)
-    run = client.get_run(runs_module.write(server.connect(uri, "tiny", ledger.storage), odd))
-    assert run.data.metrics == {runs_module.accepted("c (d)"): 0.3, "loss": 1.0}
+    run = client.get_run(write(connect(uri, "tiny", ledger.storage), odd))
+    assert run.data.metrics == {accepted("c (d)"): 0.3, "loss": 1.0}
 
 
 def test_a_retried_trial_takes_the_place_of_the_failed_one(again):

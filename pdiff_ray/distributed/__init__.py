@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 from pdiff_ray.config.schema import Resources
 
@@ -10,6 +11,11 @@ from pdiff_ray.config.schema import Resources
 def ray_address(resources: Resources) -> str | None:
     """Returns the address of the cluster to connect to, or None for a local Ray."""
     return resources.address or os.environ.get("RAY_ADDRESS")
+
+
+def driver_name(resources: Resources) -> str:
+    """Returns the name of this machine if others may do the work; with a local Ray none is needed."""
+    return socket.gethostname() if ray_address(resources) else ""
 
 
 def prepare(resources: Resources) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from dataclasses import dataclass
@@ -127,7 +128,8 @@ def run(plan: Plan, *, in_process: bool = False, track: bool = False) -> None:
     """
     if plan.missing:
         check_plan(plan)
-    with display() as progress:
+    usage = tracking.Usage(distributed.driver_name(plan.experiment.resources))
+    with usage if track and plan.missing else contextlib.nullcontext(), display() as progress:
         if plan.needs_ray:
             started = time.monotonic()
             (_run_here if in_process else _run_on_ray)(plan, progress)
@@ -136,7 +138,7 @@ def run(plan: Plan, *, in_process: bool = False, track: bool = False) -> None:
             build_missing(stage, plan.experiment, plan.artifacts, here(progress))
     if track:
         try:
-            tracking.record(plan.experiment, plan.artifacts)
+            tracking.record(plan.experiment, plan.artifacts, usage)
         except tracking.TrackingError as error:
             tracking.warn(error)
 

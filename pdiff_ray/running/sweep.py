@@ -94,10 +94,12 @@ def run(ledger: Ledger, *, in_process: bool = False, track: bool = True) -> Swee
         PdiffError: something is wrong that the user can mend. Failed trials do not raise it; see `SweepResult.failed`.
     """
 
-    def follow(ledger: Ledger) -> AbstractContextManager[OnChange]:
-        return tracking.follow(ledger) if track else contextlib.nullcontext(lambda trial: None)
+    usage = tracking.Usage(distributed.driver_name(ledger.file.experiment.resources))
 
-    with follow(ledger) as tell:
+    def follow(ledger: Ledger) -> AbstractContextManager[OnChange]:
+        return tracking.follow(ledger, usage) if track else contextlib.nullcontext(lambda trial: None)
+
+    with usage if track and len(ledger.done()) < ledger.total else contextlib.nullcontext(), follow(ledger) as tell:
         run_trials(ledger, in_process=in_process, on_result=tell)
         if confirmation := ledger.confirmation():
             with follow(confirmation) as tell_too:

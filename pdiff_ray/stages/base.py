@@ -63,6 +63,8 @@ def describe_base(experiment: Experiment, network: nn.Module, dataset: Dataset, 
         "validation_accuracy": judgement.validation_accuracy,
         "test_accuracy": judgement.test_accuracy,
         "parameters": sum(p.numel() for p in network.parameters()),
+        "train_images": len(dataset.train),
+        "validation_images": len(dataset.validation),
         "test_images": len(dataset.test),
         "num_classes": dataset.info.num_classes,
     }

@@ -16,10 +16,12 @@ from pdiff_ray.tracking.server import (
     warn,
 )
 from pdiff_ray.tracking.sweeps import follow, log
+from pdiff_ray.tracking.usage import Usage
 
 __all__ = [
     "Server",
     "TrackingError",
+    "Usage",
     "database",
     "experiment_name",
     "follow",

@@ -14,12 +14,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pdiff_ray.common.secrets import without_secrets
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.evaluation.metrics import named_metrics, tidy
 from pdiff_ray.stages.report import load_history, load_summary
 from pdiff_ray.stages.table import STAGES
 from pdiff_ray.storage.artifacts import Artifact, digest
+from pdiff_ray.tracking.inputs import CONTEXTS, Model, Split, delete_run, log_data, make_models, splits
 from pdiff_ray.tracking.server import Connection, Mark, connect, experiment_name, tracking_uri, translated
+from pdiff_ray.tracking.usage import Usage
 
 MAX_POINTS = 500  # of a curve
 MAX_NOTE = 8000  # characters of a description, MLflow's limit
@@ -41,6 +44,8 @@ class MlflowRun:
         key: of what it describes.
         started, ended: milliseconds since 1970, as MLflow has them.
         curves: metrics over steps.
+        data: that it has used.
+        models: that it has made.
         files: contents by name.
         note: its description, in Markdown.
         status: one of MLflow's.
@@ -58,12 +63,17 @@ class MlflowRun:
     files: Mapping[str, bytes] = field(default_factory=dict)
     note: str = ""
     status: str = "FINISHED"
+    data: Sequence[Split] = ()
+    models: Sequence[Model] = ()
 
 
-def record(experiment: Experiment, artifacts: Mapping[str, Artifact], *, anew: bool = False) -> bool:
+def record(
+    experiment: Experiment, artifacts: Mapping[str, Artifact], usage: Usage | None = None, *, anew: bool = False
+) -> bool:
     """Writes the runs of a finished experiment that are not there yet.
 
     Args:
+        usage: of this machine, while they were made.
         anew: looks at MLflow even if they were written once.
 
     Returns:
@@ -80,23 +90,23 @@ def record(experiment: Experiment, artifacts: Mapping[str, Artifact], *, anew: b
     with translated(uri):
         # MLflow imports seconds of packages, so only where there is something to write.
         at = connect(uri, name, storage)
-        written = [ensure(at, make(experiment, artifacts)) for make in (zoo_run, trial_run)]
+        written = [ensure(at, make(experiment, artifacts), usage) for make in (zoo_run, trial_run)]
     mark.leave()
     return any(written)
 
 
-def ensure(at: Connection, run: MlflowRun) -> bool:
+def ensure(at: Connection, run: MlflowRun, usage: Usage | None = None) -> bool:
     """Writes a run that belongs to no sweep unless it is there; returns whether it was written."""
     for old in at.search(f"tags.`pdiff.key` = '{run.key}' and tags.kind = '{run.kind}'"):
         if old.info.status == "FINISHED":
             return False
         if PARENT not in old.data.tags:  # left by an attempt that was killed
-            at.client.delete_run(old.info.run_id)
-    write(at, run)
+            delete_run(at, old.info.run_id)
+    write(at, run, usage)
     return True
 
 
-def write(at: Connection, run: MlflowRun) -> str:
+def write(at: Connection, run: MlflowRun, usage: Usage | None = None) -> str:
     """Writes a run and returns its id. It is RUNNING until all of it is there, so that what a crash leaves is known.
 
     What ends the writing in any other way leaves nothing.
@@ -108,30 +118,46 @@ def write(at: Connection, run: MlflowRun) -> str:
         tags[NOTE] = run.note[:MAX_NOTE]
     created = at.client.create_run(at.experiment_id, run_name=run.name, tags=tags, start_time=run.started)
     run_id: str = created.info.run_id
-    curves = {name: curve[:: max(1, len(curve) // MAX_POINTS)] for name, curve in run.curves.items()}
-    curves |= {name: [(0, value)] for name, value in run.metrics.items()}
-    points = [
-        Metric(accepted(name), tidy(float(value)), run.ended, step)
-        for name, curve in curves.items()
-        for step, value in curve
-        if math.isfinite(value)  # MLflow would show infinity as 1.8e308, and take it for the best
-    ]
     try:
-        at.client.log_batch(run_id, points, params_of(run.params))
+        said = make_models(at, run_id, run.models, run.data)
+        points = [(name, value, run.ended, 0, said.get(name, {})) for name, value in run.metrics.items()]
+        for name, curve in run.curves.items():
+            every = max(1, len(curve) // MAX_POINTS)
+            points += [(name, value, run.ended, step, {}) for step, value in curve[::every]]
+        metrics = [
+            Metric(accepted(name), tidy(float(value)), moment, step, **about)
+            for name, value, moment, step, about in points
+            if math.isfinite(value)  # MLflow would show infinity as 1.8e308, and take it for the best
+        ]
+        if usage:
+            metrics += usage_points(usage, run.started, run.ended)
+        at.client.log_batch(run_id, metrics, params_of(run.params))
+        log_data(at, run_id, run.data)
         write_files(at, run_id, run.files)
         at.client.set_terminated(run_id, run.status, end_time=run.ended)
     except BaseException:
         with contextlib.suppress(Exception):
-            at.client.delete_run(run_id)
+            delete_run(at, run_id)
         raise
     return run_id
+
+
+def usage_points(usage: Usage, started: int, ended: int) -> list[Any]:
+    """Returns the samples of a time as metrics; their steps are seconds."""
+    from mlflow.entities import Metric
+
+    return [
+        Metric(name, value, moment, (moment - started) // 1000)
+        for moment, sample in usage.between(started, ended)
+        for name, value in sample.items()
+    ]
 
 
 def params_of(values: Mapping[str, str]) -> list[Any]:
     """Returns parameters as MLflow has them, as long as it takes."""
     from mlflow.entities import Param
 
-    return [Param(accepted(path), value[:MAX_VALUE]) for path, value in values.items()]
+    return [Param(accepted(path), without_secrets(value)[:MAX_VALUE]) for path, value in values.items()]
 
 
 def accepted(name: str) -> str:
@@ -165,6 +191,7 @@ def zoo_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Mlflow
     metrics = {k: v for k, v in zoo.manifest().info.items() if k.endswith("_test_accuracy")}
     metrics |= {f"base/{k}": v for k, v in base.manifest().info.items() if k.endswith("_accuracy")}
     configuration = experiment.model_dump(mode="json", include={"data", "network", "training", "zoo"})
+    data, about = splits(experiment, base), {"network": experiment.network.name, "weights": base.location}
     return MlflowRun(
         kind="zoo",
         key=zoo.key,
@@ -173,6 +200,8 @@ def zoo_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Mlflow
         params={path: str(value) for path, value in flat(configuration) if value is not None},
         metrics=metrics,
         curves={f"base/{name}": list(enumerate(values)) for name, values in load_history(base).items()},
+        data=data,
+        models=[Model(f"base-{base.key[:6]}", about, {f"base/{c}_accuracy": c for c in CONTEXTS})],
     )
 
 
@@ -183,6 +212,12 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Mlfl
     seconds = {f"seconds/{stage}": artifacts[stage].manifest().seconds for stage in STAGES}
     files = {name: report.read(name) for name in report.manifest().files}
     files |= {name: evaluation.read(name) for name in evaluation.manifest().files if name.endswith(".parquet")}
+    best = next(group for group in summary["groups"] if group["group"] == "generated")
+    about = {
+        "network": experiment.network.name,
+        "weights": artifacts["samples"].location,
+        "export": f"pdiff export {artifacts['samples'].key} FOLDER --ids {best['best_id']}",
+    }
     return MlflowRun(
         kind="trial",
         key=report.key,
@@ -193,6 +228,8 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Mlfl
         curves={f"{name}/loss": list(enumerate(v)) for name, v in load_history(artifacts["generator"]).items()},
         files=files,
         note=f"{files.get('table.md', b'').decode()}\n{summary['verdict']['text']}",
+        data=splits(experiment, artifacts["base"]),
+        models=[Model(f"generated-{artifacts['samples'].key[:6]}", about, {"generated/best_test_accuracy": "test"})],
     )
 
 

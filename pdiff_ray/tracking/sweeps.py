@@ -22,6 +22,7 @@ from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.sweeps.trial import Trial
 from pdiff_ray.tracking import pages
 from pdiff_ray.tracking.database import TrackingError
+from pdiff_ray.tracking.inputs import delete_run
 from pdiff_ray.tracking.runs import (
     NOTE,
     OBJECTIVE,
@@ -31,12 +32,14 @@ from pdiff_ray.tracking.runs import (
     now,
     params_of,
     trial_run,
+    usage_points,
     write,
     write_files,
     zoo_run,
 )
 from pdiff_ray.tracking.server import Connection, Mark, connect, experiment_name, tracking_uri, translated, warn
 from pdiff_ray.tracking.trials import STATUS, fingerprint, name_of, run_of, short_digest
+from pdiff_ray.tracking.usage import Usage
 
 PAUSE_S = 60.0  # until a server that failed is tried again
 FAREWELL_S = 10.0  # for the last words of a sweep that was interrupted
@@ -46,12 +49,15 @@ Message = Trial | Literal["begin", "end", "interrupted"]
 
 
 @contextlib.contextmanager
-def follow(ledger: Ledger) -> Iterator[Callable[[Trial], None]]:
+def follow(ledger: Ledger, usage: Usage | None = None) -> Iterator[Callable[[Trial], None]]:
     """Has a thread tell MLflow of a sweep; yields the function that is to be given every trial that has ended.
 
     An MLflow that cannot be reached costs one warning. It neither stops nor delays the sweep.
+
+    Args:
+        usage: of this machine meanwhile.
     """
-    writer = _Writer(ledger)
+    writer = _Writer(ledger, usage)
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     if len(ledger.done()) < ledger.total or not writer.mark().is_there():
         inbox.put("begin")
@@ -108,8 +114,8 @@ def log(ledger: Ledger) -> int:
 class _Writer:
     """Writes a sweep's runs; used by one thread at a time."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
+    def __init__(self, ledger: Ledger, usage: Usage | None = None) -> None:
+        self.ledger, self.usage, self.started = ledger, usage, 0
         experiment = ledger.file.experiment
         self.uri = tracking_uri(experiment, ledger.storage)
         self.experiment = experiment_name(experiment)
@@ -156,16 +162,18 @@ class _Writer:
                 if fingerprint(trial) == there or self.hurry.is_set():
                     continue
                 if old:  # a failed trial has been tried again
-                    at.client.delete_run(old)
+                    delete_run(at, old)
                 results, note = self._results(at, trial)
                 run = run_of(self.ledger, trial, results, {PARENT: self.parent, "sweep": self.name}, note)
-                self.children[number] = write(at, run), fingerprint(trial)
+                self.children[number] = write(at, run, self.usage), fingerprint(trial)
                 written += 1
             if written or finish:
                 self._tell(at, finished=finish)
             if finish:
                 if not self.hurry.is_set():
                     write_files(at, self.parent, self._files())
+                    if self.usage:
+                        at.client.log_batch(self.parent, usage_points(self.usage, self.started, now()))
                 at.client.set_terminated(self.parent, STATUS[self._state()])
         if finish and not self.hurry.is_set():
             self.mark().leave()
@@ -179,7 +187,7 @@ class _Writer:
                 artifacts = self.ledger.artifacts(experiment)
                 results.append(trial_run(experiment, artifacts))
                 if (zoo := artifacts["zoo"].key) not in self.zoos:
-                    ensure(at, zoo_run(experiment, artifacts))
+                    ensure(at, zoo_run(experiment, artifacts), self.usage)
                     self.zoos.add(zoo)
         except StorageError as error:  # artifacts that were deleted or damaged
             return [], str(error)
@@ -195,17 +203,18 @@ class _Writer:
         ledger, at = self.ledger, connect(self.uri, self.experiment, self.ledger.storage)
         found, self.begun = at.search(f"tags.kind = 'sweep' and tags.`pdiff.key` = '{ledger.key}'"), True
         if found:
-            self.parent = found[0].info.run_id
+            self.parent, self.started = found[0].info.run_id, found[0].info.start_time
             at.client.update_run(self.parent, status="RUNNING")
         else:
             location = ledger.storage.location(ledger.folder)
             tags = {"kind": "sweep", "pdiff.key": ledger.key, "pdiff.location": location}
-            self.parent = at.client.create_run(at.experiment_id, run_name=self.name, tags=tags).info.run_id
+            made = at.client.create_run(at.experiment_id, run_name=self.name, tags=tags).info
+            self.parent, self.started = made.run_id, made.start_time
             at.client.log_batch(self.parent, params=params_of(pages.settings(ledger.sweep)))
         for run in at.search(f"tags.kind = 'trial' and tags.`pdiff.sweep` = '{ledger.key}'"):
             number = int(run.data.tags["pdiff.trial"])
             if run.info.status == "RUNNING" or number in self.children:  # left by a crash
-                at.client.delete_run(run.info.run_id)
+                delete_run(at, run.info.run_id)
                 continue
             if run.data.tags.get(PARENT) != self.parent:  # somebody has deleted the sweep's run
                 at.client.set_tag(run.info.run_id, PARENT, self.parent)

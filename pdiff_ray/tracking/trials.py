@@ -91,6 +91,9 @@ def run_of(ledger: Ledger, trial: Trial, results: Sequence[MlflowRun], tags: Map
         files=files,
         note=note or "\n\n".join(run.note for run in results),
         status=STATUS[trial.state],
+        # Of several repeats the best networks and the splits are several; their runs' metrics are means.
+        data=results[0].data if results else (),
+        models=results[0].models if len(results) == 1 else (),
     )
 
 
