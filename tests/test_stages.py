@@ -268,15 +268,21 @@ def test_batchnorm_policies(policy, tmp_path):
     assert ("layers.1.bn.running_var" in names) == (policy == "included")
 
 
-def test_an_interrupted_zoo_goes_on(tmp_path):
-    """Parts and states of a run that stops in the middle are used; the zoo is the same as in one go."""
+@pytest.mark.parametrize("lost", [0, 1])
+def test_an_interrupted_zoo_goes_on(tmp_path, lost):
+    """Parts and states of a run that stops in the middle are used; the zoo is the same as in one go.
+
+    So it is if a part was damaged, and deleted as the message says.
+    """
     whole, its = tiny(tmp_path / "whole")
     build(whole, its, "base", "zoo")
     experiment, artifacts = tiny(tmp_path / "interrupted")
     build(experiment, artifacts, "base")
 
     kept = interrupted_zoo(experiment, artifacts, 10)
-    files = set(kept._parts)
+    gone, files = sorted(kept._parts)[:lost], set(sorted(kept._parts)[lost:])
+    for name in gone:
+        kept.storage.delete(f"{artifacts['zoo'].folder}/{name}")
     zoo.build(experiment, artifacts, context())
     assert files <= set(artifacts["zoo"].manifest().files)
     np.testing.assert_array_equal(ParameterStore(artifacts["zoo"]).vectors(), ParameterStore(its["zoo"]).vectors())

@@ -16,7 +16,7 @@ from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.common.registry import imported
 from pdiff_ray.config.schema import Evaluation, Experiment
 from pdiff_ray.networks.subset import Subset
-from pdiff_ray.storage.parameters import Record
+from pdiff_ray.storage.parameters import Record, is_group
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,10 @@ def groups_of(config: Evaluation) -> Mapping[str, Group]:
             raise ConfigError(
                 f"evaluation.baselines: {path} is no class of a baseline; derive one from "
                 "pdiff_ray.evaluation.groups.Group and give it a name"
+            )
+        if not is_group(kind.name):
+            raise ConfigError(
+                f"evaluation.baselines: {path} has the name {kind.name!r}; a name has letters, digits, '_' and '-'"
             )
         if kind.name in found:
             raise ConfigError(f"evaluation.baselines: {path} has the name {kind.name!r} of another group; change it")

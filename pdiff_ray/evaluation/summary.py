@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pdiff_ray.common.errors import StorageError
 from pdiff_ray.evaluation.groups import GROUPS, Group
 from pdiff_ray.evaluation.metrics import METRICS, JudgedGroup, Metric
 from pdiff_ray.storage.parameters import Record
@@ -17,6 +18,11 @@ def by_title(records: Sequence[Record], groups: Mapping[str, Group] = GROUPS) ->
     """Returns the networks of each line of tables and figures, in order of appearance."""
     found: dict[str, list[Record]] = {}
     for record in records:
+        if record.group not in groups:
+            raise StorageError(
+                f"network {record.id} is of group {record.group!r}, and the evaluation has {', '.join(groups)}; delete "
+                "the evaluation's folder to build it again"
+            )
         found.setdefault(groups[record.group].title(record), []).append(record)
     return found
 

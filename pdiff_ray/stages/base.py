@@ -95,14 +95,10 @@ def load_network(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> n
     return network.eval()
 
 
-def load_state(artifact: Artifact, name: str, what: str) -> dict[str, Any] | None:
-    """Returns the tree that unfinished work has saved under `name`, None if there is nothing.
-
-    Args:
-        what: the state's name in messages.
-    """
+def load_state(artifact: Artifact, name: str) -> dict[str, Any] | None:
+    """Returns the tree that unfinished work has saved under `name`, None if there is nothing."""
     saved = artifact.load_work(name)
-    return None if saved is None else load_tree(saved, what)
+    return None if saved is None else load_tree(saved, artifact.storage.location(artifact.work(name)))
 
 
 def train_network(
@@ -130,7 +126,7 @@ def train_network(
     trainer = Trainer(list(network.parameters()), config.optimizer, num_steps, f"training of the {task}")
     history: dict[str, list[float]] = {"loss": [], "validation_accuracy": []}
     first = 0
-    state = load_state(checkpoints, CHECKPOINT, f"{task} checkpoint") if checkpoints else None
+    state = load_state(checkpoints, CHECKPOINT) if checkpoints else None
     if state is not None:
         network.load_state_dict(state["network"])
         trainer.load_state(state["optimizer"])

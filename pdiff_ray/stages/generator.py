@@ -48,7 +48,7 @@ def build(
         device=context.device,
         seed=derive_seed(settings.seed or 0, "fit"),
         judge=validation_accuracy,
-        load=lambda name: load_state(artifact, f"{name}.safetensors", f"{name} checkpoint"),
+        load=lambda name: load_state(artifact, f"{name}.safetensors"),
         save=lambda name, state: artifact.save_work(f"{name}.safetensors", save_tree(state)),
         progress=context.progress,
         preview=preview,

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from pdiff_ray.common.errors import StorageError
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.evaluation.groups import groups_of
 from pdiff_ray.evaluation.metrics import described
@@ -20,7 +21,7 @@ from pdiff_ray.stages.base import HISTORY_FILE
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.evaluation import SUMMARY_FILE
 from pdiff_ray.stages.samples import LATENTS_FILE
-from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.artifacts import ANEW, Artifact
 from pdiff_ray.storage.parameters import ParameterStore
 from pdiff_ray.storage.trees import load_tree
 
@@ -59,11 +60,21 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
 
 
 def load_summary(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    """Returns the evaluation's summary, as `summary.summarize` made it."""
-    summary = json.loads(artifacts["evaluation"].read(SUMMARY_FILE))
+    """Returns the evaluation's summary, as `summary.summarize` made it.
+
+    Raises:
+        StorageError: it is missing, damaged, or no such summary.
+    """
+    evaluation = artifacts["evaluation"]
+    content = evaluation.read(SUMMARY_FILE)
+    try:
+        summary: dict[str, Any] = json.loads(content)
+        _ = table_rows(summary), paper_row(summary), summary["verdict"]["text"]  # what a summary has, its uses say
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise StorageError(f"{evaluation.location}: {SUMMARY_FILE}: no summary ({error!r}); {ANEW}") from None
     if any(group["group"] == "ensemble" and group.get("best_id") is not None for group in summary["groups"]):
         # An earlier version gave the ids of the evaluation's rows, which nothing but the evaluation has.
-        store = ParameterStore(artifacts["evaluation"])
+        store = ParameterStore(evaluation)
         for group in summary["groups"]:
             group["best_id"] = store.records([group["best_id"]])[0].number
     return summary

@@ -29,6 +29,7 @@ from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.judging import base_judge, describe_sharing
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.parameters import ParameterStore, Record, stamp
+from pdiff_ray.storage.sealed import unseal
 from pdiff_ray.storage.trees import save_tree
 from pdiff_ray.training.subset import SubsetTraining, training_frontier
 
@@ -102,7 +103,9 @@ def commit(
     records = store.records(ids)
     accuracies = np.array([r.test_accuracy for r in records if r.judged])
     info: dict[str, Any] = {"members": members, "parameters": subset.size, "tensors": subset.names}
-    info |= json.loads(artifact.load_work(SHARING_FILE) or "{}") | (about or {})
+    if saved := artifact.load_work(SHARING_FILE):
+        info |= unseal(saved, dict[str, Any], artifact.storage.location(artifact.work(SHARING_FILE)), "delete it")
+    info |= about or {}
     if len(accuracies):
         info |= {"mean_test_accuracy": float(accuracies.mean()), "std_test_accuracy": float(accuracies.std())}
     artifact.commit({"subset.json": subset.to_json().encode()}, info, seconds, store.manifest_entries(ids))
@@ -159,7 +162,7 @@ class _FromBase:
         note += f"; full steps: {kept.reason}" if kept.reason else ""
         note += f"; up to {min(most, len(runs))} runs as one program" if most > 1 else ""
         self.context.progress("zoo", 0, config.members, note)
-        made = {run: state["kept"] if (state := self._state(run)) else 0 for run in runs}
+        made = {run: self._made(run) for run in runs}
 
         def phase(run: TrainingRun) -> tuple[int, int]:
             return len(run.member_ids), made[run]
@@ -215,8 +218,13 @@ class _FromBase:
         sharing = {**describe_sharing(self.judge), "full_steps": full_steps, "steps_saving": saving}
         self.zoo.save_work(SHARING_FILE, json.dumps(sharing).encode())
 
+    def _made(self, run: TrainingRun) -> int:
+        """Returns how many members of a run are there, with its state behind the last; 0 if one has gone since."""
+        kept: int = state["kept"] if (state := self._state(run)) else 0
+        return kept if self.present.issuperset(run.member_ids[:kept]) else 0
+
     def _state(self, run: TrainingRun) -> dict[str, Any] | None:
-        return load_state(self.zoo, _state_file(run), f"zoo run {run.index}")
+        return load_state(self.zoo, _state_file(run))
 
     def _step_of(self, position: int) -> int:
         """Returns after how many steps a run keeps its member at a position."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from pydantic import JsonValue
 
 from pdiff_ray.common.errors import StorageError
 from pdiff_ray.storage.artifacts import (
@@ -13,7 +14,6 @@ from pdiff_ray.storage.artifacts import (
     MANIFEST,
     WORK,
     FileEntry,
-    Manifest,
     is_finished,
     opened,
     read_file,
@@ -22,7 +22,7 @@ from pdiff_ray.storage.artifacts import (
 )
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.storage.parameters import UNLIKE_ITS_NAME, ParameterStore, digest_in
-from pdiff_ray.storage.sealed import digest
+from pdiff_ray.storage.sealed import digest, unseal
 from pdiff_ray.storage.trees import load_tree
 
 
@@ -65,7 +65,7 @@ def _finished(storage: Storage, folder: str, found: Findings) -> None:
     store = ParameterStore(opened(storage, manifest))
     for name, entry in manifest.files.items():
         if entry.ids is None:
-            found.check(_read, storage, manifest, entry)
+            found.check(_read, storage, folder, entry)
         elif found.check(store.records, entry.ids):
             found.check(store.subset, name)
     known = {f"{folder}/{entry.path}" for entry in manifest.files.values()} | {f"{folder}/{MANIFEST}"}
@@ -74,15 +74,19 @@ def _finished(storage: Storage, folder: str, found: Findings) -> None:
             found.notes.append(f"{storage.location(path)}: no manifest knows it; it can be deleted")
 
 
-def _read(storage: Storage, manifest: Manifest, entry: FileEntry) -> None:
-    content, where = read_file(storage, manifest.folder, entry), storage.location(f"{manifest.folder}/{entry.path}")
-    if entry.path.endswith(".safetensors"):
+def _read(storage: Storage, folder: str, entry: FileEntry) -> None:
+    _parse(read_file(storage, folder, entry), storage.location(f"{folder}/{entry.path}"))
+
+
+def _read_work(storage: Storage, path: str) -> None:
+    _parse(read_work(storage, path), storage.location(path))
+
+
+def _parse(content: bytes, where: str) -> None:
+    if where.endswith(".safetensors"):
         load_tree(content, where)
-    elif entry.path.endswith(".json"):
-        try:
-            json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise StorageError(f"{where}: no JSON ({error}); {ANEW}") from None
+    elif where.endswith(".json"):
+        unseal(content, JsonValue, where, ANEW)  # type: ignore[arg-type]
 
 
 def _unfinished(storage: Storage, folder: str, found: Findings) -> None:
@@ -90,7 +94,7 @@ def _unfinished(storage: Storage, folder: str, found: Findings) -> None:
     for path in storage.list(folder, recursive=True):
         name = path.removeprefix(f"{folder}/")
         if name.startswith(f"{WORK}/"):
-            found.check(read_work, storage, path)
+            found.check(_read_work, storage, path)
         elif digest_in(name):
             found.check(_read_part, storage, path, digest_in(name))
         else:

@@ -353,7 +353,7 @@ def digest_in(part: str) -> str:
 
 def is_group(name: object) -> bool:
     """Returns whether something is the name of a group of networks, which becomes part of names of files."""
-    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, re.ASCII) is not None
+    return isinstance(name, str) and re.fullmatch(r"\w[\w-]*", name) is not None
 
 
 def _matrix(table: pa.Table) -> np.ndarray:

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pdiff_ray.common.errors import StorageError
 from pdiff_ray.storage.files import Storage
@@ -84,11 +84,16 @@ def _explain(error: ValidationError) -> str:
     return f"{field}: {value if len(value) <= 80 else value[:77] + '...'}: {message}"
 
 
+class _Listing(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    files: dict[str, str]
+
+
 def write_listed(storage: Storage, folder: str, files: Mapping[str, bytes]) -> None:
     """Writes files into a folder, in place of earlier ones, and last a list of their digests."""
     for name, content in files.items():
         storage.write(f"{folder}/{name}", content)
-    storage.write(f"{folder}/{LISTING}", seal({name: digest(content) for name, content in files.items()}))
+    storage.write(f"{folder}/{LISTING}", seal({"files": {name: digest(files[name]) for name in files}}))
 
 
 def read_listed(storage: Storage, folder: str) -> dict[str, bytes]:
@@ -101,7 +106,7 @@ def read_listed(storage: Storage, folder: str) -> dict[str, bytes]:
         return {}
     remedy = "the command that wrote it writes it again"
     files = {}
-    for name, sha256 in read_sealed(storage, f"{folder}/{LISTING}", dict[str, str], remedy).items():
+    for name, sha256 in read_sealed(storage, f"{folder}/{LISTING}", _Listing, remedy).files.items():
         files[name] = storage.read(f"{folder}/{name}")
         if digest(files[name]) != sha256:
             raise StorageError(f"{storage.location(f'{folder}/{name}')}: damaged or altered; {remedy}")
@@ -116,6 +121,6 @@ def with_digest(content: bytes) -> bytes:
 def without_digest(content: bytes) -> bytes | None:
     """Returns what `with_digest` was given; None if that differs from the digest."""
     line, newline, rest = content[:HEX], content[HEX : HEX + 1], content[HEX + 1 :]
-    if newline != b"\n" or not all(digit in b"0123456789abcdef" for digit in line):
-        return content  # of an earlier version
+    if newline != b"\n":  # of an earlier version
+        return content
     return rest if digest(rest).encode() == line else None

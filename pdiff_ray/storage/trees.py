@@ -49,13 +49,15 @@ def load_tree(content: bytes, where: str = "state") -> dict[str, Any]:
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         scalars = json.loads(header.get("__metadata__", {}).get("scalars", "{}"))
-    except (SafetensorError, ValueError) as error:
-        raise StorageError(f"{where}: not a whole safetensors file: {error}") from None
-    tree: dict[str, Any] = {}
-    for path, value in sorted({**scalars, **tensors}.items()):  # safetensors gives another order in each process
-        *parents, leaf = path.split("|")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
+        tree: dict[str, Any] = {}
+        for path, value in sorted({**scalars, **tensors}.items()):  # safetensors gives another order in each process
+            *parents, leaf = path.split("|")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+                if not isinstance(node, dict):
+                    raise ValueError(f"{path!r} is below a value")
+            node[leaf] = value
+        return tree
+    except (SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise StorageError(f"{where}: not a whole safetensors file: {error}; delete it to make it again") from None

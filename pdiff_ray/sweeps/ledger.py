@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pdiff_ray.common.errors import ConfigError, StorageError
 from pdiff_ray.config import loading
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.config.sweep import Parameter, Sweep, SweepFile
+from pdiff_ray.config.sweep import Parameter, Sweep, SweepFile, describe
 from pdiff_ray.stages.table import STAGES, artifacts_of
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.checks import Findings
@@ -26,6 +26,7 @@ from pdiff_ray.storage.sealed import read_listed, read_sealed, seal
 from pdiff_ray.sweeps import search
 from pdiff_ray.sweeps.trial import Trial, has_results
 
+AGAIN = "delete it to run its trial again"
 SETTING, AS_IN_THE_FILE = "setting", "as in the file"  # what a search's confirmation varies
 
 
@@ -44,13 +45,30 @@ class Ledger:
         text = json.dumps([plain, file.sweep.keyed()], sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.trials: dict[int, Trial] = {}
-        for name in records(self.storage, self.folder):
-            trial = read_trial(self.storage, name)
-            self.trials[trial.number] = trial
         # All combinations of a grid with the first seeds, then all with the next.
         grid = self.sweep.grid() if self.sweep.search == "grid" else []
         self._combinations = [(assignment, (repeat,)) for repeat in range(self.sweep.repeats) for assignment in grid]
+        for name in records(self.storage, self.folder):
+            trial = read_trial(self.storage, name)
+            if not self._belongs(trial):
+                values = describe(trial.assignment)
+                raise StorageError(
+                    f"{self.storage.location(name)}: damaged: {values} is not what the sweep tries; {AGAIN}"
+                )
+            self.trials[trial.number] = trial
         self._again = self.open_trials()
+
+    def _belongs(self, trial: Trial) -> bool:
+        """Returns whether a trial has values that the sweep offers."""
+        if self._combinations:
+            known = self._combinations[trial.number : trial.number + 1]
+            return not known or known[0] == (trial.assignment, trial.repeats)
+        offered = self.sweep.parameters
+        return all(
+            name in offered
+            and (value in offered[name].values or (isinstance(value, float | int) and offered[name].range))
+            for name, value in trial.assignment.items()
+        )
 
     @property
     def folder(self) -> str:
@@ -174,10 +192,9 @@ def read_trial(storage: Storage, name: str) -> Trial:
     Raises:
         StorageError: it is damaged, or another trial's.
     """
-    remedy = "delete it to run its trial again"
-    trial = read_sealed(storage, name, Trial, remedy)
+    trial = read_sealed(storage, name, Trial, AGAIN)
     if not trial.repeats or not name.endswith(f"/{trial.number:05d}.json"):
-        raise StorageError(f"{storage.location(name)}: damaged: it is of trial {trial.number}; {remedy}")
+        raise StorageError(f"{storage.location(name)}: damaged: it is of trial {trial.number}; {AGAIN}")
     # An earlier version told schedulers of infinity, too.
     return replace(trial, curve=tuple((rung, value) for rung, value in trial.curve if math.isfinite(value)))
 
