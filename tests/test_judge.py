@@ -391,21 +391,23 @@ def test_failed_networks_are_nearer_to_chance():
 
 
 @pytest.mark.parametrize(
-    ("distance", "spread", "wrong", "word"),
+    ("distance", "spread", "wrong", "word", "reason"),
     [
-        (0.1, 1.0, ([0], [5, 6]), "replica"),
-        (0.9, 0.5, ([0], [5, 6]), "interpolation"),
-        (0.9, 1.0, ([0, 1], [0, 1]), "interpolation"),
-        (0.9, 1.0, ([0], [5, 6]), "new"),
+        (0.1, 1.0, ([0], [5, 6]), "replica", "closer to a member than members"),
+        (0.9, 0.5, ([0], [5, 6]), "interpolation", "vary less than the members in weight space, as"),
+        (0.9, 1.05, ([0, 1], [0, 1]), "interpolation", "vary less than the members in what they predict, as"),
+        (0.9, 0.5, ([0, 1], [0, 1]), "interpolation", "the members in weight space and in what they predict, as"),
+        (0.9, 1.0, ([0], [5, 6]), "new", "as far from the members"),
     ],
 )
-def test_verdict(distance, spread, wrong, word):
+def test_verdict(distance, spread, wrong, word, reason):
     generated = [
         make_record(i, "generated", 0.8, 0.8, misses, nearest_distance=distance) for i, misses in enumerate(wrong)
     ]
     verdict = summary_of(generated, spread)["verdict"]
     assert verdict["word"] == word
     assert verdict["text"].startswith(f"{word}: ")
+    assert reason in verdict["text"]
 
 
 def test_verdict_needs_two_of_each():

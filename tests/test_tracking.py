@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,7 +29,7 @@ from pdiff_ray.running.sweep import run_trials
 from pdiff_ray.stages import report
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.sweeps.ledger import Ledger
-from pdiff_ray.sweeps.trial import Trial
+from pdiff_ray.sweeps.trial import Trial, best_setting
 from pdiff_ray.tracking import sweeps, usage
 from pdiff_ray.tracking.database import prepare_database
 from pdiff_ray.tracking.inputs import splits
@@ -285,7 +286,8 @@ def test_a_sweep_is_a_parent_and_its_trials(swept):
     (parent,) = found["sweep"]
     assert parent.data.tags["pdiff.key"] == ledger.key
     assert parent.data.params["sweep.parameters.generator.members"] == "4, 12"
-    assert parent.data.metrics["best_objective"] == ledger.best().objective
+    assert parent.data.metrics["best_objective"] == best_setting(ledger.done(), maximize=True).objective
+    assert re.fullmatch(r"members (4|12), mean of 2 seeds", parent.data.tags["best_trial"])
     assert parent.data.metrics["trials/finished"] == 4
     note = parent.data.tags["mlflow.note.content"]
     assert "**How many members does it take?**" in note

@@ -12,14 +12,16 @@ from pdiff_ray.cli import experiments as commands
 from pdiff_ray.common.errors import PdiffError, StorageError
 from pdiff_ray.config import loading
 from pdiff_ray.config import sweep as space
+from pdiff_ray.distributed.train import Job, place_among
 from pdiff_ray.distributed.tune import _Claims
 from pdiff_ray.running import sweep as sweep_running
+from pdiff_ray.running.progress import SweepDisplay
 from pdiff_ray.running.sweep import run_trials
 from pdiff_ray.storage.parameters import ParameterStore
 from pdiff_ray.sweeps import table as sweep_table
 from pdiff_ray.sweeps import trial
 from pdiff_ray.sweeps.ledger import Ledger, needs
-from pdiff_ray.sweeps.trial import Trial
+from pdiff_ray.sweeps.trial import Trial, best_setting
 
 SEARCH = {
     "search": "optuna",
@@ -153,6 +155,52 @@ def test_deleted_results_are_made_again(copy, stage):
     assert run(again) == [1]
     assert again.artifacts(experiment)[stage].exists()
     assert not needs(again).jobs, "what is deleted is made again, not what it was made from"
+
+
+def test_progress_counts_bases_as_bases_and_zoos_as_zoos(tmp_path):
+    """Three bases of six zoos are 1/3 to 3/3, not 1/6, 3/6 and 5/6."""
+    ledger = ledger_of(tmp_path / "storage", {"parameters": {"zoo.batch_size": [16, 32]}, "repeats": 3})
+    jobs = [Job(experiment, ledger.artifacts(experiment), stages) for experiment, stages in needs(ledger).jobs]
+    assert len(jobs) == 6
+    assert [place_among(jobs, "zoo", job) for job in jobs] == [f" {n}/6" for n in range(1, 7)]
+    assert {place_among(jobs, "base", job) for job in jobs} == {" 1/3", " 2/3", " 3/3"}
+    assert place_among(jobs[:1], "base", jobs[0]) == ""
+
+
+def done(number, members, seed, objective, state="finished"):
+    return Trial(number, {"members": members}, (seed,), state, objective)
+
+
+@pytest.mark.parametrize(
+    ("trials", "best"),
+    [
+        # The best single seed is that of another setting.
+        ([done(0, 4, 0, 0.8), done(1, 12, 0, 0.7), done(2, 4, 1, 0.5), done(3, 12, 1, 0.7)], ("members 12", 0.7)),
+        # A seed that not all settings have, because it is an easy one or not there yet, compares nothing.
+        ([done(0, 4, 0, 0.6), done(1, 12, 0, 0.7), done(2, 4, 1, 0.99)], ("trial 1", 0.7)),
+        ([done(0, 4, 0, 0.6), done(1, 12, 0, 0.7), done(2, 12, 1, None, "running")], ("trial 1", 0.7)),
+        # A setting that failed once is not the best.
+        ([done(0, 4, 0, 0.6), done(1, 12, 0, 0.7), done(2, 12, 1, None, "failed")], ("trial 0", 0.6)),
+        # Nothing is the best of nothing, or of settings that have no seed in common.
+        ([done(0, 4, 0, None, "failed")], None),
+        ([done(0, 4, 0, 0.6), done(3, 12, 1, 0.7)], None),
+    ],
+)
+def test_the_best_setting_is_that_of_the_best_mean_over_the_seeds_of_all(trials, best):
+    found = best_setting(trials, maximize=True)
+    assert (found and (found.text.partition(",")[0], pytest.approx(found.objective))) == best
+    least = best_setting(trials, maximize=False)
+    assert (least is None) == (found is None)
+
+
+def test_what_is_told_of_the_best_is_its_mean_over_seeds(capsys, tmp_path):
+    ledger = ledger_of(tmp_path / "storage", {"parameters": {"generator.members": [4, 12]}, "repeats": 2})
+    shown = SweepDisplay(ledger, live=False)
+    for number, objective in enumerate((0.8, 0.7, 0.5, 0.7)):
+        shown.change(done(number, (4, 12)[number % 2], number // 2, objective))
+    told = capsys.readouterr().out.splitlines()
+    assert "finished 80.00 %; 1 of 4 trials, best generated/mean_validation_accuracy 80.00 % (trial 0)" in told[0]
+    assert told[-1].endswith("best generated/mean_validation_accuracy 70.00 % (members 12, mean of 2 seeds)")
 
 
 def test_a_deleted_base_is_trained_by_the_group_of_workers(copy):

@@ -1,6 +1,7 @@
 """Sweeps on Ray Tune: the same results as in this process, each zoo once, and trials that fail, stop or die."""
 
 import json
+import math
 import os
 import queue
 import signal
@@ -161,6 +162,29 @@ def test_asha_stops_the_hopeless_and_remembers_after_a_restart(tmp_path):
     halves = ledger_of(tmp_path / "halves", sweep, **more)
     run_trials(halves)
     assert [(t.state, t.curve) for t in halves.done()] == [(t.state, t.curve) for t in whole.done()]
+
+
+@pytest.mark.slow
+def test_infinity_at_a_rung_fails_a_trial_and_the_others_go_on(tmp_path):
+    """The second trial's learning rate makes networks whose loss is not a number."""
+    sweep = {
+        "search": "optuna",
+        "num_trials": 3,
+        "max_concurrent": 1,
+        "confirm": 0,
+        "scheduler": "asha",
+        "metric": "generated/mean_train_loss",
+        "parameters": {"generator.autoencoder.lr": [1.0e-3, 1.0e9]},
+    }
+    ledger = ledger_of(tmp_path / "storage", sweep)
+    run_trials(ledger)
+    hopeless = [t for t in ledger.done() if t.assignment["generator.autoencoder.lr"] == 1e9]
+    assert 0 < len(hopeless) < 3
+    for trial in ledger.done():
+        assert trial.state == ("failed" if trial in hopeless else "finished")
+        assert not trial.crashed
+        assert all(math.isfinite(value) for _, value in trial.curve)
+    assert "at rung" in hopeless[0].reason
 
 
 @pytest.mark.slow

@@ -101,6 +101,12 @@ def useful_workers(jobs: Sequence[Job]) -> int:
     return min(workers, sum(len(zoo.runs_of(job.experiment.zoo)) for job in jobs))
 
 
+def place_among(jobs: Sequence[Job], stage: str, job: Job) -> str:
+    """Returns which of the distinct artifacts that are built of a stage a job's is, as ` 2/3`; empty if it is alone."""
+    due = list(dict.fromkeys(other.artifacts[stage].key for other in jobs if stage in other.stages))
+    return f" {due.index(job.artifacts[stage].key) + 1}/{len(due)}" if len(due) > 1 else ""
+
+
 def _work(config: dict[str, Any]) -> None:
     jobs, events = config["jobs"], config["events"]
     device = take_place(jobs[0].experiment.resources.cpus_per_worker, config["gpus"], get_device())
@@ -108,30 +114,30 @@ def _work(config: dict[str, Any]) -> None:
     rank, world = worker.get_world_rank(), worker.get_world_size()
     failed = failures(events)  # those before a restart, which does not help them
 
-    def context(number: int) -> Context:
-        suffix = f" {number + 1}/{len(jobs)}" if len(jobs) > 1 else ""
+    def context(stage: str, job: Job) -> Context:
+        suffix = place_among(jobs, stage, job)
         return Context(device, default_cache(), rank, world, lambda task, *rest: progress(f"{task}{suffix}", *rest))
 
-    for number, job in enumerate(jobs):
+    for job in jobs:
         artifact = job.artifacts["base"]
         # The artifact may exist by now: from before a restart, or because an earlier job has the same base.
         if "base" not in job.stages or artifact.key in failed or _finished(artifact, world):
             continue
         try:
-            base.build(job.experiment, job.artifacts, context(number))
+            base.build(job.experiment, job.artifacts, context("base", job))
         except PdiffError as error:
             report_failure(events, artifact.key, str(error))
             failed[artifact.key] = str(error)
             if world > 1:  # the others may be waiting for this worker, and only a restart ends that
                 raise
     shift = 0
-    for number, job in enumerate(jobs):
+    for job in jobs:
         artifact = job.artifacts["zoo"]
         if "zoo" not in job.stages or not failed.keys().isdisjoint((artifact.key, job.artifacts["base"].key)):
             continue
         try:
             if not artifact.exists():
-                zoo.build(job.experiment, job.artifacts, context(number), shift)
+                zoo.build(job.experiment, job.artifacts, context("zoo", job), shift)
         except PdiffError as error:
             report_failure(events, artifact.key, str(error))
         shift += len(zoo.runs_of(job.experiment.zoo))

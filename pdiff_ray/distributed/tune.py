@@ -121,7 +121,7 @@ def _trial(config: dict[str, Any]) -> None:
         report_failure(config["events"], f"trial {number}", str(error))
         raise
     except PdiffError as error:  # another attempt would find the same
-        tune.report({"rung": FINAL_RUNG, "failed": str(error)})
+        tune.report({"rung": FINAL_RUNG, "objective": None, "failed": str(error)})  # ASHA takes no report without
     except Exception as error:
         report_failure(config["events"], f"trial {number}", f"{type(error).__name__}: {error}")
         raise
@@ -196,10 +196,16 @@ class _ASHA(ASHAScheduler):
         return True
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if "failed" in result:  # there is nothing to compare
+            return TrialScheduler.CONTINUE
         decision: str = super().on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP and result["rung"] < FINAL_RUNG:
             self.stopped.add(trial.trial_id)
         return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        if "failed" not in result:
+            super().on_trial_complete(tune_controller, trial, result)
 
 
 class _Recorder(_NotInSnapshots, tune.Callback):

@@ -63,7 +63,9 @@ def _verdict(groups: dict[str, dict[str, Any]], member_spread: float, sample_spr
     if near < REPLICA_DISTANCE * own:
         word, reason = "replica", "the samples lie closer to a member than members lie to each other"
     elif min(spread, disagreement) < NEW_SPREAD:
-        word, reason = "interpolation", "the samples vary less than the members, as averages of them do"
+        ways = {"in weight space": spread, "in what they predict": disagreement}
+        less = " and ".join(where for where, relative in ways.items() if relative < NEW_SPREAD)
+        word, reason = "interpolation", f"the samples vary less than the members {less}, as averages of them do"
     else:
         word, reason = "new", "the samples are as far from the members, and from each other, as members are"
     text = (

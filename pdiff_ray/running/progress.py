@@ -15,7 +15,8 @@ from rich.text import Text
 
 from pdiff_ray.common.progress import Display, console, is_live
 from pdiff_ray.sweeps.ledger import Ledger
-from pdiff_ray.sweeps.trial import Trial
+from pdiff_ray.sweeps.table import amount
+from pdiff_ray.sweeps.trial import Trial, best_setting
 
 
 class SweepDisplay:
@@ -63,7 +64,7 @@ class SweepDisplay:
         else:
             self.stages.pop(trial.number, None)
         if not self.live:
-            outcome = f" {trial.objective:.4f}" if trial.objective is not None else ""
+            outcome = "" if trial.objective is None else f" {amount(self.sweep.metric, trial.objective)}"
             state = "started" if trial.state == "running" else trial.state
             reason = f" ({trial.reason})" if trial.reason else ""
             after = f"; {self.headline()}" if trial.state != "running" else ""
@@ -73,11 +74,8 @@ class SweepDisplay:
         """Returns how far the sweep is: the trials that have ended, the best objective so far, and the time left."""
         ended = [trial for trial in self.trials.values() if trial.state != "running"]
         parts = [f"{len(ended)} of {self.total} trials"]
-        values = [t.objective for t in ended if t.state == "finished" and t.objective is not None]
-        if values:
-            best = max(values) if self.sweep.maximize else min(values)
-            number = next(t.number for t in ended if t.objective == best)
-            parts.append(f"best {self.sweep.metric} {best:.4f} (trial {number})")
+        if best := best_setting(ended, self.sweep.maximize):
+            parts.append(f"best {self.sweep.metric} {amount(self.sweep.metric, best.objective)} ({best.text})")
         seconds = [t.seconds for t in ended if t.seconds and t.number in self.began]
         if seconds and len(ended) < self.total:
             left = statistics.fmean(seconds) * (self.total - len(ended)) / self.widest
@@ -104,7 +102,7 @@ class SweepDisplay:
                 Text(trial.text),
                 trial.state,
                 f"{stage} {done}/{total}" if stage else "",
-                "" if trial.objective is None else f"{trial.objective:.4f}",
+                "" if trial.objective is None else amount(self.sweep.metric, trial.objective),
                 f"{seconds:.0f}",
             )
         return table

@@ -24,7 +24,7 @@ from pdiff_ray.storage.checks import Findings
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.storage.sealed import read_listed, read_sealed, seal
 from pdiff_ray.sweeps import search
-from pdiff_ray.sweeps.trial import Trial, has_results
+from pdiff_ray.sweeps.trial import Trial, best_setting, has_results
 
 AGAIN = "delete it to run its trial again"
 SETTING, AS_IN_THE_FILE = "setting", "as in the file"  # what a search's confirmation varies
@@ -175,10 +175,9 @@ class Ledger:
         return Ledger(SweepFile(experiment, compared, raw, self.file.path), self.storage)
 
     def best(self) -> Trial | None:
-        """Returns the finished trial with the best objective, or None."""
-        finished = [t for t in self.done() if t.state == "finished" and t.objective is not None]
-        sign = 1 if self.sweep.maximize else -1
-        return max(finished, key=lambda t: sign * (t.objective or 0.0), default=None)
+        """Returns the first trial of the best setting, of a search the only one, or None."""
+        best = best_setting(self.done(), self.sweep.maximize)
+        return best.trials[0] if best else None
 
 
 def records(storage: Storage, folder: str) -> list[str]:

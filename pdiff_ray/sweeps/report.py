@@ -27,6 +27,7 @@ from pdiff_ray.sweeps.table import (
     Result,
     Row,
     Statistic,
+    amount,
     assignment_text,
     broken,
     cells,
@@ -99,10 +100,10 @@ def _verdict(ledger: Ledger, best: Trial, compared: Sequence[Row]) -> str:
     own, winner = results or ({}, {})
     seeds = sorted(own.keys() & winner.keys())
     if not seeds:
-        found = Statistic.of([best.objective] if best.objective is not None else [])
+        reached = amount(metric, best.objective or 0.0)
         return (
-            f"The best so far is {named}, with {metric} {number(metric, found)}. Whether that beats the file's own "
-            "setting with other seeds has not been measured."
+            f"The best so far is {named}, with {metric} {reached}. Whether that beats the file's own setting with "
+            "other seeds has not been measured."
         )
     sign = 1 if ledger.sweep.maximize else -1
     gains = [sign * (winner[seed][metric] - own[seed][metric]) for seed in seeds]

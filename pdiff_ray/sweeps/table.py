@@ -238,6 +238,11 @@ def number(
     return named(metric, metrics).text(statistic.mean, statistic.std if spread else None)
 
 
+def amount(metric: str, value: float) -> str:
+    """Returns a metric as sentences have it, with its unit."""
+    return f"{named(metric).text(value)}{' %' if is_percent(metric) else ''}"
+
+
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Shortens dotted paths to as many of their last parts as tell them from each other."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -63,6 +63,41 @@ class Trial:
         """The trial's values in a few words."""
         seed = f", seed +{self.repeats[0]}" if len(self.repeats) == 1 and self.repeats[0] else ""
         return describe(self.assignment) + seed
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The values that some trials have in common; each trial is of other seeds, or a search's of all."""
+
+    trials: tuple[Trial, ...]
+
+    @property
+    def objective(self) -> float:
+        """The mean over seeds."""
+        return float(np.mean([trial.objective for trial in self.trials]))
+
+    @property
+    def text(self) -> str:
+        """What the setting is called in a few words."""
+        first, *others = self.trials
+        if not others:
+            return f"trial {first.number}"
+        return f"{describe(first.assignment)}, mean of {len(self.trials)} seeds"
+
+
+def best_setting(trials: Iterable[Trial], maximize: bool) -> Setting | None:
+    """Returns the setting with the best objective, over the seeds for which all settings have one.
+
+    A setting of which a trial failed or was stopped is left out. None if no seed is left.
+    """
+    found: dict[str, dict[tuple[int, ...], Trial]] = {}
+    for trial in trials:
+        if trial.state != "running":
+            found.setdefault(repr(trial.assignment), {}).setdefault(trial.repeats, trial)
+    whole = [same for same in found.values() if all(t.state == "finished" for t in same.values())]
+    seeds = sorted(set.intersection(*map(set, whole))) if whole else []
+    settings = [Setting(tuple(same[repeats] for repeats in seeds)) for same in whole] if seeds else []
+    return max(settings, key=lambda setting: (1 if maximize else -1) * setting.objective, default=None)
 
 
 def run_trial(

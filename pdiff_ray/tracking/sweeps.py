@@ -19,11 +19,13 @@ from pdiff_ray.common.errors import PdiffError, StorageError
 from pdiff_ray.common.progress import console
 from pdiff_ray.storage.sealed import read_listed
 from pdiff_ray.sweeps.ledger import Ledger
-from pdiff_ray.sweeps.trial import Trial
+from pdiff_ray.sweeps.table import amount
+from pdiff_ray.sweeps.trial import Trial, best_setting
 from pdiff_ray.tracking import pages
 from pdiff_ray.tracking.database import TrackingError
 from pdiff_ray.tracking.inputs import delete_run
 from pdiff_ray.tracking.runs import (
+    MAX_NOTE,
     NOTE,
     OBJECTIVE,
     PARENT,
@@ -232,17 +234,18 @@ class _Writer:
         metrics = {f"trials/{state}": float(counts[state]) for state in ("finished", "stopped", "failed")}
         known = {n: t.objective for n, t in self.trials.items() if t.state == "finished" and t.objective is not None}
         ranked = sorted(known, key=lambda number: known[number], reverse=not ascending)
-        best, words = "-", ""
-        if ranked:
-            metrics[f"best_{OBJECTIVE}"], best = known[ranked[0]], name_of(self.trials[ranked[0]])
-            words = f"Best {ledger.sweep.metric} {known[ranked[0]]:.4f}: {best}."
+        name, words = "-", ""
+        if best := best_setting(self.trials.values(), ledger.sweep.maximize):
+            metrics[f"best_{OBJECTIVE}"] = best.objective
+            name = name_of(best.trials[0]) if len(best.trials) == 1 else best.text
+            words = f"Best {ledger.sweep.metric} {amount(ledger.sweep.metric, best.objective)}: {name}."
         children = [self.children[number][0] for number in ranked if number in self.children]
         links = pages.sweep_addresses(at.experiment_id, ledger.key, self.parent, ascending, children)
         note = pages.describe_sweep(ledger, counts, words, links, self._table() if finished else "")
         tags = {
             NOTE: note,
             "state": self._state() if finished else "running",
-            "best_trial": best,
+            "best_trial": name[:MAX_NOTE],
             # They may change from one launch to the next, which parameters of a run must not.
             **{f"sweep.{name}": str(getattr(ledger.sweep, name)) for name in sorted(ledger.sweep.unkeyed)},
         }
