@@ -89,6 +89,14 @@ def rotation(dtype=torch.complex64):
     return Layer(rotate, turn=nn.Parameter(torch.randn(8, dtype=dtype)))
 
 
+def magnified(self, x):
+    """Doubles small differences 20 times, as a hundred layers may."""
+    x = x.sigmoid()
+    for _ in range(20):
+        x = 4 * x * (1 - x)
+    return x
+
+
 def permuted():
     order = nn.Parameter(torch.randperm(16), requires_grad=False)
     return Layer(lambda self, x: x[:, self.order], order=order)
@@ -114,6 +122,7 @@ MIDDLES = {
     "sharing memory": sharing_memory,
     "complex128": lambda: rotation(torch.complex128),
     "plain": nn.Identity,
+    "magnifying": lambda: Layer(magnified),
     "mixed": mixed,
     "norms": lambda: nn.Sequential(nn.BatchNorm1d(16), nn.Dropout(), nn.LayerNorm(16)),
     "persistent": lambda: masked(persistent=True),
@@ -166,6 +175,7 @@ def test_refused_before_training(tmp_path, middle, message):
     "middle",
     [
         "plain",
+        "magnifying",
         "norms",
         "persistent",
         "constant",

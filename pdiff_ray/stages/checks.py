@@ -8,6 +8,7 @@ Shapes: B images of a batch, C channels, S the edge in pixels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -68,33 +69,26 @@ def check_function(network: nn.Module, fresh: nn.Module, images: Tensor) -> None
     """
     images = images.contiguous(memory_format=torch.channels_last)
     random = torch.Generator().manual_seed(1)
-    values = {name: _trained(name, parameter.detach(), random) for name, parameter in network.named_parameters()}
-
-    def logits(images: Tensor) -> Tensor:
-        return functional_call(network, values, (images,))
-
-    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, BatchNorm)}
-    for layer in layers.values():
-        layer.momentum = 1.0
+    values = {}
+    for name, parameter in network.named_parameters():  # that lie in memory as theirs do, so that logits are equal bits
+        values[name] = parameter.detach().clone().copy_(_trained(name, parameter.detach(), random))
+    for layer in network.modules():
+        if isinstance(layer, BatchNorm):
+            layer.momentum = 1.0
     network.train()
-    logits(images)  # layers keep statistics with which signals reach the logits, as in a trained network
+    functional_call(
+        network, values, (images,)
+    )  # gives statistics with which signals reach the logits, as training does
     network.eval()
-    expected = logits(images)
-    if not same_logits(logits(images), expected):
-        raise ValueError(
-            "gives the same images other logits in a second pass, in eval mode; leave dropout and noise to training"
-        )
-    found = "gives an image other logits among other images"
     try:
-        alone = all(same_logits(logits(images[some]), expected[some]) for some in (slice(1, 2), slice(1, None)))
-    except Exception as error:
-        alone, found = False, f"cannot take one image alone ({text_of(error)})"
-    if not alone:
-        blamed = [name for name, layer in layers.items() if layer.training or layer.running_mean is None]
-        raise ValueError(
-            f"{found}, in eval mode, so that accuracies would depend on how many are judged at a time"
-            f"{_named(blamed)}; let BatchNorm keep and use running statistics, and nothing mix the images of a batch"
-        )
+        _check_batches(network, values, images)
+    except ValueError as found:  # which may be rounding that many layers have magnified
+        doubles = {name: value.double() if value.is_floating_point() else value for name, value in values.items()}
+        try:
+            _check_batches(copy.deepcopy(network).double(), doubles, images.double())
+        except Exception:  # it is so in double precision, or there is none of it
+            raise found from None
+    expected = functional_call(network, values, (images,))
     names = first_names(network)
     stored = {**network.state_dict(), **{name: values[first] for name, first in names.items() if first in values}}
     try:
@@ -111,6 +105,28 @@ def check_function(network: nn.Module, fresh: nn.Module, images: Tensor) -> None
             "gives other logits when it is built anew and loads its own state dict, so that an exported file would be "
             f"another network{_named(differ)}; what is random or learned has to be a parameter or a persistent buffer, "
             "and what is tied one Parameter under both names"
+        )
+
+
+def _check_batches(network: nn.Module, values: dict[str, Tensor], images: Tensor) -> None:
+    """Raises ValueError if logits differ in a second pass, or with the other images of a batch."""
+    expected = functional_call(network, values, (images,))
+    if not same_logits(functional_call(network, values, (images,)), expected):
+        raise ValueError(
+            "gives the same images other logits in a second pass, in eval mode; leave dropout and noise to training"
+        )
+    found = "gives an image other logits among other images"
+    try:
+        some = (slice(1, 2), slice(1, None))
+        alone = all(same_logits(functional_call(network, values, (images[s],)), expected[s]) for s in some)
+    except Exception as error:
+        alone, found = False, f"cannot take one image alone ({text_of(error)})"
+    if not alone:
+        layers = ((name, layer) for name, layer in network.named_modules() if isinstance(layer, BatchNorm))
+        blamed = [name for name, layer in layers if layer.training or layer.running_mean is None]
+        raise ValueError(
+            f"{found}, in eval mode, so that accuracies would depend on how many are judged at a time"
+            f"{_named(blamed)}; let BatchNorm keep and use running statistics, and nothing mix the images of a batch"
         )
 
 
