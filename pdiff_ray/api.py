@@ -188,5 +188,5 @@ def judge(experiment: Experiment, vectors: Tensor, splits: Sequence[str] = JUDGE
     if found.missing:
         raise PdiffError(f"{experiment.name}: base missing in {found.storage.place}; run the experiment first")
     with display() as progress:
-        judge = base_judge(experiment, found.artifacts, zoo_subset(experiment), here(progress))
+        judge = base_judge(experiment, found.artifacts, zoo_subset(experiment, found.artifacts), here(progress))
         return pa.Table.from_pylist([vars(judgement) for judgement in judge.judge(vectors.float(), splits)])

@@ -148,11 +148,22 @@ def test_the_plan_of_an_experiment_tells_what_a_user_needs(tmp_path, capsys):
     for artifact in artifacts.values():
         assert f"{artifact.stage} │ {artifact.key} │ {'there' if artifact.stage == 'base' else 'to build'}" in told
     assert "last 1 norm layers: 16 values" in told
+    assert "layers: layers.1.bn " in told
     assert "GiB" in told
     assert "of a pass; zoo steps are full passes: images vary" in told
     assert "s of devices" in told
     assert "5 stages by FLOPs at 25% of the rate of matrix products" in told
     assert "1 workers x 1 cores" in told
+
+
+def test_the_plan_names_the_layers_that_a_rule_counts(tmp_path, capsys):
+    resnet = "network={name: resnet10t, args: {}}"
+    e, _ = tiny(tmp_path, resnet, "zoo.subset={last_norm_layers: 2}")
+    printing.print_plan(pipeline.make_plan(e))
+    beside = "parallel to layer4.0.bn1, layer4.0.bn2"
+    assert f"layers: layer4.0.bn2 (parallel to layer4.0.downsample.2), layer4.0.downsample.2 ({beside})" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_unknown_numbers_of_images_are_said(tmp_path, monkeypatch, capsys):

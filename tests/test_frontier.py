@@ -272,7 +272,9 @@ def test_a_layout_is_kept(tmp_path):
     experiment, artifacts = tiny(tmp_path, "zoo.subset=all")
     build(experiment, artifacts, "base")
     network = zoo.load_network(experiment, artifacts)
-    training = subset_training.SubsetTraining(experiment, network, zoo.zoo_subset(experiment), 1, CPU, "a test")
+    training = subset_training.SubsetTraining(
+        experiment, network, zoo.zoo_subset(experiment, artifacts), 1, CPU, "a test"
+    )
     assert training.tensors
     for name, tensor in training.tensors.items():
         assert tensor[0].stride() == network.get_parameter(name).stride(), name

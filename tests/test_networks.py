@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from timm import layers
+from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.config.schema import Network, SubsetRule
 from pdiff_ray.data.sources import DATASETS, DataInfo
-from pdiff_ray.networks.build import build_network
+from pdiff_ray.networks.build import _new_head, build_network, check_network, load_tensors
 from pdiff_ray.networks.subset import RULES, Subset, main_path_norm_layers, norm_layers, resolve
 
 MNIST, CIFAR, DIGITS = DATASETS["mnist"], DATASETS["cifar10"], DATASETS["digits"]
@@ -82,6 +84,119 @@ def no_network(**kwargs):
 def test_custom_function():
     network = build(f"{__name__}:custom", DIGITS, args={"width": 5})
     assert num_parameters(network) == 64 * 5 + 5 + 5 * 10 + 10
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "settings"),
+    [
+        ("levit_128s", 64, {}),  # is told the size
+        ("tnt_s_legacy_patch16_224", 32, {"args": {"depth": 1}}),
+        ("crossvit_tiny_240", 64, {"args": {"depth": [[1, 1, 0]] * 3}}),  # takes it, and fails if told
+        ("vit_b_32", 64, {"source": "torchvision"}),
+        ("lambda_resnet26t", 64, {}),  # has parameters of five dimensions
+        ("googlenet", 32, {"source": "torchvision", "args": {"init_weights": False}}),  # has further logits by default
+    ],
+)
+def test_networks_take_images_of_the_datas_size(name, size, settings):
+    info = DataInfo(3, size, 7, (0.5,) * 3, (0.5,) * 3)
+    network = check_network(Network(name=name, **settings), info)
+    assert logits(network, info).shape == (2, 7)
+
+
+class Video(nn.Module):
+    def __init__(self, num_classes, **_):
+        super().__init__()
+        self.conv, self.fc = nn.Conv3d(3, 4, 3, padding=1), nn.Linear(4, num_classes)
+
+    def forward(self, clips):
+        return self.fc(self.conv(clips).mean((2, 3, 4)))
+
+
+class Frames(Video):
+    """Takes images as videos of one frame."""
+
+    def forward(self, images):
+        return super().forward(images.unsqueeze(2))
+
+
+def fails_without_a_word(**_):
+    raise IndexError
+
+
+def fails_on_a_file(**_):
+    raise FileNotFoundError("no such file: weights.pth")
+
+
+def asserts(**info):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(1, 1))
+    network.register_forward_pre_hook(lambda module, images: 1 / 0 if info["num_classes"] == 7 else exec("assert 0"))
+    return network
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (f"{__name__}:Video", r"Video cannot take images of 3 x 32 x 32 \(it has convolutions of three dim.*videos"),
+        (f"{__name__}:asserts", r"3 x 32 x 32 \(AssertionError\); set data\.image_size"),
+        (
+            f"{__name__}:fails_without_a_word",
+            r"^network: .*fails_without_a_word \(custom\) cannot be built: IndexError",
+        ),
+        (f"{__name__}:fails_on_a_file", r"^network: .*fails_on_a_file \(custom\) cannot be built: no such file"),
+        ("r3d_18", "videos"),
+        ("fcn_resnet50", "OrderedDict, not logits"),
+        ("fasterrcnn_mobilenet_v3_large_fpn", "targets should not be none"),
+        ("halonet_h1", r"\(AssertionError\)"),
+        ("hf-hub:timm/resnet18.a1_in1k", r"^network\.name: the configuration of hf-hub:timm/.* could not be fetched"),
+        ("hf_hub:timm/resnet18.a1_in1k", r"fill the hub's cache .* or choose another network"),
+        ("local-dir:weights", r"network\.name: local-dir:weights is a folder, whose content is no part of the keys"),
+    ],
+)
+def test_networks_that_take_no_images_are_refused(monkeypatch, name, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=message):
+        check_network(Network(name=name), CIFAR)
+
+
+def test_five_dimensions_are_no_reason_to_refuse():
+    network = check_network(Network(name=f"{__name__}:Frames"), CIFAR)
+    assert logits(network).shape == (2, 10)
+
+
+def test_only_weights_that_are_asked_for_are_missed(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ConfigError, match=r"^network\.pretrained: the weights of resnet10t could not .*set it to false"
+    ):
+        build("resnet10t", pretrained=True)
+
+
+def test_a_name_of_timm_and_torchvision_is_suggested_once():
+    with pytest.raises(ConfigError) as error:
+        build("resnet118")
+    assert str(error.value).count("'resnet18'") == 1
+
+
+def test_what_is_stored_loads_into_networks_that_know_versions():
+    network = build("mnasnet0_5", source="torchvision")
+    stored = dict(network.state_dict())  # as files have it, without versions
+    with pytest.raises(ValueError, match="version"):
+        build("mnasnet0_5", source="torchvision", seed=1).load_state_dict(stored)
+    fresh = build("mnasnet0_5", source="torchvision", seed=1)
+    load_tensors(fresh, stored)
+    assert all(torch.equal(value, stored[name]) for name, value in fresh.state_dict().items())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_tensors(fresh, {"layers.0.weight": stored["layers.0.weight"]})
+
+
+@pytest.mark.parametrize(("name", "head"), [("squeezenet1_1", "classifier.1"), ("resnet18", "fc")])
+def test_pretrained_networks_get_a_head_for_the_data(name, head):
+    network = build(name, source="torchvision")
+    _new_head(network, 7)
+    assert logits(network).shape == (2, 7)
+    kept = network.get_submodule(head)
+    _new_head(network, 7)
+    assert network.get_submodule(head) is kept
 
 
 @pytest.mark.parametrize("source", ["torchvision", "timm"])
@@ -187,9 +302,97 @@ def test_last_two_norm_layers_of_transformers(name, args, size):
     assert layers_of(subset)[-1] in ("norm", "head.norm")
 
 
+class Ordered(nn.Module):
+    """Normalization layers that are reached in another order than they are defined, twice, side by side, or never."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.left, self.right, self.first, self.unused = (nn.BatchNorm2d(3) for _ in range(5))
+        self.functional, self.head = nn.LayerNorm(3), nn.Linear(3, 10)
+
+    def forward(self, images):
+        first = self.first(images)
+        parts = torch.zeros_like(images)
+        parts[:, :1], parts[:, 1:] = self.right(first)[:, :1], self.left(first)[:, 1:]  # views of what is no layer's
+        hidden = self.last(self.last(parts.relu())).mean((2, 3))
+        weight, bias = self.functional.weight.double().float(), self.functional.bias
+        return self.head(nn.functional.layer_norm(hidden, (3,), weight, bias))
+
+
+def test_norm_layers_stand_as_the_forward_pass_reaches_them():
+    network, images = Ordered(), torch.rand(2, 3, 4, 4)
+    network.left.eval()
+    modes, state = [m.training for m in network.modules()], {k: v.clone() for k, v in network.state_dict().items()}
+    assert norm_layers(network, images) == {
+        "first": [], "right": ["left"], "left": ["right"], "last": [], "functional": []
+    }  # fmt: skip
+    assert list(norm_layers(network)) == ["last", "left", "right", "first", "unused", "functional"]
+    assert layers_of(resolve(rule(last_norm_layers=3), network, images=images)) == ["last", "left", "functional"]
+    assert layers_of(resolve(rule(norm_layers=(1, 3)), network, images=images)) == ["right", "first"]
+    assert modes == [m.training for m in network.modules()]
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+
+
+def test_the_order_is_the_same_without_values():
+    network = build("fasternet_t0", source="timm")
+    layers = norm_layers(network, torch.rand(1, 3, 32, 32))
+    with torch.device("meta"):
+        assert norm_layers(network.to("meta"), torch.zeros(1, 3, 32, 32)) == layers
+    assert list(layers)[-3:] == ["stages.3.downsample.norm", "stages.3.blocks.0.mlp.1", "stages.3.blocks.1.mlp.1"]
+    assert list(norm_layers(network))[-1] == "stages.3.downsample.norm"  # which is defined last
+
+
+def test_a_pass_that_fails_is_no_traceback(resnet18):
+    with pytest.raises(
+        ConfigError, match=r"last_norm_layers: the order of layers is unknown, as a forward pass fails: expected 2D"
+    ):
+        resolve(rule(last_norm_layers=2), nn.Sequential(nn.BatchNorm1d(3)), images=torch.zeros(2, 3, 4, 4))
+
+
+class OwnNorm(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(shape))
+
+
+class NormedConv(OwnNorm):
+    """A layer of weights, not a normalization."""
+
+
+@pytest.mark.parametrize(
+    ("layer", "parameters"),
+    [
+        (nn.InstanceNorm2d(4, affine=True), ["weight", "bias"]),
+        (nn.InstanceNorm2d(4), []),
+        (nn.SyncBatchNorm(4), ["weight", "bias"]),
+        (layers.RmsNorm(4), ["weight"]),
+        (layers.RmsNorm2d(4), ["weight"]),
+        (layers.RmsNormFp32(4), ["weight"]),
+        (layers.RmsNormAct2d(4), ["weight"]),
+        (layers.SimpleNorm2d(4), ["weight"]),
+        (layers.LayerNorm2d(4), ["weight", "bias"]),
+        (layers.EvoNorm2dS0a(32), ["weight", "bias", "v"]),
+        (layers.EvoNorm2dB0(4), ["weight", "bias", "v"]),
+        (layers.FilterResponseNormTlu2d(4), ["weight", "bias", "tau"]),
+        (GlobalResponseNorm(4), ["weight", "bias"]),
+        (OwnNorm(1, 4, 1, 1), ["gain"]),
+        (NormedConv(4, 3, 3, 3), []),
+        (layers.ConvNormAct(4, 4).conv, []),
+        (layers.NormMlpClassifierHead(4, 10, norm_layer=nn.Identity), []),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_every_kind_of_normalization_layer_counts(layer, parameters):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), layer)
+    assert list(norm_layers(network)) == ["1"] * bool(parameters)
+    if parameters:
+        chosen = resolve(rule(last_norm_layers=1), network).names
+        assert chosen == [f"1.{name}" for name in parameters]
+
+
 def test_norm_layers_without_weights_do_not_count():
     network = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False), nn.GroupNorm(1, 4), nn.RMSNorm(4))
-    assert norm_layers(network) == ["0", "2", "3"]
+    assert list(norm_layers(network)) == ["0", "2", "3"]
     assert resolve(rule(last_norm_layers=2), network).names == ["2.weight", "2.bias", "3.weight"]
 
 

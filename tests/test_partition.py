@@ -1,5 +1,6 @@
 """Split networks against the plain way: `functional_call` on the whole network."""
 
+import copy
 import random
 
 import pytest
@@ -13,7 +14,7 @@ from pdiff_ray.common.devices import autocast
 from pdiff_ray.config.schema import Network, SubsetRule
 from pdiff_ray.data.sources import DataInfo
 from pdiff_ray.networks.build import build_network
-from pdiff_ray.networks.partition import _verify, partition_network
+from pdiff_ray.networks.partition import _verify, _Whole, partition_network
 from pdiff_ray.networks.subset import resolve
 
 aten = torch.ops.aten
@@ -259,6 +260,53 @@ def test_exact_for_peculiar_networks(network, chosen):
     assert split.reason is None
     assert split.shared > 0.5  # the first layer's 48 x 16 of at most 48 x 16 + 2 x 16 x 16 + 16 x 10
     assert_exact(split, network, 4)
+
+
+class TwoNames(nn.Module):
+    """Has modules under two names: `second` is `first`, with running statistics, and `conv2` is `conv`."""
+
+    def __init__(self, branches=False):
+        super().__init__()
+        self.conv, self.first, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Linear(3, 10)
+        self.conv2, self.second, self.branches = self.conv, self.first, branches
+        nn.init.uniform_(self.first.running_var, 0.5, 2)
+        nn.init.normal_(self.first.running_mean)
+
+    def forward(self, images):
+        if self.branches and images.mean() > 0:
+            return self.fc(self.first(self.conv(images)).mean((2, 3)))
+        hidden = self.second(self.conv2(self.first(self.conv(images)).relu()))
+        return self.fc(hidden.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "chosen", [["conv.weight"], ["first.weight", "first.running_var"], ["fc.weight"]], ids="-".join
+)
+@pytest.mark.parametrize("branches", [False, True])
+@torch.no_grad()
+def test_modules_of_two_names_stay_as_they_are(chosen, branches):
+    network, images = TwoNames(branches).eval(), batch(5, 4) - 10
+    before, own = network(images), {name: id(tensor) for name, tensor in network.state_dict(keep_vars=True).items()}
+    split = partition_network(network, chosen, images)
+    assert bool(split.reason) == branches
+    assert torch.equal(network(images), before)
+    tensors = [changed(network, chosen, seed) for seed in (0, 1)]
+    expected = []
+    for changes in tensors:
+        other = copy.deepcopy(network)
+        own_state = other.state_dict(keep_vars=True)
+        for name, tensor in changes.items():
+            own_state[name].copy_(tensor)
+        expected.append(other(images))
+        torch.testing.assert_close(split(images, changes), expected[-1])
+    stacked = {name: torch.stack([own[name] for own in tensors]) for name in chosen}
+    if not branches:  # which vmap cannot
+        together = torch.vmap(split.suffix, in_dims=(None, 0))(split.prefix(images), stacked)
+        torch.testing.assert_close(together, torch.stack(expected))
+    whole, dims = _Whole(TwoNames(), chosen).eval(), (None, *(0 for _ in chosen))
+    together = torch.vmap(whole, in_dims=dims)(images, *stacked.values())
+    assert together.shape == (2, 5, 10)
+    assert own == {name: id(tensor) for name, tensor in network.state_dict(keep_vars=True).items()}
 
 
 class Branching(Small):

@@ -10,10 +10,11 @@ import torch
 from helpers import EVALUATED, build, build_missing, context, interrupted_zoo, tiny, with_vectors
 
 from pdiff_ray.cli import printing
-from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.common.errors import ConfigError, PdiffError, StorageError
 from pdiff_ray.evaluation.judge import Judge
 from pdiff_ray.networks.build import build_network
 from pdiff_ray.networks.partition import partition_network
+from pdiff_ray.networks.subset import RULES
 from pdiff_ray.reports.tables import sharing_text, table_rows
 from pdiff_ray.running.experiment import make_plan
 from pdiff_ray.running.experiment import run as run_plan
@@ -21,6 +22,8 @@ from pdiff_ray.running.results import open_result
 from pdiff_ray.stages import base, evaluation, report, zoo
 from pdiff_ray.stages.evaluation import Evaluator, make_tasks, networks_to_judge
 from pdiff_ray.stages.report import load_summary
+from pdiff_ray.stages.table import artifacts_of
+from pdiff_ray.storage.files import Storage
 from pdiff_ray.storage.parameters import ParameterStore, Record
 from pdiff_ray.training import subset as subset_training
 
@@ -287,6 +290,24 @@ def test_an_interrupted_zoo_goes_on(tmp_path, lost):
     assert files <= set(artifacts["zoo"].manifest().files)
     np.testing.assert_array_equal(ParameterStore(artifacts["zoo"]).vectors(), ParameterStore(its["zoo"]).vectors())
     assert not artifacts["zoo"].storage.list(f"{artifacts['zoo'].folder}/work", recursive=True)
+
+
+def test_a_stored_zoo_says_which_parameters_it_holds(tmp_path, monkeypatch):
+    """A rule that chooses other layers than in an earlier version changes nothing of what is there, nor is it mixed."""
+    experiment, artifacts = tiny(tmp_path, "zoo.subset={last_norm_layers: 1}", "evaluation.fine_tuned_networks=0")
+    build(experiment, artifacts, "base")
+    interrupted_zoo(experiment, artifacts, 10)
+    monkeypatch.setitem(RULES, "last_norm_layers", lambda *_: ["fc.weight"])
+    build(experiment, artifacts, "zoo", "generator", "samples", "evaluation")
+    names = ["layers.1.bn.weight", "layers.1.bn.bias"]
+    assert all(ParameterStore(artifacts[stage]).subset().names == names for stage in ("zoo", "samples", "evaluation"))
+
+    shutil.rmtree(tmp_path / artifacts["zoo"].folder)
+    again = artifacts_of(experiment, Storage(str(tmp_path)))
+    build(experiment, again, "zoo")
+    shutil.rmtree(tmp_path / artifacts["evaluation"].folder)
+    with pytest.raises(StorageError, match=r"samples/.* holds other tensors than the zoo"):
+        build(experiment, artifacts_of(experiment, Storage(str(tmp_path))), "evaluation")
 
 
 def test_interrupted_base_training_goes_on(tmp_path):

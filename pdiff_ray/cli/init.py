@@ -14,7 +14,7 @@ from pdiff_ray.config import schema
 from pdiff_ray.config.loading import parse_experiment
 from pdiff_ray.config.section import Section
 from pdiff_ray.data import sources
-from pdiff_ray.networks.build import check_network
+from pdiff_ray.networks.build import blank_images, check_network
 from pdiff_ray.networks.subset import norm_layers, resolve
 
 SMALL_NETWORK = 100_000  # parameters, up to which all of them are generated
@@ -74,7 +74,7 @@ def _settings(data: str, network: str) -> dict[str, Any]:
         chosen["cifar_stem"] = True
     built = check_network(schema.Network.model_validate(chosen), info)
     size = sum(parameter.numel() for parameter in built.parameters())
-    layers = norm_layers(built)
+    layers = norm_layers(built, blank_images(info))
     subset: Any = {"last_norm_layers": min(2, len(layers))} if layers else {"names": [_last_layer(built)]}
     if size <= SMALL_NETWORK:
         subset = "all"

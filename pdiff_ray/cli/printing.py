@@ -26,6 +26,7 @@ from pdiff_ray.running.results import Result
 from pdiff_ray.running.sweep import SweepResult
 from pdiff_ray.stages.table import STAGES
 from pdiff_ray.storage.files import Storage
+from pdiff_ray.storage.parameters import ParameterStore
 from pdiff_ray.sweeps import report as sweep_report
 from pdiff_ray.sweeps import table as sweep_table
 from pdiff_ray.training.subset import full_steps
@@ -60,13 +61,15 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
     e, estimator = plan.experiment, Estimator(plan.storage)
     costs = estimator.costs(e, plan.artifacts, plan.missing)
     what = {name: stage.about(e) for name, stage in STAGES.items()}
-    what["zoo"] += f": {estimator.counts(e).subset.size:,} values"
+    what["zoo"] += f": {_generated(plan, estimator)[0]:,} values"
     rows = []
     for stage, artifact in plan.artifacts.items():
         cost = costs.get(stage)
         rest = ("to build", what[stage], _duration(cost.seconds), _gib(cost.memory)) if cost else ("there", what[stage])
         rows.append((stage, artifact.key, *rest))
     _print_table(f"plan of {e.name}", ("stage", "key", "state", "what", "time", "memory"), rows)
+    if layers := _generated(plan, estimator)[1]:
+        console.print(f"layers: {', '.join(layers)}")
     _print_data(e.data)
     if costs:
         console.print(
@@ -205,6 +208,18 @@ def _state(ledger: Ledger, trial: Trial) -> str:
         return "to run"
     state = STATES[ledger.trials[trial.number].state]
     return f"{state}, to run again" if trial.state == "failed" else state
+
+
+def _generated(plan: Plan, estimator: Estimator) -> tuple[int, list[str]]:
+    """Returns how many values are generated, and which layers a rule has counted, with those that run beside them."""
+    zoo = plan.artifacts["zoo"]
+    if zoo.exists():  # which may be of a version whose rules chose others
+        subset = ParameterStore(zoo).subset()
+        return subset.size, subset.layers if plan.experiment.zoo.subset.counts_layers else []
+    counts = estimator.counts(plan.experiment)
+    return counts.subset.size, [
+        f"{name} (parallel to {', '.join(beside)})" if beside else name for name, beside in counts.layers.items()
+    ]
 
 
 def _sharing(estimator: Estimator, e: Experiment) -> tuple[str, str]:

@@ -30,7 +30,12 @@ class StorageError(PdiffError):
     exit_code = 2
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message; its kind, if it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns `"; did you mean 'x' or 'y'?"` with the known names nearest to `name`, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -109,6 +109,11 @@ class SubsetRule(Section):
         return self
 
     @property
+    def counts_layers(self) -> bool:
+        """Whether the rule chooses layers by their place among others."""
+        return bool(self.last_norm_layers or self.norm_layers)
+
+    @property
     def chosen(self) -> tuple[str, Any]:
         """The field that is given, and its value."""
         return next((name, value) for name, value in self if value is not None)

@@ -10,10 +10,8 @@ from torch import nn
 from pdiff_ray.common.operations import Operations
 from pdiff_ray.config import schema
 from pdiff_ray.data.sources import DataInfo
-from pdiff_ray.networks.build import build_network, check_network
-from pdiff_ray.networks.subset import Subset, resolve
-
-IMAGES = 2  # of a counted pass: the fewest that BatchNorm trains on
+from pdiff_ray.networks.build import blank_images, build_network, check_network
+from pdiff_ray.networks.subset import Subset, norm_layers, resolve
 
 
 @dataclass(frozen=True)
@@ -22,6 +20,7 @@ class Counts:
 
     Attributes:
         subset: the tensors that are generated.
+        layers: those that a rule has counted, in its order; of each those beside it, on parallel branches.
         parameters: how many numbers all parameters of the network are.
         flops: of all operations.
         suffix_flops: of those that generated tensors reach.
@@ -29,6 +28,7 @@ class Counts:
     """
 
     subset: Subset
+    layers: dict[str, list[str]]
     parameters: int
     flops: float
     suffix_flops: float
@@ -57,7 +57,10 @@ def count(config: schema.Network, info: DataInfo, zoo: schema.Zoo) -> Counts:
 
 
 def _count(network: nn.Module, info: DataInfo, zoo: schema.Zoo) -> Counts:
-    subset = resolve(zoo.subset, network, zoo.batchnorm)
+    images = blank_images(info)
+    subset = resolve(zoo.subset, network, zoo.batchnorm, images)
+    layers = norm_layers(network, images) if zoo.subset.counts_layers else {}
+    layers = {name: beside for name, beside in layers.items() if name in subset.layers}
     generated = set(subset.names)
     if zoo.batchnorm == "recalibrated":  # statistics differ too; they have no gradients, but their layers' weights can
         norms = nn.modules.batchnorm._BatchNorm
@@ -66,6 +69,6 @@ def _count(network: nn.Module, info: DataInfo, zoo: schema.Zoo) -> Counts:
         parameter.requires_grad_(name in generated)
     network.train()  # in eval mode attention may be one operation without a formula
     with Operations() as found:
-        network(torch.zeros(IMAGES, info.channels, info.image_size, info.image_size))
-    total, suffix, kept = (number / IMAGES for number in (found.flops.total(), found.flops[True], found.bytes))
-    return Counts(subset, sum(p.numel() for p in network.parameters()), total, suffix, kept)
+        network(images)
+    total, suffix, kept = (number / len(images) for number in (found.flops.total(), found.flops[True], found.bytes))
+    return Counts(subset, layers, sum(p.numel() for p in network.parameters()), total, suffix, kept)

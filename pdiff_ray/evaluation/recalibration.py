@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pdiff_ray.data.dataset import Dataset
+from pdiff_ray.networks.partition import call_with
 
 IMAGES, BATCH = 2048, 128
 START = {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}
@@ -48,6 +48,6 @@ def recalibrate(network: nn.Module, tensors: Mapping[str, Tensor], dataset: Data
         stop = min(IMAGES, len(dataset.train))
         batches = np.array_split(np.arange(stop), math.ceil(stop / BATCH))
         for images, _ in dataset.train.batches(batches):
-            # functional_call writes the updated statistics into the tensors that it is given.
-            functional_call(network, {**tensors, **statistics}, (dataset.prepare(images, device),))
+            # The updated statistics are written into the tensors that are given.
+            call_with(network, {**tensors, **statistics}, dataset.prepare(images, device))
     return statistics

@@ -18,6 +18,8 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from pdiff_ray.common.errors import first_line
+
 aten = torch.ops.aten
 # Of the largest logit. CPUs give equal bits, but GPU libraries choose kernels, which round otherwise, by batch size.
 TOLERANCE, AUTOCAST_TOLERANCE = 1e-4, 3e-2
@@ -87,7 +89,22 @@ class _Whole(nn.Module):
         self.network, self.names = network, tuple(names)
 
     def forward(self, images: Tensor, *tensors: Tensor) -> Tensor:
-        return functional_call(self.network, dict(zip(self.names, tensors, strict=True)), (images,))
+        return call_with(self.network, dict(zip(self.names, tensors, strict=True)), images)
+
+
+def call_with(network: nn.Module, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """Computes logits (B, M) of a network with other tensors in the place of its own, under all of their names.
+
+    What the network changes of them in its pass, like running statistics, it changes in `tensors`.
+    """
+    # functional_call's own handling of tied tensors puts the others back into a module that has two names.
+    places: dict[int, list[str]] = {}
+    for prefix, module in network.named_modules():  # by one of its names
+        for name, own in (*module._parameters.items(), *module._buffers.items()):
+            places.setdefault(id(own), []).append(f"{prefix}.{name}" if prefix else name)
+    now = _tensors(network)
+    replaced = {place: tensor for name, tensor in tensors.items() for place in places[id(now[name])]}
+    return functional_call(network, replaced, (images,), tie_weights=False)
 
 
 def partition_network(network: nn.Module, names: Collection[str], images: Tensor) -> PartitionedNetwork:
@@ -110,7 +127,7 @@ def partition_network(network: nn.Module, names: Collection[str], images: Tensor
     except (torch.OutOfMemoryError, torch.AcceleratorError):  # say nothing of the network
         raise
     except Exception as error:  # the network's own code is traced, and may raise anything
-        whole.reason = _first_line(error)
+        whole.reason = first_line(error)
         return whole
     return found
 
@@ -154,7 +171,7 @@ class _Graph:
             traced = torch.export.export(network, (images,), strict=False, dynamic_shapes=dynamic_batch)
             program = traced.run_decompositions({})  # makes it functional: nothing is written into a cached tensor
         except Exception as error:
-            raise ValueError(f"torch.export cannot trace the network: {_first_line(error)}") from error
+            raise ValueError(f"torch.export cannot trace the network: {first_line(error)}") from error
         if any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in traced.graph.nodes):
             raise ValueError("the network branches, or switches gradients or autocast, in its forward pass")
         self.graph, signature = program.graph, program.graph_signature
@@ -264,7 +281,3 @@ def _close(logits: Tensor, expected: Tensor) -> bool:
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
     """Returns parameters and buffers by name; tied ones by each of their names."""
     return dict([*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -14,12 +14,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from pdiff_ray.common.errors import ConfigError, did_you_mean
+from pdiff_ray.common.errors import ConfigError, did_you_mean, first_line
 from pdiff_ray.common.registry import Registry
 from pdiff_ray.config.schema import SubsetRule
 
-NORM_TYPES = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 SHORTCUTS = {"downsample", "shortcut"}  # what torchvision and timm call the projection beside the main path
 
 
@@ -70,6 +73,11 @@ class Subset:
     @property
     def names(self) -> list[str]:
         return [entry.name for entry in self.entries]
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers that the tensors belong to."""
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in self.names))
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Joins tensors by name (a state dict will do) to one float32 vector (D,).
@@ -130,27 +138,106 @@ def first_names(network: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in named}
 
 
-def norm_layers(network: nn.Module) -> list[str]:
-    """Returns the names of the normalization layers with a weight, in order of definition."""
-    modules = network.named_modules()
-    return [name for name, module in modules if isinstance(module, NORM_TYPES) and module.weight is not None]
+def norm_layers(network: nn.Module, images: Tensor | None = None) -> dict[str, list[str]]:
+    """Returns the names of the normalization layers that have parameters.
+
+    They are torch's, and all whose class, or one that it inherits from, has "Norm" in its name and whose parameters are
+    a number per channel.
+
+    Args:
+        images: (B, C, S, S) for a forward pass in eval mode. The layers stand in the order in which it reaches them,
+            those that it does not reach are left out; without images all stand in the order of definition.
+
+    Returns:
+        For each layer those beside it, on parallel branches: neither sees what the other computes.
+
+    Raises:
+        ConfigError: the forward pass fails.
+    """
+    layers = {name: module for name, module in network.named_modules() if _is_norm(module)}
+    if images is None:
+        return {name: [] for name in layers}
+    training = {module: module.training for module in network.modules()}
+    found = _Reached(layers, images)
+    try:
+        with torch.no_grad(), found:
+            network.eval()(images)
+    except Exception as error:  # the network's own code
+        raise ConfigError(f"the order of layers is unknown, as a forward pass fails: {first_line(error)}") from None
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    before = found.before
+    return {
+        name: [other for other in before if other != name and name not in before[other] and other not in before[name]]
+        for name in before
+    }
 
 
-def main_path_norm_layers(network: nn.Module) -> list[str]:
+def _is_norm(module: nn.Module) -> bool:
+    if not any(True for _ in module.parameters(recurse=False)):
+        return False
+    named = any("Norm" in kind.__name__ for kind in type(module).__mro__)
+    per_channel = all(max(p.shape, default=1) == p.numel() for p in module.parameters())
+    return isinstance(module, NORM_TYPES) or (named and per_channel)
+
+
+class _Reached(TorchDispatchMode):
+    """Follows images through operations, to find which layers' parameters they meet, and in what order.
+
+    Tensors are told apart by their storage, so that a view is the tensor that it looks at.
+
+    Attributes:
+        before: by layer, in the order in which the images reach them first: those that its input depends on.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], images: Tensor) -> None:
+        super().__init__()
+        self.before: dict[str, set[str]] = {}
+        self.of_images: dict[StorageWeakRef, set[str]] = {_storage(images): set()}
+        own = [(name, p) for name, module in layers.items() for p in module.parameters(recurse=False)]
+        self.of_parameters: dict[StorageWeakRef, set[str]] = {}
+        for name, parameter in own:
+            self.of_parameters.setdefault(_storage(parameter), set()).add(name)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = [_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        output = func(*args, **(kwargs or {}))
+        own = set[str]().union(*(self.of_parameters.get(storage, ()) for storage in read))
+        found = self.of_parameters
+        if any(storage in self.of_images for storage in read):
+            before = set[str]().union(*(self.of_images.get(storage, ()) for storage in read))
+            for layer in sorted(own - self.before.keys()):
+                self.before[layer] = before - own
+            found, own = self.of_images, own | before
+        elif not own:
+            return output
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                found.setdefault(_storage(tensor), set()).update(own)
+        return output
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def main_path_norm_layers(network: nn.Module, images: Tensor | None = None) -> list[str]:
     """Returns `norm_layers` without those on projection shortcuts.
 
     A ResNet-18 has 17, and 'BN-layer 16 to 18' of the paper is `layer4.1.bn1` and `layer4.1.bn2`, the layers 16 and 17
     counted from 1.
     """
-    return [name for name in norm_layers(network) if not SHORTCUTS & set(name.split("."))]
+    return [name for name in norm_layers(network, images) if not SHORTCUTS & set(name.split("."))]
 
 
-def resolve(rule: SubsetRule, network: nn.Module, batchnorm: str = "frozen") -> Subset:
+def resolve(rule: SubsetRule, network: nn.Module, batchnorm: str = "frozen", images: Tensor | None = None) -> Subset:
     """Returns the subset of `network` that `rule` describes.
 
     Args:
         batchnorm: with "included", the running statistics of the subset's BatchNorm layers belong to it; with the rule
             "all", those of every layer.
+        images: a few (B, C, S, S) that the network takes; rules that count layers count them as `norm_layers` does.
 
     Raises:
         ConfigError: the rule matches nothing or goes beyond the network's layers.
@@ -158,7 +245,7 @@ def resolve(rule: SubsetRule, network: nn.Module, batchnorm: str = "frozen") -> 
     parameters, first = dict(network.named_parameters()), first_names(network)
     rule_name, value = rule.chosen
     try:
-        chosen = {first.get(found, found) for found in RULES[rule_name](network, value)}
+        chosen = {first.get(found, found) for found in RULES[rule_name](network, value, images)}
         if odd := chosen - set(parameters):
             raise ConfigError(f"{min(odd)!r} is no parameter of the network{did_you_mean(min(odd), parameters)}")
         whole = {name for name in chosen if not _is_continuous(parameters[name])}
@@ -195,7 +282,7 @@ def _is_continuous(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _names(network: nn.Module, patterns: Sequence[str]) -> Iterator[str]:
+def _names(network: nn.Module, patterns: Sequence[str], _: Tensor | None) -> Iterator[str]:
     parameters = [name for name, _ in network.named_parameters(remove_duplicate=False)]
     for pattern in patterns:
         matched = fnmatch.filter(parameters, pattern)
@@ -205,17 +292,17 @@ def _names(network: nn.Module, patterns: Sequence[str]) -> Iterator[str]:
         yield from matched
 
 
-def _last_norm_layers(network: nn.Module, count: int) -> list[str]:
-    layers = norm_layers(network)
-    return _weights_and_biases(network, layers, len(layers) - count, len(layers), count)
+def _last_norm_layers(network: nn.Module, count: int, images: Tensor | None) -> list[str]:
+    layers = list(norm_layers(network, images))
+    return _parameters_of(network, layers, len(layers) - count, len(layers), count)
 
 
-def _norm_layers(network: nn.Module, bounds: tuple[int, int]) -> list[str]:
-    layers, (start, stop) = main_path_norm_layers(network), bounds
-    return _weights_and_biases(network, layers, start - 1, stop - 1, list(bounds), " of the main path")
+def _norm_layers(network: nn.Module, bounds: tuple[int, int], images: Tensor | None) -> list[str]:
+    layers, (start, stop) = main_path_norm_layers(network, images), bounds
+    return _parameters_of(network, layers, start - 1, stop - 1, list(bounds), " of the main path")
 
 
-def _weights_and_biases(
+def _parameters_of(
     network: nn.Module, layers: list[str], start: int, stop: int, value: object, which: str = ""
 ) -> list[str]:
     if not layers:
@@ -224,22 +311,21 @@ def _weights_and_biases(
         raise ConfigError(
             f"{value} goes beyond the network's {len(layers)} normalization layers{which}: {_some(layers)}"
         )
-    names = [f"{layer}.{kind}" for layer in layers[start:stop] for kind in ("weight", "bias")]
-    parameters = dict(network.named_parameters())
-    return [name for name in names if name in parameters]
+    modules = dict(network.named_modules())
+    return [f"{name}.{own}" for name in layers[start:stop] for own, _ in modules[name].named_parameters(recurse=False)]
 
 
 # The user's own functions of a network, which give names of parameters.
 FUNCTIONS: Registry[Callable[[nn.Module], Iterable[str]]] = Registry("function of a network", {})
-# Functions of a network and of the value of a field of `SubsetRule`, which give names of parameters.
-RULES: Registry[Callable[[nn.Module, Any], Iterable[str]]] = Registry(
+# Functions of a network, of the value of a field of `SubsetRule` and of images, which give names of parameters.
+RULES: Registry[Callable[[nn.Module, Any, Tensor | None], Iterable[str]]] = Registry(
     "subset rule",
     {
-        "all": lambda network, value: dict(network.named_parameters()),
+        "all": lambda network, value, images: dict(network.named_parameters()),
         "last_norm_layers": _last_norm_layers,
         "norm_layers": _norm_layers,
         "names": _names,
-        "function": lambda network, name: FUNCTIONS[name](network),
+        "function": lambda network, name, images: FUNCTIONS[name](network),
     },
 )
 

@@ -18,7 +18,7 @@ from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.dataset import Dataset, load, steps_per_epoch
 from pdiff_ray.data.sources import describe
 from pdiff_ray.evaluation.judge import Judge
-from pdiff_ray.networks.build import build_network
+from pdiff_ray.networks.build import build_network, load_tensors
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.context import Context
 from pdiff_ray.storage.artifacts import Artifact
@@ -91,7 +91,7 @@ def load_network(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> n
     """Returns the trained base network, on the CPU, in eval mode."""
     network = untrained_network(experiment)
     tree = load_tree(artifacts["base"].read(NETWORK_FILE), artifacts["base"].location)
-    network.load_state_dict(tree)
+    load_tensors(network, tree)
     return network.eval()
 
 
@@ -128,7 +128,7 @@ def train_network(
     first = 0
     state = load_state(checkpoints, CHECKPOINT) if checkpoints else None
     if state is not None:
-        network.load_state_dict(state["network"])
+        load_tensors(network, state["network"])
         trainer.load_state(state["optimizer"])
         first, history = state["epoch"], {name: state["history"][name] for name in history}
     model: nn.Module = network

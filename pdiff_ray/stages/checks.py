@@ -13,14 +13,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.sources import describe
 from pdiff_ray.evaluation.recalibration import START
-from pdiff_ray.networks.build import build_network, check_network
-from pdiff_ray.networks.partition import perturbed
+from pdiff_ray.networks.build import build_network, check_network, load_tensors
+from pdiff_ray.networks.partition import call_with, perturbed
 from pdiff_ray.networks.subset import Subset, first_names
 from pdiff_ray.stages.exports import same_logits, text_of
 from pdiff_ray.stages.zoo import subset_of
@@ -76,9 +75,7 @@ def check_function(network: nn.Module, fresh: nn.Module, images: Tensor) -> None
         if isinstance(layer, BatchNorm):
             layer.momentum = 1.0
     network.train()
-    functional_call(
-        network, values, (images,)
-    )  # gives statistics with which signals reach the logits, as training does
+    call_with(network, values, images)  # gives statistics with which signals reach the logits, as training does
     network.eval()
     try:
         _check_batches(network, values, images)
@@ -88,7 +85,7 @@ def check_function(network: nn.Module, fresh: nn.Module, images: Tensor) -> None
             _check_batches(copy.deepcopy(network).double(), doubles, images.double())
         except Exception:  # it is so in double precision, or there is none of it
             raise found from None
-    expected = functional_call(network, values, (images,))
+    expected = call_with(network, values, images)
     names = first_names(network)
     stored = {**network.state_dict(), **{name: values[first] for name, first in names.items() if first in values}}
     try:
@@ -97,7 +94,7 @@ def check_function(network: nn.Module, fresh: nn.Module, images: Tensor) -> None
         raise ValueError(
             f"has tensors of type {error}, which safetensors files cannot hold; use another type"
         ) from None
-    fresh.load_state_dict(load_tree(content))
+    load_tensors(fresh, load_tree(content))
     if not same_logits(fresh(images), expected):
         ours, theirs = _unsaved(network), _unsaved(fresh)
         differ = [name for name in ours if name not in theirs or not _equal(ours[name], theirs[name])]
@@ -110,15 +107,15 @@ def check_function(network: nn.Module, fresh: nn.Module, images: Tensor) -> None
 
 def _check_batches(network: nn.Module, values: dict[str, Tensor], images: Tensor) -> None:
     """Raises ValueError if logits differ in a second pass, or with the other images of a batch."""
-    expected = functional_call(network, values, (images,))
-    if not same_logits(functional_call(network, values, (images,)), expected):
+    expected = call_with(network, values, images)
+    if not same_logits(call_with(network, values, images), expected):
         raise ValueError(
             "gives the same images other logits in a second pass, in eval mode; leave dropout and noise to training"
         )
     found = "gives an image other logits among other images"
     try:
         some = (slice(1, 2), slice(1, None))
-        alone = all(same_logits(functional_call(network, values, (images[s],)), expected[s]) for s in some)
+        alone = all(same_logits(call_with(network, values, images[s]), expected[s]) for s in some)
     except Exception as error:
         alone, found = False, f"cannot take one image alone ({text_of(error)})"
     if not alone:

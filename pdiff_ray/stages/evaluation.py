@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.common.errors import PdiffError, StorageError
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.evaluation.groups import GROUPS, Material, groups_of
@@ -202,6 +202,11 @@ class Evaluator:
     def material(self) -> Material:
         """What vectors are made from."""
         zoo, samples = ParameterStore(self.artifacts["zoo"]), ParameterStore(self.artifacts["samples"])
+        if samples.subset().names != zoo.subset().names:
+            raise StorageError(
+                f"{samples.artifact.location}: holds other tensors than the zoo, which was made anew by a version "
+                "whose rules choose others; delete it, with the generator's folder, and run again"
+            )
         members = zoo.vectors(range(self.experiment.num_members))
         return Material(
             self.experiment, zoo.subset(), members, lambda number: samples.vectors([number])[0], self._trained

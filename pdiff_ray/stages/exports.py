@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.registry import source_of
 from pdiff_ray.config.loading import parse
 from pdiff_ray.config.schema import Network
 from pdiff_ray.data.sources import DATASETS, DataInfo
-from pdiff_ray.networks.build import build_network
+from pdiff_ray.networks.build import build_network, is_own, load_tensors
+from pdiff_ray.networks.partition import call_with
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.base import IMAGES_FILE, NETWORK_FILE
 from pdiff_ray.storage.artifacts import Artifact
@@ -55,7 +55,7 @@ class Trial:
     def _build(self, base: Artifact) -> None:
         about = base.manifest()
         config = parse(Network, {**about.config["network"], "pretrained": False}, "network")
-        if ":" in config.name and _is_installed(config.name):
+        if is_own(config.name) and _is_installed(config.name):
             raise ConfigError(f"{config.name} is not code of your own, and a storage must not choose what else is run")
         self.labels: Tensor | None = None
         if IMAGES_FILE in about.files:
@@ -81,12 +81,12 @@ class Trial:
             PdiffError: they differ.
         """
         try:
-            self._judged.load_state_dict(self.tensors)
-            self._fresh.load_state_dict({**self.tensors, **load_tree(file.read_bytes(), str(file))})
+            load_tensors(self._judged, self.tensors)
+            load_tensors(self._fresh, {**self.tensors, **load_tree(file.read_bytes(), str(file))})
         except RuntimeError as error:
             raise PdiffError(f"its network does not load it: {text_of(error)}") from None
         logits = self._fresh(self.images)
-        if not same_logits(logits, functional_call(self._judged, self.subset.unflatten(vector), (self.images,))):
+        if not same_logits(logits, call_with(self._judged, self.subset.unflatten(vector), self.images)):
             raise PdiffError(
                 "loaded into a network that is built anew, it gives other logits than the network that was judged: "
                 "something in the network is random, or tied, that its state dict does not tell"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pdiff_ray.common.registry import fingerprint
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data import sources
+from pdiff_ray.networks.build import is_own
 from pdiff_ray.stages import base, evaluation, generator, report, samples, zoo
 from pdiff_ray.stages.context import Context
 from pdiff_ray.storage.artifacts import KINDS, Artifact
@@ -46,7 +47,7 @@ def _base_config(experiment: Experiment) -> dict[str, Any]:
         return {"data": data, "network": network, "imported": experiment.zoo.imported}
     training = experiment.training
     config: dict[str, Any] = {"data": data, "network": network, "training": training.keyed(), "seed": training.seed}
-    if ":" in experiment.network.name:
+    if is_own(experiment.network.name):
         config["code"] = fingerprint(experiment.network.name)
     if experiment.resources.workers > 1:  # their BatchNorm layers see shares of the batches
         config["workers"] = experiment.resources.workers

@@ -21,7 +21,9 @@ from torch import nn
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config.schema import Experiment, Zoo
 from pdiff_ray.data.dataset import steps_per_epoch
+from pdiff_ray.data.sources import describe
 from pdiff_ray.evaluation.judge import Judge, judged
+from pdiff_ray.networks.build import blank_images
 from pdiff_ray.networks.frontier import Kept
 from pdiff_ray.networks.subset import Subset, resolve
 from pdiff_ray.stages.base import load_network, load_state, train_network, untrained_network
@@ -50,18 +52,20 @@ def runs_of(config: Zoo) -> list[TrainingRun]:
     return [TrainingRun(index, range(index, config.members, count)) for index in range(count)]
 
 
-def zoo_subset(experiment: Experiment) -> Subset:
-    """Returns the generated subset of the experiment's network.
+def zoo_subset(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Subset:
+    """Returns the generated subset of the experiment's network: that of stored members, else the one by its rule.
 
     Raises:
         ConfigError: the network cannot be built or the rule does not fit it.
     """
-    return subset_of(experiment, untrained_network(experiment))
+    store = ParameterStore(artifacts["zoo"])  # rules may have chosen other layers in an earlier version
+    return store.subset() if store.ids else subset_of(experiment, untrained_network(experiment))
 
 
 def subset_of(experiment: Experiment, network: nn.Module) -> Subset:
     """Returns the generated subset of a network of the experiment."""
-    return resolve(experiment.zoo.subset, network, experiment.zoo.batchnorm)
+    images = blank_images(describe(experiment.data))
+    return resolve(experiment.zoo.subset, network, experiment.zoo.batchnorm, images)
 
 
 def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context, shift: int = 0) -> None:
@@ -74,7 +78,7 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     """
     artifact, config = artifacts["zoo"], experiment.zoo
     started = time.monotonic()
-    subset = zoo_subset(experiment)
+    subset = zoo_subset(experiment, artifacts)
     store = ParameterStore(artifact)
     present = set(store.ids)
     # Shared out before looking at what is there: workers look at different times.

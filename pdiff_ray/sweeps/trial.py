@@ -169,7 +169,7 @@ def _preview(
     """Returns a function that measures the metric on vectors (n, D) from an unfinished generator, and reports it."""
     quantity = metric.partition("/mean_")[2]  # such as train_accuracy
     split = "selection" if quantity.startswith("train") else "validation"
-    judge = base_judge(experiment, artifacts, zoo.zoo_subset(experiment), context)
+    judge = base_judge(experiment, artifacts, zoo.zoo_subset(experiment, artifacts), context)
 
     def preview(rung: int, vectors: Tensor) -> None:
         values = [getattr(judgement, quantity) for judgement in judge.judge(vectors, [split])]

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
 from pdiff_ray.common.devices import autocast, differentiable_in_vmap, enough_memory
@@ -21,7 +20,9 @@ from pdiff_ray.common.seeds import seed_global
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.dataset import Dataset
 from pdiff_ray.evaluation.judge import Judge
+from pdiff_ray.networks.build import load_tensors
 from pdiff_ray.networks.frontier import Frontier, Kept
+from pdiff_ray.networks.partition import call_with
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.training.trainer import Trainer
 
@@ -113,7 +114,7 @@ class SubsetTraining:
             seed_global(seed, "step", step)
             own = {name: tensor.squeeze(0) for name, tensor in self.tensors.items()}
             with autocast(self.device, self.config.precision):
-                logits = functional_call(self.network, own, (images,))
+                logits = call_with(self.network, own, images)
             yield logits, labels
 
     def _kept(
@@ -146,7 +147,7 @@ class SubsetTraining:
         for name, tensor in self.tensors.items():
             tensor.copy_(values[name])
         statistics = {name: value[0] for name, value in values.items() if name not in self.tensors}
-        self.network.load_state_dict(statistics, strict=False)
+        load_tensors(self.network, statistics, strict=False)
 
     def states(self, kept: int) -> list[dict[str, Any]]:
         """Returns what `restore` needs to go on after `kept` members, of each network."""
@@ -171,7 +172,7 @@ class SubsetTraining:
         for name, tensor in self.tensors.items():
             tensor.copy_(torch.stack([state["tensors"][name] for state in states]))
         statistics = {name: value for name, value in states[0]["tensors"].items() if name not in self.tensors}
-        self.network.load_state_dict(statistics, strict=False)
+        load_tensors(self.network, statistics, strict=False)
         first = states[0]["optimizer"]
         self.trainer.load_state(
             {
