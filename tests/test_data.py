@@ -67,10 +67,10 @@ def test_selection_is_no_larger_than_the_training_data(tmp_path):
 def test_cache_is_built_once(tmp_path, parquet):
     config, train, _ = parquet
     decoded = []
-    first = data.load(config, tmp_path / "cache", lambda done, total: decoded.append(done))
+    first = data.load(config, tmp_path / "cache", lambda done, *_: decoded.append(done))
     assert decoded
     decoded.clear()
-    second = data.load(config, tmp_path / "cache", lambda done, total: decoded.append(done))
+    second = data.load(config, tmp_path / "cache", lambda done, *_: decoded.append(done))
     assert not decoded
     images, labels = images_of(replace(second.train, indices=np.arange(40)))
     assert torch.equal(images, torch.from_numpy(train.transpose(0, 3, 1, 2)))
@@ -96,7 +96,7 @@ def test_two_at_once_build_one_whole_cache(tmp_path):
 
     def load(_):
         together.wait()
-        return data.load(config, tmp_path, lambda done, total: decoded.append(done))
+        return data.load(config, tmp_path, lambda done, *_: decoded.append(done))
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(load, range(2))
@@ -121,8 +121,11 @@ def test_damaged_cache_is_made_anew(tmp_path, parquet, capfd, name):
             else:
                 content = content[: len(content) // 2]
             file.write_bytes(content)
-        for split, (images, labels) in zip(("train", "test"), expected, strict=True):
-            found, found_labels = images_of(getattr(data.load(config, cache), split))
+        notes = []
+        dataset = data.load(config, cache, lambda *told, notes=notes: notes.append(told[2]))
+        assert notes == ["anew, as the cache was damaged"] * 2
+        for split, (images, labels) in zip((dataset.train, dataset.test), expected, strict=True):
+            found, found_labels = images_of(split)
             assert torch.equal(found, images)
             assert torch.equal(found_labels, labels)
         assert capfd.readouterr().err.count("is damaged and is made anew") == 2

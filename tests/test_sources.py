@@ -140,6 +140,7 @@ def test_data_of_the_users_own_is_keyed_by_its_source(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text(text)
         keys.append(sources.keyed(Data(name=f"{name}:own_data"))["code"]["name"])
     assert keys[0] != keys[1]
+    assert sources.keyed(Data(name="first_module:own_data"))["reading"] == sources.READING
 
 
 @pytest.mark.parametrize(

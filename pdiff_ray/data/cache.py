@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from pdiff_ray.data.kept import build_once, digest, intact
 from pdiff_ray.data.sources import DataInfo, Samples, check_labels, decoded, file_states, keyed, open_samples
 
 FORMAT = 2  # of the cache; raise it when images are decoded otherwise
+Progress = Callable[[int, int, str], None]  # images done, all images, a note
+
 # A split is moved to a GPU as a whole if it takes no more than this, and no more than this share of the free memory.
 ON_DEVICE_BYTES, ON_DEVICE_SHARE = 4 * 2**30, 0.25
 
@@ -95,7 +97,7 @@ def random_images(info: DataInfo, config: Data, count: int) -> Cached:
     return Cached(images, random.integers(info.num_classes, size=count), f"random-{digest([shape, images.dtype.name])}")
 
 
-def open_source(config: Data, info: DataInfo, split: str, cache: Path, progress: Advance | None) -> Cached | Streamed:
+def open_source(config: Data, info: DataInfo, split: str, cache: Path, progress: Progress) -> Cached | Streamed:
     """Opens the images of a split, decoding them into `cache` first if they are not there.
 
     Returns:
@@ -128,18 +130,24 @@ def open_source(config: Data, info: DataInfo, split: str, cache: Path, progress:
                 )
             if isinstance(samples, ParquetImages):
                 encoded, write = cache / f"{config.name}-{split}-encoded-{digest(states)}", samples.write_records
-                build_once(encoded, lambda temporary: write(temporary, progress))
+                told = _telling(encoded, progress)
+                build_once(encoded, lambda made: write(made, told))
                 samples.kept = encoded
             return Streamed(samples, info, config.loader_workers, key)
-        build_once(folder, lambda temporary: _decode_all(config, info, split, samples, temporary, progress))
+        told = _telling(folder, progress)
+        build_once(folder, lambda made: _decode_all(config, info, split, samples, made, told))
     # The mapping is copy-on-write because torch warns of read-only arrays; nothing writes to it.
     images = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
     return Cached(images, np.load(folder / "labels.npy", allow_pickle=False), key)
 
 
-def _decode_all(
-    config: Data, info: DataInfo, split: str, samples: Samples, folder: Path, progress: Advance | None
-) -> None:
+def _telling(folder: Path, progress: Progress) -> Advance:
+    """Returns what tells of a folder that is built; one that is there is not as it was written."""
+    note = "anew, as the cache was damaged" if folder.exists() else ""
+    return lambda done, total: progress(done, total, note)
+
+
+def _decode_all(config: Data, info: DataInfo, split: str, samples: Samples, folder: Path, progress: Advance) -> None:
     count, shape = len(samples), (info.channels, info.image_size, info.image_size)
     dtype = np.dtype(np.float32 if config.pixel_noise else np.uint8)
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", dtype, (count, *shape))
@@ -161,8 +169,7 @@ def _decode_all(
                     image = (image.astype(np.float32) / 255 - mean) / std
                     image = image + config.pixel_noise * noise.standard_normal(shape, dtype=np.float32)
                 images[index] = image
-            if progress:
-                progress(chunk.stop, count)
+            progress(chunk.stop, count)
     shutil.rmtree(encoded, ignore_errors=True)
     check_labels(config, info, samples, labels)
     images.flush()

@@ -19,8 +19,8 @@ from torch import Tensor
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.common.seeds import derive_seed, rng
 from pdiff_ray.config.schema import Data
-from pdiff_ray.data.cache import Cached, Streamed, open_source
-from pdiff_ray.data.files import SPLITS, Advance
+from pdiff_ray.data.cache import Cached, Progress, Streamed, open_source
+from pdiff_ray.data.files import SPLITS
 from pdiff_ray.data.kept import digest
 from pdiff_ray.data.sources import DataInfo, describe
 
@@ -148,12 +148,12 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
     return num_images // batch_size
 
 
-def load(config: Data, cache: Path, progress: Advance | None = None) -> Dataset:
+def load(config: Data, cache: Path, progress: Progress = lambda *_: None) -> Dataset:
     """Opens a data set, and decodes it into `cache` first if that has not been done yet.
 
     Args:
         cache: a folder on this node, whose workers all map the same pages of it into memory.
-        progress: called with the number of images decoded and the number of all images.
+        progress: called with the number of images decoded, the number of all images, and a note.
     """
     info = describe(config)
     train, test = (open_source(config, info, split, cache, progress) for split in SPLITS)

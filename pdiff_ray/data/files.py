@@ -108,7 +108,10 @@ def find(source: str, root: Path) -> Found:
     Raises:
         ConfigError: files are missing, or it is not plain which ones are meant.
     """
-    return _find_parquet(root) if source == "parquet" else _find_folders(root)
+    try:
+        return _find_parquet(root) if source == "parquet" else _find_folders(root)
+    except OSError as error:
+        raise ConfigError(f"data.root: {error.filename} cannot be read: {error.strerror}; correct the path") from None
 
 
 def _hidden(name: str) -> bool:
@@ -281,7 +284,7 @@ class ParquetImages:
         for index, encoded in enumerate(self._encoded()):
             yield open_image(encoded, self.name(index))
 
-    def write_records(self, folder: Path, progress: Advance | None = None) -> None:
+    def write_records(self, folder: Path, progress: Advance = lambda *_: None) -> None:
         """Writes the encoded images, one after another, with their ends and checksums, into a folder of the cache."""
         ends, checksums, end = [], [], 0
         with (folder / f"images{CHECKED_APART}").open("wb") as stream:
@@ -290,7 +293,7 @@ class ParquetImages:
                 end += len(encoded)
                 ends.append(end)
                 checksums.append(zlib.crc32(encoded))
-                if progress and (len(ends) % 256 == 0 or len(ends) == len(self)):
+                if len(ends) % 256 == 0 or len(ends) == len(self):
                     progress(len(ends), len(self))
         np.save(folder / "ends.npy", np.array(ends, np.int64))
         np.save(folder / "checksums.npy", np.array(checksums, np.uint32))
@@ -398,7 +401,7 @@ def _walk(folder: Path) -> list[str]:
     """Returns all files below a folder in the order of folders and names, also through links, but hidden ones."""
 
     def refuse(error: OSError) -> None:
-        raise ConfigError(f"data.root: {error.filename} cannot be read: {error.strerror}") from None
+        raise error
 
     if _hidden(folder.name):
         return []

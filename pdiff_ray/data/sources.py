@@ -114,6 +114,8 @@ def keyed(config: Data) -> dict[str, Any]:
             missing = {"fingerprint": "missing"}  # `check_data` says so; a plan may be for another machine
     info = _describe(config, found) if found else describe(config)
     content = {**config.keyed(), "mean": info.mean, "std": info.std, **missing}
+    if ":" in config.name:
+        content["reading"] = READING  # there are no results of earlier versions
     if found:
         content["fingerprint"] = found.fingerprint()
         if not _read_as_before(config, found):

@@ -72,7 +72,7 @@ def describe_base(experiment: Experiment, network: nn.Module, dataset: Dataset, 
 
 def open_dataset(experiment: Experiment, context: Context) -> Dataset:
     """Opens the experiment's data, on the context's device where it fits."""
-    dataset = load(experiment.data, context.cache, lambda done, total: context.progress("images", done, total, ""))
+    dataset = load(experiment.data, context.cache, lambda *state: context.progress("images", *state))
     for split in (dataset.train, dataset.test):
         split.source.to(context.device)
     return dataset
