@@ -8,6 +8,7 @@ from helpers import build, context, tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations
 
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.config.schema import SubsetRule
@@ -122,6 +123,16 @@ MIDDLES = {
     "sharing memory": sharing_memory,
     "complex128": lambda: rotation(torch.complex128),
     "plain": nn.Identity,
+    "running": lambda: Centred(),
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(16, 16)),
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(16, 16)),
+    "old spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(16, 16)),
+    "tokens": lambda: nn.Sequential(
+        nn.Unflatten(1, (4, 4)), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Flatten()
+    ),
+    "sequence": lambda: nn.Sequential(
+        nn.Unflatten(1, (4, 4)), Layer(lambda self, x: self.gru(x)[0].flatten(1), gru=nn.GRU(4, 4, batch_first=True))
+    ),
     "magnifying": lambda: Layer(magnified),
     "mixed": mixed,
     "norms": lambda: nn.Sequential(nn.BatchNorm1d(16), nn.Dropout(), nn.LayerNorm(16)),
@@ -176,6 +187,11 @@ def test_refused_before_training(tmp_path, middle, message):
     [
         "plain",
         "magnifying",
+        "weight norm",
+        "spectral norm",
+        "old spectral norm",
+        "tokens",
+        "sequence",
         "norms",
         "persistent",
         "constant",
@@ -194,8 +210,10 @@ def test_accepted(tmp_path, middle):
 
 def test_networks_that_share_no_initialisation_share_no_random_tensors(tmp_path):
     independent = ("zoo.regime=independent", "zoo.batchnorm=included")
-    with pytest.raises(ConfigError, match=r"seed decides \(middle.mask\)"):
-        checked_subset(experiment(tmp_path, "persistent", *independent)[0])
+    for middle, name in {"persistent": "mask", "running": "centre"}.items():
+        with pytest.raises(ConfigError, match=rf"seed or its training decides \(middle.{name}\)"):
+            checked_subset(experiment(tmp_path, middle, *independent)[0])
+        assert checked_subset(experiment(tmp_path, middle)[0]).size
     assert checked_subset(experiment(tmp_path, "norms", *independent)[0]).size
 
 
@@ -243,6 +261,30 @@ def test_integers_are_left_out_or_refused():
         resolve(SubsetRule(names=("middle.*",)), network)
 
 
+class Centred(nn.Module):
+    """Subtracts a running mean, which is in the state dict, but in no vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(16))
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.centre.lerp_(x.mean(0), 0.5)
+        return x - self.centre
+
+
+def test_independent_members_are_judged_as_what_is_kept_of_them(tmp_path):
+    independent = ("zoo.regime=independent", "zoo.batchnorm=included", "zoo.members=2")
+    config, artifacts = experiment(tmp_path, "running", *independent)
+    build(config, artifacts, "base", "zoo")
+    zoo, dataset = Networks(artifacts["zoo"]), open_dataset(config, context())
+    reported = zoo.table()["test_accuracy"].to_pylist()
+    found = [accuracy_of(file, dataset, "running") for file in zoo.export(tmp_path / "files")]
+    assert found == pytest.approx(reported, abs=1e-9)
+
+
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
     """A finished experiment whose network has all that is accepted."""
@@ -252,9 +294,9 @@ def judged(tmp_path_factory):
     return found
 
 
-def accuracy_of(file, dataset):
+def accuracy_of(file, dataset, middle="mixed"):
     """The accuracy on test images of a file's network, in the plain way."""
-    network = small("mixed", image_size=8, num_classes=10)
+    network = small(middle, image_size=8, num_classes=10)
     network.load_state_dict(load_file(file), strict=True)
     images, labels = next(dataset.test.in_order(len(dataset.test)))
     with torch.no_grad():

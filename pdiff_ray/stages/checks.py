@@ -128,14 +128,14 @@ def _check_batches(network: nn.Module, values: dict[str, Tensor], images: Tensor
 
 
 def _check_shared(network: nn.Module, fresh: nn.Module, subset: Subset) -> None:
-    """Raises ValueError if networks from other seeds differ in more than the subset and BatchNorm's statistics."""
+    """Raises ValueError if networks trained apart differ in more than the subset and BatchNorm's statistics."""
     stored = {name for entry in subset.entries for name in entry.names}
     ours, theirs = network.state_dict(), fresh.state_dict()
     others = [name for name in ours if name not in stored and name.rpartition(".")[2] not in START]
     if differ := [name for name in others if not _equal(ours[name], theirs[name])]:
         raise ValueError(
-            f"has tensors outside of zoo.subset that its seed decides{_named(differ)}, which networks of zoo.regime "
-            "independent would not share; make them constant, or choose branches"
+            f"has tensors outside of zoo.subset that its seed or its training decides{_named(differ)}, which networks "
+            "of zoo.regime independent would not share; make them constant, or choose branches"
         )
 
 

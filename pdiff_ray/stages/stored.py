@@ -113,6 +113,8 @@ class Networks:
         trial, reported = self._trial(), self._reported(chosen)
         if trial and (trial.labels is None or len(reported) < len(chosen)):
             why = "no evaluation of them is there" if trial.labels is not None else "an earlier version kept no images"
+            if self._batchnorm == "recalibrated":
+                why = "that was found with statistics measured anew (zoo.batchnorm)"
             console.print(
                 f"note: predictions are compared with the judged networks', not with what was reported: {why}"
             )
