@@ -113,7 +113,7 @@ def test_damaged_cache_is_made_anew(tmp_path, parquet, capfd, name):
     expected = [images_of(getattr(data.load(config, cache), split)) for split in ("train", "test")]
     capfd.readouterr()
     random = np.random.default_rng(0)
-    for round in range(12):
+    for round in range(8):
         for file in cache.glob(f"custom-t*/{name}"):
             content = bytearray(file.read_bytes())
             if round:

@@ -64,6 +64,7 @@ def test_whole_sets_are_taken(tmp_path, train):
     ("train", "message"),
     [
         (shards("train", 5, (1, 3)), "are 3 of 5; put those .* there: train-00001-of-00005, train-00003-of-00005$"),
+        ({"data/train-00001-of-999999999": 8}, "are 1 of 999999999; .*-of-999999999 and 999999992 more$"),
         (shards("train", 5, (0,)), "are 4 of 5; .* there: train-00000-of-00005$"),
         (shards("train", 2) | shards("train", 3), "do not belong together: train-00000-of-00002.parquet, "),
         (shards("train", 1) | {"data/train": 8}, "do not belong together"),
@@ -71,9 +72,20 @@ def test_whole_sets_are_taken(tmp_path, train):
         (shards("train", 2, (1,)) | {"data/train-00007-of-00002": 8}, "do not belong together"),
         ({"other/train": 8, "data/train": 8}, "several configurations .*/data, .*/other; set data.root to one of"),
         ({"other/train": 8}, "several configurations .*/data, .*/other; set data.root to one of"),
-        ({"data/train_unlabelled": 8}, r"no train\*\.parquet .*train_unlabelled.parquet is not so named"),
+        ({"data/train_unlabelled": 8}, r"no train\*\.parquet under .*, only data/test.parquet, data/train_unl"),
     ],
-    ids=["two missing", "first missing", "two totals", "one beside", "twice", "beyond", "two sets", "apart", "other"],
+    ids=[
+        "two missing",
+        "most missing",
+        "first missing",
+        "two totals",
+        "one beside",
+        "twice",
+        "beyond",
+        "two sets",
+        "apart",
+        "other",
+    ],
 )
 def test_what_is_missing_or_ambiguous_is_refused(tmp_path, train, message):
     with pytest.raises(ConfigError, match=message):
@@ -204,14 +216,37 @@ ROW = r"{}\.parquet, row {} \(counted from 0\), has "
         ([0, 4], [0], {"names": NAMES}, "the classes have the labels 0 to 3, but .*" + ROW.format("train", 1)),
         (["ant", "bee"], ["ant", "cow"], {}, ROW.format("test", 1) + "the label 'cow', which is none of the classes"),
         (["ant", "cow"], ["ant"], {"names": NAMES}, ROW.format("train", 1) + "the label 'cow', which is none"),
+        (["ant", "bee"], [0, 1], {}, "labels are text in one of .*train.parquet and .*test.parquet, and numbers"),
+        ([0, 1], ["ant", "bee"], {}, "labels are text in one of .*train.parquet and .*test.parquet, and numbers"),
+        ([None, None], [0], {}, ROW.format("train", 0) + "no label, and 1 more like it"),
         ([0.0, 0.5], [0.0], {}, r"train\.parquet cannot be read as Parquet images: .*0\.5"),
         ([2, 10**9], [2], {}, ROW.format("train", 1) + "the label 1000000000, which would make"),
     ],
-    ids=["null", "minus", "beyond", "beyond declared", "unknown", "undeclared", "half", "huge"],
+    ids=[
+        "null",
+        "minus",
+        "beyond",
+        "beyond declared",
+        "unknown",
+        "undeclared",
+        "text",
+        "numbers",
+        "nulls",
+        "half",
+        "huge",
+    ],
 )
 def test_labels_that_are_no_class_are_named(tmp_path, train, test, options, message):
     with pytest.raises(ConfigError, match=message):
         sources.check_data(labelled(tmp_path, train, test, **options))
+
+
+def test_empty_shards_and_declared_classes_of_text_and_numbers(tmp_path):
+    config = labelled(tmp_path, ["bee", "ant"], [0, 1], names=["bee", "ant"])
+    (tmp_path / "train.parquet").rename(tmp_path / "train-00000-of-00002.parquet")
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", [], [])
+    dataset = data.load(config, tmp_path / "cache")
+    assert dataset.train.source.labels.tolist() == images_of(dataset.test)[1].tolist() == [0, 1]
 
 
 def test_files_that_declare_different_classes(tmp_path):

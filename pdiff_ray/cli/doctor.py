@@ -79,7 +79,8 @@ def _data(experiment: Experiment) -> str:
     from pdiff_ray.data import sources
 
     sources.check_data(experiment.data)
-    return f"{experiment.data.name}: there"
+    images = sources.inventory(experiment.data).images
+    return f"{experiment.data.name}: {', '.join(f'{split} {count:,}' for split, count in images.items())} images"
 
 
 def _ray(experiment: Experiment) -> str:

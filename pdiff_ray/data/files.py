@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -38,8 +39,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", "
 MAX_CLASSES = 100_000  # labels beyond are no classes
 LOOKED_AT = 100_000_000  # pixels of a split that are decoded to see whether its images differ: two seconds
 MANY = 100_000  # images of which to read the headers takes a while
+_MIXED = "labels are text in one of {} and {}, and numbers in the other; write all alike"
 _PARQUET = re.compile(
-    r"(?P<name>train|test|validation|valid|val)([-_.]?(?P<number>\d+)(-of-(?P<total>\d+))?)?(-[0-9a-f]{16})?\.parquet"
+    r"(?P<name>train|test|validation|valid|val)([-_.]?(?P<number>\d{1,9})(-of-(?P<total>\d{1,9}))?)?(-[0-9a-f]{16})?\.parquet"
 )
 
 Advance = Callable[[int, int], None]  # done, total
@@ -99,7 +101,12 @@ class Found:
             return train if split == "train" else FolderImages(self.places["test"], files["test"], train.classes)
         declared = _declared([file for name in SPLITS for file in files[name]])
         samples = ParquetImages(files["train"], declared)
-        return samples if split == "train" else ParquetImages(files["test"], samples.classes)
+        if split == "train":
+            return samples
+        test = ParquetImages(files["test"], samples.classes)
+        if test.text != samples.text and not declared:
+            raise ConfigError(f"data.root: {_MIXED.format(files['train'][0], files['test'][0])}")
+        return test
 
 
 def find(source: str, root: Path) -> Found:
@@ -137,7 +144,7 @@ def _find_parquet(root: Path) -> Found:
         if split == "test" and folder in having:  # beside the training data
             having = [folder]
         if not having:
-            others = f" ({', '.join(_relative(there[:3], root))} is not so named)" if there else ""
+            others = f", only {', '.join(_relative(there[:3], root))}" if there else ""
             raise ConfigError(
                 f"data.root: no {names[0]}*.parquet under {str(root)!r}{others}; put files there or correct the path"
             )
@@ -176,17 +183,18 @@ def _check_shards(files: Sequence[Path]) -> None:
     where, total = f"data.root: the shards in {files[0].parent}", next(iter(totals))
     first = 1 if total and int(total) in numbers else 0
     expected = range(first, first + int(total)) if total else numbers
-    if len(totals) > 1 or max(numbers.values()) > 1 or not set(numbers) <= set(expected):
+    if len(totals) > 1 or max(numbers.values()) > 1 or not all(number in expected for number in numbers):
         raise ConfigError(
             f"{where} do not belong together: {', '.join(file.name for file in files[:6])}; remove those that are of "
             "another version of the data"
         )
-    if missing := [number for number in expected if number not in numbers]:
+    if missing := len(expected) - len(numbers):
         name = files[0].name.partition("-")[0]
-        names = [f"{name}-{number:05d}-of-{total}" for number in missing[:6]]
-        more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
+        some = itertools.islice((number for number in expected if number not in numbers), 6)
+        names = ", ".join(f"{name}-{number:05d}-of-{total}" for number in some)
         raise ConfigError(
-            f"{where} are {len(files)} of {len(expected)}; put those that are missing there: {', '.join(names)}{more}"
+            f"{where} are {len(files)} of {len(expected)}; put those that are missing there: {names}"
+            + (f" and {missing - 6} more" if missing > 6 else "")
         )
 
 
@@ -240,6 +248,8 @@ class ParquetImages:
     Attributes:
         classes: names of what labels stand for; None if labels are numbers and nothing declares names.
         targets: (N,) int64.
+        text: whether the files have names as labels.
+        kept: the folder of the cache that `write_records` has filled.
     """
 
     def __init__(self, files: Sequence[str], classes: Sequence[str] | None = None) -> None:
@@ -250,14 +260,14 @@ class ParquetImages:
         if not len(self):
             raise ConfigError(f"data.root: {files[0]} holds no images")
         self.classes = classes
-        texts = {pa.types.is_string(column.type) for column in columns}
-        if len(texts) > 1:
-            raise ConfigError(
-                f"data.root: labels are text in some files beside {files[0]} and numbers in others; write all alike"
-            )
-        labels = pa.chunked_array(columns)
+        filled = {file: column for file, column in zip(files, columns, strict=True) if len(column)}
+        kinds = {column.type: file for file, column in filled.items()}
+        if len(kinds) > 1:
+            raise ConfigError(f"data.root: {_MIXED.format(*kinds.values())}")
+        self.text = pa.string() in kinds
+        labels = pa.chunked_array([chunk for column in filled.values() for chunk in column.chunks])
         self._refuse(pc.is_null(labels), "no label", labels)
-        if texts == {True}:
+        if self.text:
             self.classes = classes or sorted(labels.unique().to_pylist())
             targets = pc.index_in(labels, pa.array(self.classes, pa.string()))
             self._refuse(pc.is_null(targets), "the label {!r}, which is none of the classes", labels)
@@ -323,7 +333,9 @@ class ParquetImages:
     def _encoded(self) -> Iterator[bytes]:
         """Yields the encoded images of all files, in order, one for each label."""
         index = 0
-        for file in self.files:
+        for file, rows in zip(self.files, np.diff(self.first_rows), strict=True):
+            if not rows:
+                continue  # perhaps of no type
             dataset = _dataset(file)
             image, _ = _columns(file, dataset.schema)
             try:
@@ -365,7 +377,8 @@ def _labels(file: str) -> pa.ChunkedArray:
         column = dataset.to_table(columns=[label])[label]
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
         text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        if not (text or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+        if not text and not any(matches(kind) for matches in numbers):
             raise ConfigError(
                 f"data.root: {file} has labels of type {kind}; wanted is one number or one class name for each image"
             )

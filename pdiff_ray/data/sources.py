@@ -151,15 +151,13 @@ def check_labels(config: Data, info: DataInfo, samples: Samples, labels: np.ndar
     bad = np.flatnonzero((labels < 0) | (labels >= info.num_classes))
     if not len(bad):
         return
-    which = f"the labels 0 to {info.num_classes - 1}"
-    whose = f"the classes of {config.name} have {which}"
+    whose = f"{config.name} has"
     if config.name == "custom":
-        whose = (
-            f"the training data has {which}" if not getattr(samples, "classes", None) else f"the classes have {which}"
-        )
+        whose = "the classes have" if getattr(samples, "classes", None) else "the training data has"
+    more = f", and {len(bad) - 1} more have such" if len(bad) > 1 else ""
     raise ConfigError(
-        f"data.name: {whose}, but {_name(samples, int(bad[0]))} has the label {labels[bad[0]]}, and so have "
-        f"{len(bad) - 1} more one beyond; correct the labels, data.name or data.root"
+        f"data.name: {whose} the labels 0 to {info.num_classes - 1}, but {_name(samples, int(bad[0]))} has the label "
+        f"{labels[bad[0]]}{more}; correct the labels, data.name or data.root"
     )
 
 
@@ -170,7 +168,7 @@ class Inventory:
     Attributes:
         images: by split.
         classes: that have images, by split; None where that takes reading all of them.
-        where: the folder of the files, and how many they are.
+        where: what kind of files, and their folder.
         unused: files and folders below the root that belong to no split.
         warnings: what may be wrong with the images.
     """
