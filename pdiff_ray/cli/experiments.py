@@ -41,14 +41,15 @@ def init(data: str, network: str, output: Path | None) -> None:
 @json_option
 def sweep(file: str, dry_run: bool, in_process: bool, as_json: bool, **options: Any) -> str | None:
     """Run the experiment of FILE, or all trials of its sweep, from data to report; what is there is used again."""
-    from pdiff_ray.cli import printing
     from pdiff_ray.config.sweep import SweepFile
+
+    loaded = load(file, in_process=in_process, **options)  # before the imports that take longer
+    from pdiff_ray.cli import printing
     from pdiff_ray.running import experiment as experiments
     from pdiff_ray.running import sweep as sweeps
     from pdiff_ray.running.results import Result
     from pdiff_ray.sweeps.ledger import Ledger
 
-    loaded = load(file, in_process=in_process, **options)
     with standard_output_for(as_json):
         if isinstance(loaded, SweepFile):
             ledger = Ledger(loaded)

@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
 
 from pdiff_ray.common.secrets import without_secrets
+
+MAX_MEANT = 200  # characters of a name that a near one is looked for, and
+MAX_KNOWN = 5000  # names that it is looked for in
 
 
 class PdiffError(ValueError):
@@ -37,5 +41,7 @@ def first_line(error: BaseException) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns `"; did you mean 'x' or 'y'?"` with the known names nearest to `name`, or an empty string."""
-    near = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.5)
+    if len(name) > MAX_MEANT:
+        return ""
+    near = difflib.get_close_matches(name, dict.fromkeys(islice(known, MAX_KNOWN)), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from pdiff_ray.common.errors import ConfigError, did_you_mean
+from pdiff_ray.config.reading import parse_yaml, read_yaml
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.config.section import Choice, Section, merge
 
 S = TypeVar("S", bound=Section)
+
+MAX_PROBLEMS = 20  # that are told of at once, and
+MAX_LINE = 1000  # characters for each
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), preset: str | None = None) -> Experiment:
@@ -39,7 +42,11 @@ def read(path: str | Path, overrides: Sequence[str] = (), preset: str | None = N
         ConfigError
     """
     raw = _read(Path(path), seen=())
-    presets = raw.pop("presets", {})
+    presets = raw.pop("presets", None) or {}
+    if not isinstance(presets, dict):
+        raise ConfigError(
+            f"{path}: presets: {_shown(presets)} is not accepted: it takes a mapping of names to sections"
+        )
     if preset is not None:
         raw = merge(raw, _preset(presets, preset, path))
     if site := os.environ.get("PDIFF_SITE"):
@@ -82,42 +89,22 @@ def parse(model: type[S], raw: Any, where: str, at: str = "") -> S:
         by_path: dict[tuple[str, ...], list[Any]] = {}
         for problem in error.errors():
             by_path.setdefault(_path(model, raw, problem["loc"]), []).append(problem)
-        lines = [_explain(model, raw, path, at, problems) for path, problems in by_path.items()]
-        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses keys that are given twice, of which YAML would take the last."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} is given twice; keep one", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return node
+        told = list(by_path.items())[:MAX_PROBLEMS]
+        lines = [f"{where}: {_explain(model, raw, path, at, problems)[:MAX_LINE]}" for path, problems in told]
+        if len(by_path) > len(told):
+            lines.append(f"{where}: and {len(by_path) - len(told)} more")
+        raise ConfigError("\n".join(lines)) from None
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: base: the files inherit from each other in a circle")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a safe one
+        content = read_yaml(path)
     except FileNotFoundError:
         near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.yaml")))
         asked = f" (base of {seen[-1].name})" if seen else ""
         raise ConfigError(f"{path}{asked}: no such file{near}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
-        raise ConfigError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', error)}") from None
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: base: the files inherit from each other in a circle")
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: an experiment file is a mapping of sections, this one is {type(content).__name__}")
     parent = content.pop("base", None)
@@ -132,12 +119,8 @@ def _parse_override(text: str) -> dict[str, Any]:
     path, equals, value = text.partition("=")
     if not equals or not all(path.strip().split(".")):
         raise ConfigError(f"--set {text}: expected path=value, for example --set zoo.members=50")
-    try:
-        # PyYAML reads 1e-3 as text (YAML 1.1 wants 1.0e-3); pydantic turns it into a number.
-        tree = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or error
-        raise ConfigError(f"--set {text}: {value!r} is not a YAML value: {problem}") from None
+    # PyYAML reads 1e-3 as text (YAML 1.1 wants 1.0e-3); pydantic turns it into a number.
+    tree = parse_yaml(value, f"--set {text[:MAX_LINE]}")
     return nested(path.strip(), tree)
 
 
@@ -172,8 +155,19 @@ def _explain(model: type[BaseModel], raw: Any, path: Sequence[str], at: str, pro
         message = problem["msg"].removeprefix("Value error, ")
         return f"{named}: {message}" if named else message
     if problem["type"] in ("model_type", "dict_type") and (known := _fields_at(model, raw, path)):
-        return f"{named}: {problem['input']!r} is not accepted: it takes a mapping with some of {', '.join(known)}"
-    return f"{named}: {problem['input']!r} is not accepted: {'; or: '.join(p['msg'] for p in problems)}"
+        return (
+            f"{named}: {_shown(problem['input'])} is not accepted: it takes a mapping with some of {', '.join(known)}"
+        )
+    return f"{named}: {_shown(problem['input'])} is not accepted: {'; or: '.join(p['msg'] for p in problems)}"
+
+
+def _shown(value: Any) -> str:
+    """Returns a value that is not accepted, shortened."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no numbers of thousands of digits
+        return "a number of very many digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _fields_at(model: type[BaseModel], raw: Any, location: Sequence[str]) -> list[str]:

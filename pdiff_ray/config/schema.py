@@ -7,15 +7,17 @@ run are listed in `unkeyed`, and fields that later versions brought in `added`.
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from pdiff_ray.config.section import CHOICES, Choice, Known, Section
 
 OwnName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # module:attribute
 
 
+MAX_NETWORKS = 100_000  # of a group: each is a row, and an entry of lists
 SEEDED = ("training", "zoo", "generator", "sampling")  # sections that follow the experiment's seed
 
 
@@ -33,7 +35,7 @@ class Data(Section):
     root: str = Field("data", description="folder that holds (or receives) the data set")
     download: bool = Field(False, description="let torchvision download what is missing under root")
     channels: Literal[1, 3] | None = Field(None, description="convert images to this number of channels")
-    image_size: int | None = Field(None, ge=4, description="resize images to this edge, in pixels")
+    image_size: int | None = Field(None, ge=4, le=4096, description="resize images to this edge, in pixels")
     validation_fraction: float = Field(0.1, gt=0, lt=0.9, description="share of the training data kept for validation")
     selection_images: int = Field(10_000, ge=1, description="training images on which the best network is selected")
     pixel_noise: float = Field(0.0, ge=0, description="fixed noise on every image, in standard deviations")
@@ -41,7 +43,7 @@ class Data(Section):
     train_noise: float = Field(0.0, ge=0, description="fresh noise on training batches, in standard deviations")
     seed: int = Field(0, description="seed of the validation and selection splits and of pixel_noise")
     max_cache_gib: float = Field(32.0, ge=0, description="decoded images beyond this size stream through a DataLoader")
-    loader_workers: int = Field(2, ge=0, description="DataLoader processes per worker when streaming")
+    loader_workers: int = Field(2, ge=0, le=1000, description="DataLoader processes per worker when streaming")
 
 
 class Network(Section):
@@ -50,6 +52,14 @@ class Network(Section):
     pretrained: bool = Field(False, description="start from timm's or torchvision's published weights")
     cifar_stem: bool = Field(False, description="ResNets: 3 x 3 first convolution without stride or pooling")
     args: dict[str, Any] = Field(default_factory=dict, description="further arguments of the network's constructor")
+
+    @field_validator("name")
+    @classmethod
+    def _possible(cls, name: str) -> str:
+        """Refuses what no library calls a network, before these are imported to look for it."""
+        if ":" not in name and not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"{name!r} is no name of a network; your own is named as module:function")
+        return name
 
 
 class Optimizer(Section):
@@ -135,7 +145,7 @@ class Zoo(Section):
     unkeyed = frozenset({"runs_per_program"})
     renamed: ClassVar[dict[str, str]] = {"vmap": "runs_per_program"}
 
-    members: int = Field(200, ge=1, description="K, the number of networks kept")
+    members: int = Field(200, ge=1, le=MAX_NETWORKS, description="K, the number of networks kept")
     regime: Literal["trajectory", "branches", "independent"] = Field(
         "trajectory", description="one run from the base; several runs from it; or a fresh network per member"
     )
@@ -215,7 +225,7 @@ CHOICES["generator"] = Generator
 class Sampling(Section):
     """Drawing new vectors from the generator (stage `samples`)."""
 
-    samples: int = Field(100, ge=1, description="number of new networks")
+    samples: int = Field(100, ge=1, le=MAX_NETWORKS, description="number of new networks")
     sampler: Annotated[str, Known("pdiff_ray.generators.samplers:SAMPLERS")] = Field(
         "ddpm", description="how a diffusion model's noise becomes latents"
     )
@@ -241,10 +251,12 @@ class Evaluation(Section):
         "float32", description="autocast of what is judged here; the predictions it changes are counted"
     )
     noise_sigmas: tuple[Annotated[float, Field(ge=0)], ...] = Field(
-        (0.15, 0.5), description="noise-added baseline: sigmas, in standard deviations of each tensor's values"
+        (0.15, 0.5),
+        max_length=100,
+        description="noise-added baseline: sigmas, in standard deviations of each tensor's values",
     )
-    noise_networks: int = Field(20, ge=0, description="networks per sigma")
-    fine_tuned_networks: int = Field(10, ge=0, description="members trained further")
+    noise_networks: int = Field(20, ge=0, le=10_000, description="networks per sigma")
+    fine_tuned_networks: int = Field(10, ge=0, le=MAX_NETWORKS, description="members trained further")
     fine_tuned_steps: int = Field(50, ge=1, description="training steps of each of them")
     baselines: tuple[OwnName, ...] = Field((), description="your own, each as module:Class; see extending.md")
     metrics: tuple[OwnName, ...] = Field((), description="your own, each as module:function; see extending.md")
@@ -258,12 +270,12 @@ class Resources(Section):
     """
 
     address: str | None = Field(None, description="Ray cluster; default: RAY_ADDRESS, else a local Ray")
-    workers: int = Field(1, ge=1, description="Ray Train workers for base and zoo")
+    workers: int = Field(1, ge=1, le=10_000, description="Ray Train workers for base and zoo")
     cpus_per_worker: int = Field(1, ge=1, description="cores and threads of each")
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto", description="auto: one, or a share such that all find a place, where the cluster has GPUs"
     )
-    actors: int = Field(2, ge=1, description="evaluation actors")
+    actors: int = Field(2, ge=1, le=10_000, description="evaluation actors")
     cpus_per_actor: int = Field(1, ge=1, description="cores and threads of each")
     gpus_per_actor: Annotated[float, Field(ge=0)] | Literal["auto"] = Field("auto", description="likewise")
     cpus_per_trial: int = Field(1, ge=1, description="cores and threads of each trial of a sweep")
@@ -281,7 +293,9 @@ class Tracking(Section):
 class Experiment(Section):
     """One experiment: from data to judged generated networks."""
 
-    name: str = Field(min_length=1, pattern=r"^[\w.-]+$", description="names the MLflow experiment and the report")
+    name: str = Field(
+        min_length=1, max_length=200, pattern=r"^[\w.-]+$", description="names the MLflow experiment and the report"
+    )
     seed: int = Field(0, ge=0, strict=True, description="seed of every stage that states none")
     data: Data = Data()
     network: Network = Network()

@@ -32,15 +32,18 @@ OBJECTIVES = (
     "generated/mean_validation_loss",
 )
 FIXED = ("name", "resources", "tracking", "storage", "sweep")  # fields that are the same in all trials
+MAX_TRIALS = 10_000  # of a sweep; each is a run, and an entry of lists
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Parameter(Section):
     """The values that one parameter can have, given by exactly one of choice, variants, uniform, loguniform and int."""
 
-    choice: tuple[Any, ...] | None = Field(None, min_length=1, description="these values; a plain list means the same")
+    choice: tuple[Any, ...] | None = Field(
+        None, min_length=1, max_length=1000, description="these values; a plain list means the same"
+    )
     variants: dict[str, dict[str, Any]] | None = Field(
-        None, min_length=1, description="names, each for fields (dotted paths) and their values"
+        None, min_length=1, max_length=1000, description="names, each for fields (dotted paths) and their values"
     )
     uniform: tuple[float, float] | None = Field(None, description="from low to high")
     loguniform: tuple[float, float] | None = Field(None, description="from low to high, evenly in the logarithm")
@@ -126,11 +129,13 @@ class Sweep(Section):
     parameters: dict[str, Parameter] = Field(
         min_length=1, description="by the dotted path of the field; variants by any name"
     )
-    repeats: Annotated[int, Field(ge=1)] = Field(1, description="seeds per combination; a search optimizes their mean")
+    repeats: Annotated[int, Field(ge=1, le=1000)] = Field(
+        1, description="seeds per combination; a search optimizes their mean"
+    )
     seeds: tuple[str, ...] = Field(
         ("seed",), min_length=1, description="fields that a repeat raises by one; seed is that of all stages"
     )
-    num_trials: int | None = Field(None, ge=1, description="of a random or Optuna search")
+    num_trials: int | None = Field(None, ge=1, le=MAX_TRIALS, description="of a random or Optuna search")
     metric: str = Field(
         "generated/mean_validation_accuracy", description=f"what is optimized, one of {', '.join(OBJECTIVES)}"
     )
@@ -144,6 +149,7 @@ class Sweep(Section):
     confirm: int = Field(
         3,
         ge=0,
+        le=1000,
         description="of a search: new seeds with which the best setting and the file's own are compared at the end",
     )
     seed: int = Field(0, ge=0, description="of the search")
@@ -181,6 +187,8 @@ class Sweep(Section):
                 for value in _listed(values):
                     if known and as_value(value) not in known:
                         raise ValueError(f"parameters.{name}.when.{other}: {value!r} is not among its values")
+        if self.search == "grid":
+            self.grid()
         return self
 
     @property
@@ -201,13 +209,22 @@ class Sweep(Section):
         )
 
     def grid(self) -> list[Assignment]:
-        """Returns every combination of values, with the last parameter varying fastest."""
+        """Returns every combination of values, with the last parameter varying fastest.
+
+        Raises:
+            ValueError: there are more than a sweep may have.
+        """
         combinations: list[Assignment] = [{}]
         for name, parameter in self.parameters.items():
             extended: list[Assignment] = []
             for assigned in combinations:
                 applies = self.applies(parameter, assigned)
                 extended += [{**assigned, name: value} for value in parameter.values] if applies else [assigned]
+                if len(extended) * self.repeats > MAX_TRIALS:
+                    raise ValueError(
+                        f"parameters have more than {MAX_TRIALS:,} combinations and repeats; list fewer values, or "
+                        "take search random or optuna"
+                    )
             combinations = extended
         return combinations
 
@@ -327,7 +344,7 @@ def _check(file: SweepFile) -> None:
                 raise ConfigError(
                     f"{file.path}: sweep.parameters.{name}: {path!r} is the same in all of a sweep's trials"
                 )
-    for assignment in sweep.grid() if sweep.search == "grid" else _corners(sweep):
+    for assignment in sweep.grid() if sweep.search == "grid" else itertools.islice(_corners(sweep), MAX_TRIALS):
         file.vary(assignment)
 
 

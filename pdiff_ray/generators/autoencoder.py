@@ -24,12 +24,12 @@ MAX_PARAMETERS = 2 * 10**9
 class AutoencoderSettings(Section):
     """The section `generator.autoencoder`."""
 
-    channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (8, 16, 32, 32), min_length=1, description="of the encoder's layers"
+    channels: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = Field(
+        (8, 16, 32, 32), min_length=1, max_length=64, description="of the encoder's layers"
     )
-    kernel_size: int = Field(5, ge=3, description="odd")
-    stride: int = Field(2, ge=1, description="of every layer")
-    latent_dim: int = Field(32, ge=1, description="numbers that a vector is encoded into")
+    kernel_size: int = Field(5, ge=3, le=1001, description="odd")
+    stride: int = Field(2, ge=1, le=1000, description="of every layer")
+    latent_dim: int = Field(32, ge=1, le=1_000_000, description="numbers that a vector is encoded into")
     parameter_noise: float = Field(0.001, ge=0, description="sigma of the noise on the normalized input")
     latent_noise: float = Field(0.1, ge=0, description="sigma of the noise on the latent")
     steps: int = Field(500, ge=1, description="training steps")

@@ -27,10 +27,10 @@ class DiffusionSettings(Section):
     denoiser: Annotated[str, Known("pdiff_ray.generators.diffusion:DENOISERS")] = Field(
         "mlp", description="residual MLP or 1D CNN"
     )
-    width: int = Field(256, ge=8, description="hidden width (mlp) or channels (cnn)")
-    depth: int = Field(3, ge=1, description="residual blocks")
+    width: int = Field(256, ge=8, le=65_536, description="hidden width (mlp) or channels (cnn)")
+    depth: int = Field(3, ge=1, le=1000, description="residual blocks")
     prediction: Literal["v", "epsilon"] = Field("v", description="what the denoiser is trained to predict")
-    num_timesteps: int = Field(1000, ge=2, description="of the forward process")
+    num_timesteps: int = Field(1000, ge=2, le=100_000, description="of the forward process")
     beta_start: float = Field(1e-4, gt=0, lt=1, description="first of the linear betas")
     beta_end: float = Field(2e-2, gt=0, lt=1, description="last of the linear betas")
     standardize_latents: bool = Field(True, description="zero mean and unit variance per latent dimension")
