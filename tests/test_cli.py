@@ -181,7 +181,7 @@ def test_a_pickle_with_code_is_refused(tmp_path):
     folder.mkdir()
     for index in range(12):
         (folder / f"{index}.pth").write_bytes(pickle.dumps({"layers.1.bn.weight": Evil()}))
-    text = pdiff("import", folder, TINY, "--storage", tmp_path / "s", "--set", "zoo.imported=evil", code=1)
+    text = pdiff("import", folder, TINY, "--storage", tmp_path / "s", "--set", "zoo.imported=evil", code=2)
     assert "0.pth" in text
     assert "could run code" in text
     assert not os.path.exists("/tmp/pdiff-was-here")
@@ -195,11 +195,11 @@ def test_import_errors_name_the_file(storage, tmp_path):
     other = tmp_path / "original-0005.safetensors"
     tensors = load_file(other)
     save_file({**tensors, "fc.weight": tensors["fc.weight"] + 1}, other)
-    text = pdiff("import", tmp_path, *options, code=1)
+    text = pdiff("import", tmp_path, *options, code=2)
     assert "original-0005.safetensors" in text
     assert "fc.weight" in text
     save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, other)
-    assert "original-0005.safetensors" in pdiff("import", tmp_path, *options, code=1)
+    assert "original-0005.safetensors" in pdiff("import", tmp_path, *options, code=2)
     other.write_bytes(b"short")
     assert "original-0005.safetensors" in pdiff("import", tmp_path, *options, code=2)
 
@@ -267,7 +267,7 @@ def test_import_refuses_statistics_that_would_be_lost(storage, tmp_path):
     file = tmp_path / "original-0002.safetensors"
     tensors = load_file(file)
     save_file({**tensors, "layers.0.bn.running_mean": tensors["layers.0.bn.running_mean"] + 1}, file)
-    text = pdiff("import", tmp_path, TINY, "--storage", tmp_path / "s", "--set", "zoo.imported=x", code=1)
+    text = pdiff("import", tmp_path, TINY, "--storage", tmp_path / "s", "--set", "zoo.imported=x", code=2)
     assert "running_mean" in text
     assert "zoo.batchnorm" in text
 
@@ -276,7 +276,7 @@ def test_import_refuses_statistics_that_would_be_lost(storage, tmp_path):
 def test_checkpoints_that_are_no_state_dicts(content, tmp_path):
     for index in range(12):
         torch.save(content, tmp_path / f"{index}.pth")
-    text = pdiff("import", tmp_path, TINY, "--storage", tmp_path / "s", "--set", "zoo.imported=x", code=1)
+    text = pdiff("import", tmp_path, TINY, "--storage", tmp_path / "s", "--set", "zoo.imported=x", code=2)
     assert "0.pth" in text
 
 

@@ -14,7 +14,7 @@ from helpers import tiny
 from safetensors.torch import save_file
 from torch import nn
 
-from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.stages.base import load_network, untrained_network
 from pdiff_ray.stages.checkpoints import Options, import_zoo
 from pdiff_ray.storage import matching, weights
@@ -84,7 +84,7 @@ def refused(bring):
     """Imports files that are refused; gives the message. Nothing is stored."""
 
     def refused(contents, members=2, *overrides, **options):
-        with pytest.raises(PdiffError) as caught:
+        with pytest.raises(ConfigError) as caught:
             bring(contents, members, *overrides, **options)
         return str(caught.value)
 
@@ -370,14 +370,14 @@ def test_archives_that_say_more_than_they_hold(files, monkeypatch):
         "packed": "compressed",
         "endless": "no end|damaged|pickle exhausted",
     }.items():
-        with pytest.raises(PdiffError, match=expected):
+        with pytest.raises(ConfigError, match=expected):
             weights.read(folder / f"{name}.pt")
     assert weights.read(folder / "whole.pt")["a"].shape == (6,)
     monkeypatch.setattr(weights, "MAX_DESCRIPTION_BYTES", 100)
-    with pytest.raises(PdiffError, match="on describing its tensors"):
+    with pytest.raises(ConfigError, match="on describing its tensors"):
         weights.read(folder / "whole.pt")
     monkeypatch.setattr(matching, "MAX_NAMES", 3)
-    with pytest.raises(PdiffError, match="more than 3 tensors"):
+    with pytest.raises(ConfigError, match="more than 3 tensors"):
         matching.match({str(i): weights.Weight(folder, "", torch.int8, ()) for i in range(4)}, ["1"])
 
 
@@ -414,6 +414,6 @@ def test_any_bytes_give_a_checkpoint_or_a_message(files):
             position = described[int(torch.randint(len(described), (), generator=generator))]
             damaged[position] ^= 1 << int(torch.randint(8, (), generator=generator))
             (folder / "damaged").write_bytes(damaged)
-            with contextlib.suppress(PdiffError):
+            with contextlib.suppress(ConfigError):
                 read = weights.read(folder / "damaged")
                 weights.load(matching.match(read, [n for n, _ in NETWORK.named_parameters()]).named())

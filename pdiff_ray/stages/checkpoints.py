@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.common.progress import Progress, silent
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.kept import default_cache
@@ -117,7 +117,7 @@ def import_zoo(
     The files hold whole networks, or the subset alone beside a base (`Options.base`) of the whole network.
 
     Raises:
-        PdiffError: naming the file and what is wrong with it; nothing is stored then.
+        ConfigError: naming the file and what is wrong with it; nothing is stored then.
     """
     if not experiment.zoo.imported:
         raise ConfigError("zoo.imported: name the zoo, for example --set zoo.imported=my-zoo")
@@ -191,7 +191,7 @@ def find(folder: Path, pattern: str | None, report: Report) -> dict[str, Path]:
 
     Raises:
         ConfigError: files are named in several ways, none of which stands out.
-        PdiffError: an index is damaged, or missing.
+        ConfigError: an index is damaged, or missing.
     """
     there = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     there = {name: file for name, file in there.items() if not re.search(r"(^|/)(\.|__MACOSX/)", name)}
@@ -208,7 +208,7 @@ def find(folder: Path, pattern: str | None, report: Report) -> dict[str, Path]:
             report.left_out[name] = "named like what trainers keep beside weights; --pattern takes it"
             chosen.remove(name)
     if parts := [name for name in chosen if SHARD.search(name) and name not in index_of]:
-        raise PdiffError(
+        raise ConfigError(
             f"{folder / parts[0]}: is a part of a network, and the index of the parts (*{INDEX}) is not beside it; "
             "copy it as well, or choose other files with --pattern"
         )
@@ -264,18 +264,18 @@ class _Wanted:
             label: names the file in the report.
 
         Raises:
-            PdiffError: the network's weights are not in it, or of other shapes or types.
+            ConfigError: the network's weights are not in it, or of other shapes or types.
         """
         content = weights.read_parts(file) if label.lower().endswith(INDEX) else weights.read(file)
         try:
             found = match(content, self.parameters, self.subset.names, self.options.weights, self.options.prefix)
-        except PdiffError as error:
-            raise PdiffError(f"{file}: {error}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from None
         named = found.named()
         tensors = {name: weight for name, weight in named.items() if name in self.tensors}
         for name, weight in tensors.items():
             if weight.shape != (shape := tuple(self.tensors[name].shape)):
-                raise PdiffError(
+                raise ConfigError(
                     f"{file}: {name} has shape {weight.shape}, the network's has {shape}; the file is of another "
                     "network, or network.args or the number of classes are other ones"
                 )
@@ -283,7 +283,7 @@ class _Wanted:
                 self.tensors[name].is_floating_point(),
                 self.tensors[name].is_complex(),
             ):
-                raise PdiffError(
+                raise ConfigError(
                     f"{file}: {name} is {weight.dtype}, the network's {self.tensors[name].dtype}; if it is quantized, "
                     "save the weights before that"
                 )
@@ -295,11 +295,11 @@ class _Wanted:
         """Fills the network with a checkpoint.
 
         Raises:
-            PdiffError: parameters or statistics are missing, or are not finite.
+            ConfigError: parameters or statistics are missing, or are not finite.
         """
         for name in [*self.parameters, *sorted(self.statistics)]:
             if name not in checkpoint.tensors:
-                raise PdiffError(
+                raise ConfigError(
                     f"{checkpoint.file}: lacks {name}; if the files hold the subset alone, give the whole network with "
                     "--base"
                 )
@@ -312,36 +312,36 @@ class _Wanted:
                 reason = (
                     "holds values that are not finite" if tensor.isnan().any() else "is tied to a tensor that differs"
                 )
-                raise PdiffError(f"{checkpoint.file}: {name} {reason}")
+                raise ConfigError(f"{checkpoint.file}: {name} {reason}")
 
     def vector(self, checkpoint: Checkpoint) -> Tensor:
         """Returns the subset of a checkpoint, flattened (D,).
 
         Raises:
-            PdiffError: something of the subset is missing or not finite, or what is not in it differs from the base's.
+            ConfigError: something of the subset is missing or not finite, or what is not in it differs from the base's.
         """
         taken = self.others | {name for entry in self.subset.entries for name in entry.names}
         tensors = weights.load({name: w for name, w in checkpoint.tensors.items() if name in taken})
         for name in sorted(self.others & set(tensors)):
             base = self.base.get(name, self.base[self.first[name]])
             if not torch.equal(tensors[name], base.to(tensors[name].dtype)):
-                raise PdiffError(
+                raise ConfigError(
                     f"{checkpoint.file}: {name} is not in zoo.subset but differs from the base's; widen the subset "
                     "(all), set zoo.batchnorm to included if it is a running statistic, or leave the file out "
                     "(--pattern)"
                 )
         for name in tensors.keys() - set(self.subset.names) - self.others:
             if not torch.equal(tensors[name], tensors.get(first := self.first[name], tensors[name])):
-                raise PdiffError(
+                raise ConfigError(
                     f"{checkpoint.file}: {first} and {name} differ, but are one tensor in the network; the file is of "
                     "a network that does not tie them"
                 )
         try:
             vector = self.subset.flatten(tensors)
         except ConfigError as error:
-            raise PdiffError(f"{checkpoint.file}: {error}") from None
+            raise ConfigError(f"{checkpoint.file}: {error}") from None
         if not vector.isfinite().all():
-            raise PdiffError(f"{checkpoint.file}: holds values that are not finite")
+            raise ConfigError(f"{checkpoint.file}: holds values that are not finite")
         return vector
 
 
@@ -362,7 +362,7 @@ def _numbers(content: Any) -> dict[str, float]:
 
 def _number(checkpoint: Checkpoint, name: str) -> float:
     if name not in checkpoint.numbers:
-        raise PdiffError(
+        raise ConfigError(
             f"{checkpoint.file}: keeps no number {name!r} (--order); it has {', '.join(checkpoint.numbers) or 'none'}"
         )
     return checkpoint.numbers[name]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pdiff_ray.common.errors import PdiffError, did_you_mean
+from pdiff_ray.common.errors import ConfigError, did_you_mean
 from pdiff_ray.storage.weights import ALONE, Foreign, Weight
 
 # Parts of names that torch.compile, FSDP and activation checkpointing put between those of modules.
@@ -61,16 +61,16 @@ def match(
         prefix: takes tensors behind this prefix alone.
 
     Raises:
-        PdiffError: they are nowhere, or in several places. The message begins with what the file does.
+        ConfigError: they are nowhere, or in several places. The message begins with what the file does.
     """
     places = list(_places(content, "", 0, set()))
     if sum(len(place.tensors) for place in places) > MAX_NAMES:
-        raise PdiffError(f"names more than {MAX_NAMES:,} tensors. {ALONE}")
+        raise ConfigError(f"names more than {MAX_NAMES:,} tensors. {ALONE}")
     if key is not None:
         keys = [place.path for place in places if place.path]
         places = [p for p in places if p.path == key] or [p for p in places if p.path.split(".")[-1] == key]
         if not places:
-            raise PdiffError(f"holds no tensors under {key!r} (--weights); it does under {_some(keys) or 'no key'}")
+            raise ConfigError(f"holds no tensors under {key!r} (--weights); it does under {_some(keys) or 'no key'}")
     if prefix is not None:
         prefix = prefix and f"{prefix.rstrip('.')}."
     whole = _behind(places, parameters, prefix)
@@ -81,10 +81,10 @@ def match(
     if found := [m for m in some if not m.prefix] or [m for m in some if len(m.named()) == len(m.tensors)]:
         return _only(found)
     if not whole:
-        raise PdiffError(_nothing(content, places, parameters, prefix))
+        raise ConfigError(_nothing(content, places, parameters, prefix))
     near, count = max(whole, key=lambda pair: pair[1])
     absent = next(name for name in parameters if name not in near.named())
-    raise PdiffError(
+    raise ConfigError(
         f"lacks {absent}{did_you_mean(absent, near.named())} ({count} of the network's {len(set(parameters))} "
         f"parameters are there, {near}); if the files hold the subset alone, give the whole network with --base"
     )
@@ -97,7 +97,7 @@ def _only(found: list[Match]) -> Match:
         option, names = "--weights", [m.path or "the top" for m in found]
     else:
         option, names = "--prefix", [m.prefix for m in found]
-    raise PdiffError(f"holds the network's weights {len(found)} times: {_some(names)}; choose with {option}")
+    raise ConfigError(f"holds the network's weights {len(found)} times: {_some(names)}; choose with {option}")
 
 
 def _nothing(content: Any, places: list[Match], parameters: Collection[str], prefix: str | None) -> str:

@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.common.errors import ConfigError
 
 # Of all that a file says of its tensors: names, shapes, places. 40,000 tensors fit; reading it takes a second.
 MAX_DESCRIPTION_BYTES = 4 * 2**20
@@ -86,7 +86,7 @@ def read(file: Path) -> Any:
     Which format it has is told by its content. Of a safetensors file it is a flat dict.
 
     Raises:
-        PdiffError: it is damaged, of another format, or says more of its tensors than any network needs.
+        ConfigError: it is damaged, of another format, or says more of its tensors than any network needs.
     """
     try:
         if not file.is_file():
@@ -99,15 +99,15 @@ def read(file: Path) -> Any:
             return _read_safetensors(file, int.from_bytes(start[:8], "little"))
     except Exception as error:  # zipfile, pickletools and safetensors raise whatever the bytes lead them to
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise PdiffError(f"{file}: cannot be read as a checkpoint: {reason}") from None
-    raise PdiffError(f"{file}: {_format(start)}")
+        raise ConfigError(f"{file}: cannot be read as a checkpoint: {reason}") from None
+    raise ConfigError(f"{file}: {_format(start)}")
 
 
 def load(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
     """Returns tensors by name; those that are views of one storage in the file are views here.
 
     Raises:
-        PdiffError: a file is damaged, or changed since it was read.
+        ConfigError: a file is damaged, or changed since it was read.
     """
     tensors: dict[str, Tensor] = {}
     for file in dict.fromkeys(weight.file for weight in weights.values()):
@@ -120,7 +120,7 @@ def load(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
                 with zipfile.ZipFile(file) as archive:
                     tensors |= _loaded(archive, there)
         except Exception as error:  # as above
-            raise PdiffError(f"{file}: damaged: {str(error).partition(chr(10))[0]}; copy it anew") from None
+            raise ConfigError(f"{file}: damaged: {str(error).partition(chr(10))[0]}; copy it anew") from None
     return {name: tensors[name] for name in weights}
 
 
@@ -349,7 +349,7 @@ def read_index(file: Path) -> dict[str, str]:
     """Returns, for each tensor of a network in several files, the name of the one that its index says has it.
 
     Raises:
-        PdiffError: the index is damaged.
+        ConfigError: the index is damaged.
     """
     try:
         if file.stat().st_size > MAX_DESCRIPTION_BYTES:
@@ -362,7 +362,7 @@ def read_index(file: Path) -> dict[str, str]:
         ]:
             raise ValueError(f"{odd[0]!r} is no name of a file beside it")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise PdiffError(f"{file}: cannot be read as the index of a checkpoint: {error}") from None
+        raise ConfigError(f"{file}: cannot be read as the index of a checkpoint: {error}") from None
     return places
 
 
@@ -370,15 +370,15 @@ def read_parts(file: Path) -> dict[str, Any]:
     """Returns what the files of an index hold together, as `read` does.
 
     Raises:
-        PdiffError: the index is damaged, or a file or a tensor that it names is not there.
+        ConfigError: the index is damaged, or a file or a tensor that it names is not there.
     """
     places = read_index(file)
     parts = {}
     for name in sorted(set(places.values())):
         if not (file.parent / name).is_file():
-            raise PdiffError(f"{file}: names {name}, which is not there; copy it anew")
+            raise ConfigError(f"{file}: names {name}, which is not there; copy it anew")
         parts[name] = read(file.parent / name)
     for tensor, name in places.items():
         if not isinstance(parts[name], dict) or tensor not in parts[name]:
-            raise PdiffError(f"{file}: says that {name} has {tensor!r}, which it has not; copy both anew")
+            raise ConfigError(f"{file}: says that {name} has {tensor!r}, which it has not; copy both anew")
     return {tensor: parts[name][tensor] for tensor, name in places.items()}
