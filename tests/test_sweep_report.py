@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import statistics
 import struct
 from dataclasses import replace
@@ -339,6 +340,36 @@ def test_command_prints_the_table(grid, capsys):
     assert max(len(line) for line in printed.splitlines() if "±" in line and "seeds" not in line) <= 120
     assert f"{grid.storage.location(grid.folder)}/report.html" in printed
     assert "pdiff ui" in printed
+
+
+@pytest.mark.parametrize("decades", [0.3, 1, 1.3, 2, 6])
+def test_labels_of_a_logarithmic_axis_do_not_overlap(decades, monkeypatch):
+    monkeypatch.setattr(sweep_figures, "png", lambda figure: figure)
+    monkeypatch.setattr(sweep_figures, "with_legend", lambda figure, *_: figure)
+    found = {n: float(n) for n in range(5)}
+    search = sweep_figures.Search("loss", False, found, {}, [], None)
+    values = {n: 3e-4 * 10 ** (decades * n / 4) for n in found}
+    figure = sweep_figures.slices(search, [sweep_figures.Slice("lr" * 40, values, None, log=True)] * 3)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        ticks = [*axes.get_xticklabels(), *axes.get_xticklabels(minor=True)]
+        low, high = axes.get_xlim()
+        shown = [t for t in ticks if t.get_text() and low <= t.get_position()[0] <= high]
+        boxes = sorted((t.get_window_extent() for t in shown), key=lambda box: box.x0)
+        assert boxes
+        assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
+        assert axes.xaxis.label.get_window_extent().width <= figure.bbox.width / 3
+
+
+def test_parameters_without_a_result_have_no_panel(searched, monkeypatch):
+    monkeypatch.setattr(sweep_figures, "slices", lambda search, parameters: [p.parameter for p in parameters])
+    pngs = sweep_report.figures(searched, sweep_table.table(searched))
+    tried = {name for t in searched.done() if t.state in ("finished", "stopped") for name in t.assignment}
+    assert pngs["slices"] == [
+        name
+        for name in ("autoencoder.lr", "diffusion.lr", "sampler", "steps")
+        if any(full.endswith(f".{name}") for full in tried)
+    ]
 
 
 def test_figures_of_awkward_values():

@@ -79,12 +79,11 @@ def accuracy_against_similarity(
         axes.scatter(similarity.max(1), accuracies, alpha=0.7, label=name, **look)
     axes.set_xlabel("largest similarity with an original (IoU of wrong predictions)")
     axes.set_ylabel("test accuracy (%)")
-    axes.legend(fontsize=7)
-    return png(figure)
+    return png(with_legend(figure))
 
 
 def latent_map(latents: Mapping[str, np.ndarray], seed: int) -> bytes:
-    """Draws a t-SNE of the latents of members and samples (van der Maaten and Hinton 2008)."""
+    """Draws a t-SNE of the latents of members and samples (van der Maaten and Hinton 2008), whose axes mean nothing."""
     from sklearn.manifold import TSNE
 
     chosen = {group: values[:MAX_POINTS] for group, values in latents.items()}
@@ -97,18 +96,16 @@ def latent_map(latents: Mapping[str, np.ndarray], seed: int) -> bytes:
     for group, part in zip(chosen, parts, strict=True):
         colour, marker = GROUPS[group].style(0)
         axes.scatter(part[:, 0], part[:, 1], s=14, marker=marker, color=colour, alpha=0.7, label=group)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.legend(fontsize=7)
-    return png(figure)
+    axes.set_axis_off()
+    return png(with_legend(figure))
 
 
 def loss_curves(histories: Mapping[str, Sequence[float]]) -> bytes:
-    """Draws training losses, a panel per model."""
+    """Draws training losses on logarithmic axes, a panel per model."""
     shown = {name: np.asarray(values) for name, values in histories.items() if len(values)}
     figure = new_figure(3.2 * max(1, len(shown)), 2.8)
     for index, (name, values) in enumerate(shown.items()):
-        axes = figure.add_subplot(1, len(shown), index + 1)
+        axes = bare(figure.add_subplot(1, len(shown), index + 1))
         axes.plot(values, linewidth=0.5, color="#0072B2", alpha=0.5 if len(values) > 100 else 1)
         if len(values) > 100:  # one value per step: smoothed over 2 % of them
             width = max(2, len(values) // 50)
@@ -117,6 +114,7 @@ def loss_curves(histories: Mapping[str, Sequence[float]]) -> bytes:
         axes.set_yscale("log")
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("epoch" if name == "base" else "step", fontsize=8)
+        axes.set_ylabel("" if index else "loss", fontsize=8)
         axes.tick_params(labelsize=7, which="both")
     return png(figure)
 
@@ -144,6 +142,18 @@ def bare(axes: Any, grid: Literal["x", "y"] = "y") -> Any:
     axes.grid(axis=grid, linewidth=0.4, alpha=0.6)
     axes.set_axisbelow(True)
     return axes
+
+
+def with_legend(figure: Figure, size: float = 7, columns: int = 4) -> Figure:
+    """Names all that is labelled in a figure's axes, each name once, above them, where no point can be."""
+    marks: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            marks.setdefault(name, handle)
+    columns = max(1, min(columns, len(marks)))
+    place: dict[str, Any] = {"loc": "outside upper center", "ncols": columns, "frameon": False}
+    figure.legend(marks.values(), marks.keys(), fontsize=size, **place)
+    return figure
 
 
 def png(figure: Figure) -> bytes:

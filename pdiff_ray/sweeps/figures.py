@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pdiff_ray.evaluation.groups import GROUPS
-from pdiff_ray.reports.figures import bare, new_figure, png
+from pdiff_ray.reports.figures import bare, new_figure, png, with_legend
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_COLUMNS = 3  # panels side by side
 MAX_TICKS = 10  # with more values than this, matplotlib chooses the ticks
+MAX_CHARACTERS = 40  # of a title, or of the name of an axis or a value
 LOG_RATIO = 20  # an axis is logarithmic if the largest value is at least this many times the smallest
 MEASURES = {"best": ("#D55E00", "^"), "average": ("#0072B2", "o"), "median": ("#009E73", "s")}  # colour, marker
 
@@ -201,12 +202,12 @@ def slices(search: Search, parameters: Sequence[Slice]) -> bytes:
             colour = MEASURES["best"][0]
             axes.scatter(place, [search.finished[search.best]], s=90, marker="*", color=colour, label="best", zorder=4)
         _as_in_the_file(axes, search)
-        axes.set_xlabel(parameter.parameter, fontsize=9)
+        axes.set_xlabel(_cut(parameter.parameter), fontsize=9)
         if parameter.choices:
             axes.set_xlim(-0.5, len(parameter.choices) - 0.5)
             _name_ticks(axes, parameter.choices)
         elif parameter.log:
-            axes.set_xscale("log")
+            _logarithmic(axes, list(parameter.values.values()))
         elif all(isinstance(value, int) for value in parameter.values.values()):
             axes.xaxis.get_major_locator().set_params(integer=True)
     return _explained(figure, grid, search.objective)
@@ -226,8 +227,8 @@ def _figure(panels: Sequence[Panel]) -> tuple[Figure, list[Any]]:
     """Returns a figure and the axes of its panels, with their titles, scales and ticks."""
     figure, grid = _grid(len(panels), 3.6 if len(panels) == 1 else 3)
     for axes, panel in zip(grid, panels, strict=True):
-        axes.set_title(panel.title, fontsize=9)
-        axes.set_xlabel(panel.parameter, fontsize=9)
+        axes.set_title(_cut(panel.title), fontsize=9)
+        axes.set_xlabel(_cut(panel.parameter), fontsize=9)
         if not panel.numeric:
             axes.set_xlim(-0.5, len(panel.values) - 0.5)
             _name_ticks(axes, panel.values)
@@ -258,15 +259,9 @@ def _grid(panels: int, height: float) -> tuple[Figure, list[Any]]:
 
 
 def _explained(figure: Figure, grid: Sequence[Any], quantity: str) -> bytes:
-    """Labels the y axes, puts one legend for all panels above them, and returns the figure as PNG bytes."""
+    """Labels the y axes, names what the panels show, and returns the figure as PNG bytes."""
     figure.supylabel(quantity, fontsize=9) if len(grid) > MAX_COLUMNS else grid[0].set_ylabel(quantity, fontsize=9)
-    marks: dict[str, Any] = {}
-    for axes in grid:
-        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
-            marks.setdefault(text, handle)
-    columns = min(4 if figure.get_figwidth() > 6 else 2, len(marks))
-    figure.legend(marks.values(), marks.keys(), loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
-    return png(figure)
+    return png(with_legend(figure, 8, 4 if figure.get_figwidth() > 6 else 2))
 
 
 def _points(
@@ -300,11 +295,28 @@ def _reference(axes: Any, panel: Panel, values: np.ndarray, text: str) -> None:
         axes.hlines(values, places - 0.4, places + 0.4, **style)
 
 
+def _cut(text: str) -> str:
+    """Returns so much of a text as there is room for."""
+    return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}…"
+
+
+def _logarithmic(axes: Any, values: Sequence[float]) -> None:
+    """Makes the x axis logarithmic, with labels that do not overlap however few decades it has."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter("")
+    ratio = max(values) / min(values)
+    if ratio < 30:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if ratio > 5 else MaxNLocator(3))
+        axes.xaxis.set_major_formatter("{x:g}")
+
+
 def _name_ticks(axes: Any, names: Sequence[Any]) -> None:
     """Labels the ticks with names that do not overlap: broken into lines or, if their words are too long, slanting."""
     inches = axes.figure.get_figwidth() / axes.get_gridspec().ncols - 0.6
     room = max(4, int(14 * inches / len(names)))  # characters per name, at this font size
-    texts = [f"{name:g}" if isinstance(name, float) else str(name) for name in names]
+    texts = [_cut(f"{name:g}" if isinstance(name, float) else str(name)) for name in names]
     if max(len(word) for text in texts for word in text.split() or [""]) <= room:
         axes.set_xticks(range(len(names)), [textwrap.fill(text, room) for text in texts], fontsize=8)
     else:

@@ -225,6 +225,8 @@ def _search_figures(ledger: Ledger, rows: Sequence[Row]) -> dict[str, bytes]:
     for name, parameter in sweep.parameters.items():
         values = {t.number: t.assignment[name] for t in done if name in t.assignment}
         choices = None if parameter.range else parameter.values
+        if not values.keys() & (seen.finished.keys() | seen.stopped.keys()):
+            continue
         slices.append(Slice(short[name], values, choices, log=parameter.loguniform is not None))
     pngs["slices"] = sweep_figures.slices(seen, slices)
     return pngs
