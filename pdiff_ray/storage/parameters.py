@@ -139,7 +139,7 @@ class _Part:
         if found.hexdigest() != sha256:
             raise StorageError(f"{storage.location(name)}: damaged Parquet file: {otherwise}")
         self.stream.seek(0)
-        self.file = pq.ParquetFile(self.stream, page_checksum_verification=True)
+        self.file = pq.ParquetFile(self.stream, page_checksum_verification=True, pre_buffer=False)
         self.num_rows, schema = self.file.metadata.num_rows, self.file.schema_arrow
         self.separate = self.file.num_row_groups == self.num_rows  # a row group for each row
         self.columns = {field.name: field.type for field in schema}
