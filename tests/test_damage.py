@@ -498,3 +498,13 @@ def test_what_a_command_says_of_damage_comes_soon_and_small(root):
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"error: {file}: damaged Parquet file")
     assert float(done.stdout.split()[-1]) < 1.0
+
+
+def test_a_file_beyond_the_memory_is_named(root):
+    """Its length alone: nothing of it is there."""
+    (file,) = root.glob("report/*/table-*.csv")
+    os.truncate(file, 2**43)
+    assert any(
+        f"{file}: damaged, it has 8,796,093,022,208 bytes" in p
+        for p in problems_of(root, str(file.parent.relative_to(root)))
+    )

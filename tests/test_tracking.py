@@ -723,3 +723,22 @@ def test_a_killed_sweep_goes_on_with_its_runs(tmp_path):
     process.wait()
     subprocess.run([*command, *options], check=True)
     check_complete(ledger, client_of(ledger))
+
+
+def test_files_of_a_run_stay_in_the_storage(recorded, tmp_path):
+    """A database in a storage says where files go: to where the storage was, or wherever who made it wants."""
+    _experiment, artifacts, _client = recorded
+    moved = tmp_path / "moved"
+    shutil.copytree(artifacts["zoo"].storage.root, moved)
+    kept = set((artifacts["zoo"].storage.local / "mlflow-artifacts").rglob("*"))
+    options = ("--storage", moved, "--set", "sampling.seed=9")
+    pdiff("run", "report", TINY, *options, "--in-process")
+    text = pdiff("log", TINY, *options, code=1)
+    assert f"{moved}/mlflow.db: this experiment's files go to file://{artifacts['zoo'].storage.root}" in text
+    assert "tracking.experiment" in text
+    assert set((artifacts["zoo"].storage.local / "mlflow-artifacts").rglob("*")) == kept
+    assert "written" in pdiff("log", TINY, *options, "--set", "tracking.experiment=other")
+    assert list((moved / "mlflow-artifacts").rglob("report.html"))
+    (moved / "mlflow.db").rename(tmp_path / "mlflow.db")
+    (moved / "mlflow.db").symlink_to(tmp_path / "mlflow.db")
+    assert "a symbolic link leads out of the storage" in pdiff("log", TINY, *options, code=2)

@@ -19,6 +19,7 @@ from pdiff_ray.common.errors import StorageError
 from pdiff_ray.common.secrets import without_secrets
 
 TEMPORARY = "tmp"  # folder of files that are being written
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes of this machine
 STALE_TEMPORARY_S = 24 * 3600
 
 
@@ -97,14 +98,14 @@ class Storage:
         with self._translated(name):
             return self.fs.get_file_info(self.path(name)).type == pafs.FileType.File
 
-    def read(self, name: str, most: int | None = None) -> bytes:
+    def read(self, name: str, most: int = MEMORY) -> bytes:
         """Returns the content of a file.
 
         Args:
             most: bytes that a whole one can have.
         """
         with self._translated(name), self.open(name) as file:
-            if most is not None and file.size() > most:
+            if file.size() > most:
                 raise StorageError(f"{self.location(name)}: damaged, it has {file.size():,} bytes; delete it")
             return file.read()
 
@@ -167,6 +168,10 @@ class Storage:
             yield
         except FileNotFoundError:
             raise StorageError(f"{self.location(name)}: no such file in storage") from None
+        except MemoryError:
+            raise StorageError(
+                f"{self.location(name)}: is larger than the memory; damaged, or for another machine"
+            ) from None
         except (OSError, pa.ArrowInvalid) as error:
             raise StorageError(
                 f"storage {self.location(name)}: {getattr(error, 'strerror', None) or error}; free space or choose "

@@ -177,6 +177,7 @@ def write_files(at: Connection, run_id: str, files: Mapping[str, bytes]) -> None
     """Writes a run's artifacts."""
     if not files:
         return
+    at.check_place(run_id)
     with tempfile.TemporaryDirectory() as folder:
         for path, content in files.items():
             target = Path(folder) / path

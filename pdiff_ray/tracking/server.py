@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from rich.markup import escape
 
@@ -40,7 +41,7 @@ START_S, STOP_S = 300.0, 10.0  # that a server may take to start, on a busy mach
 def tracking_uri(experiment: Experiment, storage: Storage) -> str:
     """Returns the configured MLflow, or a SQLite file in the storage folder (in `pdiff-storage` if that is remote)."""
     uri = experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return uri or f"{SQLITE}{_folder(storage) / 'mlflow.db'}"
+    return uri or f"{SQLITE}{_place(storage, 'mlflow.db')}"
 
 
 def experiment_name(experiment: Experiment) -> str:
@@ -48,8 +49,8 @@ def experiment_name(experiment: Experiment) -> str:
     return experiment.tracking.experiment or experiment.name
 
 
-def _folder(storage: Storage) -> Path:
-    return storage.local or Path("pdiff-storage").resolve()
+def _place(storage: Storage, name: str) -> Path:
+    return Path(storage.path(name)) if storage.local else Path("pdiff-storage").resolve() / name
 
 
 def warn(error: PdiffError) -> None:
@@ -74,10 +75,25 @@ def translated(uri: str, remedy: str = "") -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Connection:
-    """An experiment on an MLflow."""
+    """An experiment on an MLflow.
+
+    Attributes:
+        folder: that files of runs are below, if the database is the storage's own.
+    """
 
     client: Any
     experiment_id: str
+    folder: Path | None = None
+
+    def check_place(self, run_id: str) -> None:
+        """Raises TrackingError if a database that comes from elsewhere would have files of a run written elsewhere."""
+        uri = self.client.get_run(run_id).info.artifact_uri
+        place = Path(unquote(uri.removeprefix("file://"))).resolve()
+        if self.folder and not place.is_relative_to(self.folder.resolve()):
+            raise TrackingError(
+                f"{self.folder.parent / 'mlflow.db'}: this experiment's files go to {uri}, as the storage was moved or "
+                "comes from elsewhere; name another experiment in tracking.experiment, or move the database aside"
+            )
 
     def search(self, condition: str, **options: Any) -> list[Any]:
         """Returns all runs that meet a condition; `max_results` and `order_by` are MLflow's."""
@@ -103,15 +119,17 @@ def connect(uri: str, name: str, storage: Storage) -> Connection:
     if file := database(uri):
         prepare_database(file)
     client = mlflow.MlflowClient(tracking_uri=uri)
+    folder = _place(storage, "mlflow-artifacts")
+    location = folder.as_uri() if file else None
+    own = folder if file and file.parent == folder.parent else None
     if found := find_experiment(client, uri, name):
-        return Connection(client, found)
-    location = (_folder(storage) / "mlflow-artifacts").as_uri() if uri.startswith("sqlite:") else None
+        return Connection(client, found, own)
     tags = {"mlflow.experimentKind": "custom_model_development"}  # else it opens on pages for language models
     try:
-        return Connection(client, client.create_experiment(name, artifact_location=location, tags=tags))
+        return Connection(client, client.create_experiment(name, artifact_location=location, tags=tags), own)
     except MlflowException:  # another process made it in between
         if found := find_experiment(client, uri, name):
-            return Connection(client, found)
+            return Connection(client, found, own)
         raise
 
 
