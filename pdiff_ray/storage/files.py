@@ -168,10 +168,6 @@ class Storage:
             yield
         except FileNotFoundError:
             raise StorageError(f"{self.location(name)}: no such file in storage") from None
-        except MemoryError:
-            raise StorageError(
-                f"{self.location(name)}: is larger than the memory; damaged, or for another machine"
-            ) from None
         except (OSError, pa.ArrowInvalid) as error:
             raise StorageError(
                 f"storage {self.location(name)}: {getattr(error, 'strerror', None) or error}; free space or choose "
