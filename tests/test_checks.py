@@ -16,7 +16,7 @@ from pdiff_ray.evaluation.summary import by_title as groups_by_title
 from pdiff_ray.networks.subset import Subset, resolve
 from pdiff_ray.running.results import Result
 from pdiff_ray.stages import exports
-from pdiff_ray.stages.base import open_dataset
+from pdiff_ray.stages.base import NETWORK_FILE, open_dataset
 from pdiff_ray.stages.checkpoints import import_zoo
 from pdiff_ray.stages.checks import checked_subset
 from pdiff_ray.stages.evaluation import SUMMARY_FILE
@@ -366,7 +366,14 @@ def test_what_is_not_compared_is_said(judged, tmp_path, capsys, monkeypatch):
     assert "not tried" in capsys.readouterr().out
 
 
-def test_code_of_packages_is_not_run_for_a_storage():
+def test_code_of_packages_is_not_run_for_a_storage(judged, tmp_path):
+    base = judged[1]["base"]
+    for field, name in {"name": "torch.hub:load", "source": "os:getcwd"}.items():
+        config = {**base.config, "network": {**base.config["network"], field: name}}
+        other = Artifact(Storage(str(tmp_path / field)), "base", config, {})
+        other.commit({NETWORK_FILE: base.read(NETWORK_FILE)}, base.manifest().info, 0.0)
+        with pytest.raises(ConfigError, match="must not choose"):
+            exports.Trial(other, Networks(judged[1]["zoo"]).subset)
     assert exports._is_installed("torch.hub:load")
     assert exports._is_installed("os:system")
     assert exports._is_installed("nowhere:nothing")

@@ -26,6 +26,7 @@ from pdiff_ray.stages.base import IMAGES_FILE, NETWORK_FILE
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.trees import load_tree
 
+MAX_SIZE = 2048  # in pixels, of images that are made to try networks on
 # Of the largest logit: batches of other sizes, other devices and precisions round otherwise.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 
@@ -49,14 +50,20 @@ class Trial:
         self.subset, self.tensors = subset, load_tree(base.read(NETWORK_FILE), base.location)
         try:
             self._build(base)
+        except PdiffError:
+            raise
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ConfigError(f"{base.location}: its manifest does not say what the network is ({error!r})") from None
 
     def _build(self, base: Artifact) -> None:
         about = base.manifest()
-        config = parse(Network, {**about.config["network"], "pretrained": False}, "network")
-        if is_own(config.name) and _is_installed(config.name):
-            raise ConfigError(f"{config.name} is not code of your own, and a storage must not choose what else is run")
+        network = {**about.config["network"], "pretrained": False}
+        for name in (network["name"], network["source"]):  # before any of it is imported
+            if is_own(name) and _is_installed(name):
+                raise ConfigError(
+                    f"{name} is not found, or not code of your own, and a storage must not choose what else is run"
+                )
+        config = parse(Network, network, "network")
         self.labels: Tensor | None = None
         if IMAGES_FILE in about.files:
             kept = load_tree(base.read(IMAGES_FILE), base.location)
@@ -89,7 +96,8 @@ class Trial:
         if not same_logits(logits, call_with(self._judged, self.subset.unflatten(vector), self.images)):
             raise PdiffError(
                 "loaded into a network that is built anew, it gives other logits than the network that was judged: "
-                "something in the network is random, or tied, that its state dict does not tell"
+                "something in the network is random, or tied, that its state dict does not tell (zoos that earlier "
+                "versions made of networks with tied parameters have to be made again)"
             )
         if wrong is not None and self.labels is not None:
             tolerance = TOLERANCE.get(precision, TOLERANCE["float32"]) * logits.abs().max()
@@ -121,14 +129,14 @@ def _random_images(data: Mapping[str, Any]) -> Tensor:
     """Returns images (B, C, S, S) for a base that has kept none, by the data's configuration in its manifest."""
     known = DATASETS.get(str(data["name"]))
     size = data["image_size"] or (known and known.image_size)
-    if not isinstance(size, int):
+    if not isinstance(size, int) or not 0 < size <= MAX_SIZE:
         raise ConfigError("an earlier version has not stored how large the images are")
     shape = (4, len(data["mean"]), size, size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def _is_installed(name: str) -> bool:
-    """Returns whether "module:attribute" is part of Python or of an installed package."""
+    """Returns whether "module:attribute" is part of Python or of an installed package, or is nowhere."""
     source, paths = source_of(name), sysconfig.get_paths()
     return source is None or any(
         source.is_relative_to(Path(paths[kind]).resolve()) for kind in ("stdlib", "platlib", "purelib")
