@@ -171,6 +171,22 @@ def test_import_of_checkpoints_and_the_way_from_there(storage, tmp_path):
     assert [r.wrong for r in rows] == [r.wrong for r in ParameterStore(its["zoo"]).records()]
 
 
+def test_import_takes_what_its_options_say(storage, tmp_path):
+    pdiff("export", next((storage / "zoo").iterdir()).name, tmp_path / "whole", "--storage", storage)
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for index, file in enumerate(sorted((tmp_path / "whole").iterdir())[:4]):
+        tensors = {f"net.{name}": tensor for name, tensor in load_file(file).items()}
+        torch.save({"epoch": -index, "weights": tensors, "ema": tensors, "other": {}}, folder / f"e{index}.pt")
+    options = ("--pattern", "e[012].pt", "--weights", "ema", "--prefix", "net.", "--order", "epoch")
+    target = ("--storage", tmp_path / "s", "--set", "zoo.imported=x", "--set", "zoo.members=2")
+    text = pdiff("import", folder, TINY, *target, *options, "--base", folder / "e3.pt")
+    assert "e3.pt (--base)" in text
+    assert "members: 2, in the order of epoch in them: e2.pt, e1.pt" in text
+    assert "under 'ema', without the prefix 'net.'" in text
+    assert "left out: e0.pt: the first 2 are taken" in text
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch /tmp/pdiff-was-here",)
@@ -339,6 +355,7 @@ def test_init_writes_an_experiment_that_runs(tmp_path, monkeypatch):
     assert "exists already" in pdiff("init", "images", "resnet18", "--output", "mine.yaml", code=2)
     assert "neither a folder nor one of" in pdiff("init", "pictures", "resnet18", code=2)
     assert "did you mean 'resnet18'" in pdiff("init", "images", "resnet118", code=2)
+    assert "network.name: '../etc/x' is no name of a network" in pdiff("init", "images", "../etc/x", code=2)
 
 
 @pytest.mark.parametrize(

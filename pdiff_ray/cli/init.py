@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.config import schema
-from pdiff_ray.config.loading import parse_experiment
+from pdiff_ray.config.loading import parse, parse_experiment
 from pdiff_ray.config.section import Section
 from pdiff_ray.data import sources
 from pdiff_ray.networks.build import blank_images, check_network
@@ -66,13 +66,13 @@ def write(data: str, network: str, output: Path | None) -> Path:
 def _settings(data: str, network: str) -> dict[str, Any]:
     """Returns the experiment as a mapping, with sizes that suit the data and the network."""
     section = _data(data)
-    parsed = schema.Data.model_validate(section)
+    parsed = parse(schema.Data, section, "DATA", at="data")
     sources.check_data(parsed)
     info, counts = sources.describe(parsed), sources.count_images(parsed)
     chosen: dict[str, Any] = {"name": network}
     if network.startswith(("resnet", "resnext", "wide_resnet")) and info.image_size <= SMALL_IMAGE:
         chosen["cifar_stem"] = True
-    built = check_network(schema.Network.model_validate(chosen), info)
+    built = check_network(parse(schema.Network, chosen, "NETWORK", at="network"), info)
     size = sum(parameter.numel() for parameter in built.parameters())
     layers = norm_layers(built, blank_images(info))
     subset: Any = {"last_norm_layers": min(2, len(layers))} if layers else {"names": [_last_layer(built)]}

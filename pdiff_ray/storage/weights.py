@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.common.errors import ConfigError, first_line
 
 # Of all that a file says of its tensors: names, shapes, places. 40,000 tensors fit; reading it takes a second.
 MAX_DESCRIPTION_BYTES = 4 * 2**20
@@ -98,8 +98,7 @@ def read(file: Path) -> Any:
         if start[8:9] == b"{":
             return _read_safetensors(file, int.from_bytes(start[:8], "little"))
     except Exception as error:  # zipfile, pickletools and safetensors raise whatever the bytes lead them to
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ConfigError(f"{file}: cannot be read as a checkpoint: {reason}") from None
+        raise ConfigError(f"{file}: cannot be read as a checkpoint: {first_line(error)}") from None
     raise ConfigError(f"{file}: {_format(start)}")
 
 
@@ -120,7 +119,7 @@ def load(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
                 with zipfile.ZipFile(file) as archive:
                     tensors |= _loaded(archive, there)
         except Exception as error:  # as above
-            raise ConfigError(f"{file}: damaged: {str(error).partition(chr(10))[0]}; copy it anew") from None
+            raise ConfigError(f"{file}: damaged: {first_line(error)}; copy it anew") from None
     return {name: tensors[name] for name in weights}
 
 
