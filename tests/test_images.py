@@ -222,6 +222,14 @@ def test_constant_and_equal_images_are_warned_of(tmp_path):
         assert ("000.png" if config.source == "folder" else "train.parquet, row 0") in first
 
 
+def test_constant_and_equal_images_of_the_users_own_are_warned_of():
+    first, second = sources.inventory(Data(name=f"{__name__}:large_data")).warnings
+    assert first == "3 of 3 train images have one value everywhere, such as image 0, counted from 0"
+    assert second.startswith(
+        "2 of 3 test images are equal to an earlier one, such as image 0, counted from 0 and image"
+    )
+
+
 @pytest.mark.parametrize(
     ("contents", "as_before"),
     [

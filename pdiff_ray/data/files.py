@@ -27,7 +27,7 @@ import pyarrow.dataset as ds
 from PIL import Image
 
 from pdiff_ray.common.errors import ConfigError, PdiffError
-from pdiff_ray.data.images import GREY, is_plain, open_image, unreadable, upright
+from pdiff_ray.data.images import GREY, Looks, is_plain, open_image, unreadable
 from pdiff_ray.data.kept import CHECKED_APART, CHECKSUMS, build_once, default_cache, digest
 
 SPLITS = ("train", "test")
@@ -528,33 +528,12 @@ def _write(file: Path, survey: Survey) -> None:
 def _survey(samples: FileImages, split: str) -> Survey:
     if len(samples) >= MANY:
         print(f"reading the headers of {len(samples):,} images of the {split} data, once", file=sys.stderr)
-    edges, grey, plain, looked, pixels = [], True, True, 0, 0
-    constant: list[int] = []
-    equal: list[tuple[int, int]] = []
-    seen: dict[bytes, int] = {}
+    edges, grey, plain, pixels, looks = [], True, True, 0, Looks(split, len(samples))
     for index, image in enumerate(samples.opened()):
         edges.append(min(image.size))
         grey = grey and image.mode in GREY
         plain = plain and is_plain(image)
-        if pixels + image.width * image.height > LOOKED_AT * (index + 1) / len(samples):
-            continue  # some of them, evenly spread
-        pixels += image.width * image.height
-        looked += 1
-        try:
-            image = upright(image)
-        except Exception as error:  # of any kind, as readers meet damaged files
-            raise ConfigError(unreadable(samples.name(index), error)) from None
-        if all(low == high for low, high in np.reshape(image.getextrema(), (-1, 2))):
-            constant.append(index)
-        else:
-            first = seen.setdefault(hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest(), index)
-            equal += [(first, index)] if first != index else []
-    of = f"of {looked:,} {split} images" + (" looked at" if looked < len(samples) else "")
-    warnings = []
-    if constant:
-        example = samples.name(constant[0]).rstrip(",")
-        warnings.append(f"{len(constant):,} {of} have one value everywhere, such as {example}")
-    if equal:
-        pair = " and ".join(samples.name(index).rstrip(",") for index in equal[0])
-        warnings.append(f"{len(equal):,} {of} are equal to an earlier one, such as {pair}")
-    return Survey(grey, int(np.sort(edges)[(len(edges) - 1) // 2]), plain, edges[0], warnings)
+        if pixels + image.width * image.height <= LOOKED_AT * (index + 1) / len(samples):  # evenly spread
+            pixels += image.width * image.height
+            looks.add(samples.name(index), image)
+    return Survey(grey, int(np.sort(edges)[(len(edges) - 1) // 2]), plain, edges[0], looks.warnings())

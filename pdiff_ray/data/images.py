@@ -5,6 +5,7 @@ Shapes: C channels, S the edge in pixels.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from pathlib import Path
@@ -142,3 +143,43 @@ def _of_sixteen_bits(image: Image.Image) -> Image.Image:
         scaled = 1 - scaled
     scaled = np.where(values == image.info.get("transparency", -1), WHITE / 255, scaled)
     return Image.fromarray((scaled.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+class Looks:
+    """What images of a data set look like: whether some have one value everywhere, or are equal to an earlier one.
+
+    Args:
+        split: that they are of, for messages.
+        total: images of the split, of which some may not be looked at.
+    """
+
+    def __init__(self, split: str, total: int) -> None:
+        self.split, self.total, self.looked = split, total, 0
+        self.constant: list[str] = []  # names of images
+        self.equal: list[tuple[str, str]] = []
+        self.first: dict[bytes, str] = {}  # name of the first image by a hash of its pixels
+
+    def add(self, name: str, image: Image.Image) -> None:
+        """Decodes and counts an image; raises ConfigError if it cannot be decoded."""
+        self.looked += 1
+        try:
+            image = upright(image)
+        except Exception as error:  # of any kind, as readers meet damaged files
+            raise ConfigError(unreadable(name, error)) from None
+        name = name.rstrip(",")
+        if all(low == high for low, high in np.reshape(image.getextrema(), (-1, 2))):
+            self.constant.append(name)
+            return
+        pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+        if (first := self.first.setdefault(pixels, name)) != name:
+            self.equal.append((first, name))
+
+    def warnings(self) -> list[str]:
+        """Returns what may be wrong, with how many images and an example."""
+        of = f"of {self.looked:,} {self.split} images" + (" looked at" if self.looked < self.total else "")
+        found = []
+        if self.constant:
+            found.append(f"{len(self.constant):,} {of} have one value everywhere, such as {self.constant[0]}")
+        if self.equal:
+            found.append(f"{len(self.equal):,} {of} are equal to an earlier one, such as {' and '.join(self.equal[0])}")
+        return found

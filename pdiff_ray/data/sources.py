@@ -16,9 +16,10 @@ from pdiff_ray.common.registry import Registry, imported
 from pdiff_ray.config.schema import Data
 from pdiff_ray.data import files
 from pdiff_ray.data.files import MAX_CLASSES, SPLITS, Found
-from pdiff_ray.data.images import decode, unreadable
+from pdiff_ray.data.images import Looks, decode, unreadable
 
 FILES = ("parquet", "folder")  # sources of which each file is known
+LOOKED_AT = 250  # samples of a split of the user's own, or up to twice as many
 READING = 2  # how files become images; raise it when they become others, for those that do
 
 
@@ -188,8 +189,12 @@ def inventory(config: Data) -> Inventory:
         ConfigError: it cannot be read.
     """
     if not _reads_files(config):
-        counts = count_images(config) or (0, 0)
-        return Inventory(describe(config), dict(zip(SPLITS, counts, strict=True)), dict.fromkeys(SPLITS))
+        counts, warnings = count_images(config) or (0, 0), []
+        if ":" in config.name:
+            warnings = [warning for split in SPLITS for warning in _look(open_samples(config, split), split)]
+        return Inventory(
+            describe(config), dict(zip(SPLITS, counts, strict=True)), dict.fromkeys(SPLITS), warnings=warnings
+        )
     found = _found(config)
     info = _describe(config, found)
     targets = {split: found.open(split).targets for split in SPLITS}
@@ -202,6 +207,14 @@ def inventory(config: Data) -> Inventory:
         found.unused,
         [warning for split in SPLITS for warning in files.survey(found, split).warnings],
     )
+
+
+def _look(samples: Samples, split: str) -> list[str]:
+    """Returns warnings of samples of the user's own, of which some are looked at."""
+    looks = Looks(split, len(samples))
+    for index in range(0, len(samples), max(1, len(samples) // LOOKED_AT)):
+        looks.add(_name(samples, index), samples[index][0])
+    return looks.warnings()
 
 
 def _reads_files(config: Data) -> bool:
