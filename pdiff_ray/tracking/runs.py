@@ -29,6 +29,12 @@ MAX_NOTE = 8000  # characters of a description, MLflow's limit
 MAX_VALUE = 500  # characters of a parameter
 MAX_KEY, MAX_READABLE = 250, 100  # characters of a name: that MLflow takes, and of one that is changed
 REFUSED = r"[^\w ./:-]"  # characters that MLflow does not take in names
+COMPARED = {  # accuracies, by the names of their charts
+    "original mean": "original/mean_test_accuracy",
+    "ensemble": "ensemble/mean_test_accuracy",
+    "generated best": "generated/best_test_accuracy",
+    "generated mean": "generated/mean_test_accuracy",
+}
 PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"  # MLflow's tags
 OBJECTIVE = "objective"  # the metric that a sweep's trials are compared by, whatever it is
 
@@ -210,6 +216,7 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Mlfl
     """Returns the run of a finished experiment, from its generator to its report."""
     report, evaluation = artifacts["report"], artifacts["evaluation"]
     summary = load_summary(artifacts)
+    metrics = named_metrics(summary)
     seconds = {f"seconds/{stage}": artifacts[stage].manifest().seconds for stage in STAGES}
     files = {name: report.read(name) for name in report.manifest().files}
     files |= {name: evaluation.read(name) for name in evaluation.manifest().files if name.endswith(".parquet")}
@@ -225,13 +232,18 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Mlfl
         name=f"{experiment.name}-{report.key[:6]}",
         **_made(experiment, artifacts, ("generator", "samples", "evaluation", "report")),
         params={path: str(value) for path, value in flat(tracked(experiment)) if value is not None},
-        metrics=named_metrics(summary) | seconds,
+        metrics=_in_percent(metrics) | metrics | seconds,
         curves={f"{name}/loss": list(enumerate(v)) for name, v in load_history(artifacts["generator"]).items()},
         files=files,
         note=f"{files.get('table.md', b'').decode()}\n{summary['verdict']['text']}",
         data=splits(experiment, artifacts["base"]),
         models=[Model(f"generated-{artifacts['samples'].key[:6]}", about, {"generated/best_test_accuracy": "test"})],
     )
+
+
+def _in_percent(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Returns the accuracies that charts compare once more: with two decimals, as charts have, fractions are alike."""
+    return {f"accuracy in percent/{name}": 100 * metrics[of] for name, of in COMPARED.items() if of in metrics}
 
 
 def _made(experiment: Experiment, artifacts: Mapping[str, Artifact], stages: Sequence[str]) -> dict[str, Any]:
