@@ -457,6 +457,16 @@ def test_records_that_are_not_the_sweeps(root, change, section):
         Ledger(sweep(root, **section))
 
 
+def test_what_someone_else_wrote_does_not_steer_the_terminal(root):
+    word = "\x1b[2J[bold]x"
+    artifact = Artifact(Storage(str(root)), "base", {"seed": 5}, {})
+    artifact.commit({}, {"imported_from": word}, 1.0)
+    assert r"\x1b[2J[bold]x" in pdiff("artifacts", "list", "--storage", root)
+    (root / "base" / artifact.key / word).touch()
+    assert r"\x1b[2J[bold]x: no manifest knows it" in pdiff("artifacts", "verify", "--storage", root)
+    assert str(StorageError(word + "\ud800")) == r"\x1b[2J[bold]x\ud800"
+
+
 # --- verify -----------------------------------------------------------------------------------------------------------
 
 

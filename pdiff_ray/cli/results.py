@@ -12,7 +12,7 @@ import click
 
 from pdiff_ray.cli.options import ids_of, json_option, key_argument, print_json, storage_option
 from pdiff_ray.common import signals
-from pdiff_ray.common.errors import ConfigError, StorageError
+from pdiff_ray.common.errors import ConfigError, StorageError, printable
 
 
 @click.command()
@@ -81,8 +81,11 @@ def list_artifacts(storage_uri: str, as_json: bool) -> None:
 
 
 def _about(info: dict[str, Any]) -> str:
+    from rich.markup import escape
+
     shown = {k: v for k, v in info.items() if isinstance(v, int | float | str) and not isinstance(v, bool)}
-    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(shown.items())[:4])
+    text = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(shown.items())[:4])
+    return escape(printable(text))
 
 
 @artifacts.command("show")
@@ -128,7 +131,7 @@ def verify_artifacts(keys: tuple[str, ...], storage_uri: str, as_json: bool) -> 
         if not as_json:
             click.echo(f"{folder}: {f'{len(found.problems)} damaged' if found.problems else 'whole'}")
             for note in found.notes:
-                click.echo(f"  note: {note}")
+                click.echo(printable(f"  note: {note}"))
     if as_json:
         print_json({"problems": problems, "notes": notes})
     if any(problems.values()):

@@ -13,13 +13,18 @@ MAX_MEANT = 200  # characters of a name that a near one is looked for, and
 MAX_KNOWN = 5000  # names that it is looked for in
 
 
+def printable(text: str) -> str:
+    """Returns the text with escapes in place of characters that a terminal obeys or that cannot be encoded."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class PdiffError(ValueError):
     """Something the user can mend; the message names the field or file, the value and the remedy, but no secrets."""
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(message))
+        super().__init__(printable(without_secrets(message)))
 
 
 class ConfigError(PdiffError):
