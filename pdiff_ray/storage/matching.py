@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pdiff_ray.common.errors import ConfigError, did_you_mean
@@ -22,16 +22,20 @@ class Match:
     """Where in a file a network's weights are.
 
     Attributes:
-        path: keys that lead to the mapping of tensors, joined by dots; empty at the top.
+        paths: keys that lead to the mapping of tensors, joined by dots, one for each way; empty at the top.
         prefix: what stands before the network's names.
         tensors: all of the mapping, by their names without what was inserted.
         inserted: parts that were taken out of the names.
     """
 
-    path: str
+    paths: list[str]
     prefix: str
     tensors: dict[str, Weight]
     inserted: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
 
     def __str__(self) -> str:
         found = [f"under {self.path!r}"] if self.path else []
@@ -63,12 +67,14 @@ def match(
     Raises:
         ConfigError: they are nowhere, or in several places. The message begins with what the file does.
     """
-    places = list(_places(content, "", 0, set()))
+    places = list(_places(content, "", 0, {}))
     if sum(len(place.tensors) for place in places) > MAX_NAMES:
         raise ConfigError(f"names more than {MAX_NAMES:,} tensors. {ALONE}")
     if key is not None:
         keys = [place.path for place in places if place.path]
-        places = [p for p in places if p.path == key] or [p for p in places if p.path.split(".")[-1] == key]
+        exact = [replace(p, paths=[key]) for p in places if key in p.paths]
+        ends = [replace(p, paths=[path]) for p in places for path in p.paths if path.split(".")[-1] == key]
+        places = exact or ends
         if not places:
             raise ConfigError(f"holds no tensors under {key!r} (--weights); it does under {_some(keys) or 'no key'}")
     if prefix is not None:
@@ -116,19 +122,21 @@ def _nothing(content: Any, places: list[Match], parameters: Collection[str], pre
     return f"holds no tensors by name, but {type(content).__name__}; a state dict is wanted. {ALONE}"
 
 
-def _places(content: Any, path: str, depth: int, seen: set[int]) -> Iterator[Match]:
-    """Yields the mappings of tensors in a file's content, from the top down; `seen` holds their identities."""
+def _places(content: Any, path: str, depth: int, seen: dict[int, list[str]]) -> Iterator[Match]:
+    """Yields the mappings of tensors in a file's content, from the top down; `seen` has their paths by identity."""
+    if id(content) in seen:
+        seen[id(content)].append(path)
     if not isinstance(content, dict) or id(content) in seen or depth > MAX_DEPTH:
         return
-    seen.add(id(content))
+    paths = seen[id(content)] = [path]
     tensors = {n: w for n, w in content.items() if isinstance(w, Weight) and isinstance(n, str) and len(n) <= MAX_NAME}
     if tensors:
         inserted = sorted(INSERTED & {part for name in tensors for part in name.split(".")})
         short = {_shortened(name): weight for name, weight in tensors.items()}
         if len(short) == len(tensors):  # else the same network is there with and without
-            yield Match(path, "", short, tuple(inserted))
+            yield Match(paths, "", short, tuple(inserted))
         else:
-            yield Match(path, "", tensors)
+            yield Match(paths, "", tensors)
     for key, value in content.items():
         if len(str(key)) <= MAX_NAME:
             yield from _places(value, f"{path}.{key}" if path else str(key), depth + 1, seen)
@@ -147,7 +155,7 @@ def _behind(places: list[Match], names: Collection[str], prefix: str | None) -> 
             starts = [0, *(i + 1 for i, character in enumerate(name) if character == ".")]
             counts.update(name[:start] for start in starts if name[start:] in wanted)
         found += [
-            (Match(place.path, before, place.tensors, place.inserted), count)
+            (replace(place, prefix=before), count)
             for before, count in counts.items()
             if prefix is None or before in (prefix, _shortened(prefix))
         ]
