@@ -156,6 +156,27 @@ def test_the_plan_of_an_experiment_tells_what_a_user_needs(tmp_path, capsys):
     assert "1 workers x 1 cores" in told
 
 
+class Branching(nn.Module):
+    def __init__(self, in_channels, num_classes, image_size):
+        super().__init__()
+        self.first, self.head = nn.Linear(in_channels * image_size**2, 16), nn.Linear(16, num_classes)
+
+    def forward(self, images):
+        return self.head(self.first((images if images.sum() >= 0 else -images).flatten(1)))
+
+
+def test_nothing_is_shared_by_a_network_that_runs_whole(tmp_path, capsys):
+    network, zoo = Network(name=f"{__name__}:Branching"), Zoo(subset=SubsetRule(names=("head.*",)))
+    found = count(network, info_of(8), zoo, trace=True)
+    assert found.shared == 0
+    assert "cannot trace the network" in found.whole
+    assert count(network, info_of(8), zoo).shared > 0.8  # not looked into
+    e, _ = tiny(tmp_path, f"network={{name: '{__name__}:Branching', args: {{}}}}", "zoo.subset={names: [head.*]}")
+    printing.print_plan(pipeline.make_plan(e))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "shared: nothing; zoo steps are full passes: the network runs whole: torch.export cannot trace" in told
+
+
 def test_the_plan_names_the_layers_that_a_rule_counts(tmp_path, capsys):
     resnet = "network={name: resnet10t, args: {}}"
     e, _ = tiny(tmp_path, resnet, "zoo.subset={last_norm_layers: 2}")

@@ -342,6 +342,25 @@ def test_the_order_is_the_same_without_values():
     assert list(norm_layers(network))[-1] == "stages.3.downsample.norm"  # which is defined last
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("convnet3", 32),
+        ("resnet18", 32),
+        ("vit_tiny_patch16_224", 224),
+        ("vit_base_patch16_224", 224),
+        ("convnext_tiny", 64),
+        ("convnext_base", 64),
+    ],
+)
+def test_shipped_experiments_keep_their_layers(name, size):
+    with torch.device("meta"):
+        network = build(name, DataInfo(3, size, 10, (0.5,) * 3, (0.5,) * 3))
+        layers = list(norm_layers(network, torch.zeros(1, 3, size, size)))
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    assert layers == [name for name, module in network.named_modules() if isinstance(module, kinds)]
+
+
 def test_a_pass_that_fails_is_no_traceback(resnet18):
     with pytest.raises(
         ConfigError, match=r"last_norm_layers: the order of layers is unknown, as a forward pass fails: expected 2D"

@@ -58,7 +58,7 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
         return
     from pdiff_ray.estimates.estimate import Estimator
 
-    e, estimator = plan.experiment, Estimator(plan.storage)
+    e, estimator = plan.experiment, Estimator(plan.storage, trace=True)
     costs = estimator.costs(e, plan.artifacts, plan.missing)
     what = {name: stage.about(e) for name, stage in STAGES.items()}
     what["zoo"] += f": {_generated(plan, estimator)[0]:,} values"
@@ -225,6 +225,8 @@ def _generated(plan: Plan, estimator: Estimator) -> tuple[int, list[str]]:
 def _sharing(estimator: Estimator, e: Experiment) -> tuple[str, str]:
     """Returns the part of a forward pass that networks share, and why the zoo's steps are full passes, if they are."""
     counts = estimator.counts(e)
+    if counts.whole:
+        return "nothing", f"full passes: the network runs whole: {counts.whole}"
     if not counts.shared:
         return "nothing", "full passes: generated parameters reach the first layer"
     reason = full_steps(e, counts.subset)

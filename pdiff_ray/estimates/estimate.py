@@ -62,12 +62,16 @@ class Images(NamedTuple):
 
 
 class Estimator:
-    """Estimates stages of experiments; each distinct network is counted once."""
+    """Estimates stages of experiments; each distinct network is counted once.
 
-    def __init__(self, storage: Storage) -> None:
+    Args:
+        trace: finds out whether networks can be cut, which takes seconds for each; else it is taken for granted.
+    """
+
+    def __init__(self, storage: Storage, trace: bool = False) -> None:
         exact_float32()  # as in the work that is estimated
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.storage = storage
+        self.storage, self.trace = storage, trace
         self._counts: dict[str, Counts] = {}
         self._rates: dict[str, float] = {}
 
@@ -92,7 +96,7 @@ class Estimator:
         exact = f"{key} {info.num_classes}"
         found = self._counts.get(key) or self._counts.get(exact)
         if found is None:
-            found = count(e.network, info, e.zoo)
+            found = count(e.network, info, e.zoo, self.trace)
             generated = any(info.num_classes in entry.shape for entry in found.subset.entries)
             self._counts[exact if generated else key] = found
         return found

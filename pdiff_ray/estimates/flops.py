@@ -11,6 +11,7 @@ from pdiff_ray.common.operations import Operations
 from pdiff_ray.config import schema
 from pdiff_ray.data.sources import DataInfo
 from pdiff_ray.networks.build import blank_images, build_network, check_network
+from pdiff_ray.networks.partition import runs_whole
 from pdiff_ray.networks.subset import Subset, norm_layers, resolve
 
 
@@ -23,8 +24,9 @@ class Counts:
         layers: those that a rule has counted, in its order; of each those beside it, on parallel branches.
         parameters: how many numbers all parameters of the network are.
         flops: of all operations.
-        suffix_flops: of those that generated tensors reach.
+        suffix_flops: of those that generated tensors reach; of all, if the network runs whole.
         bytes: of the outputs of all operations; training keeps no more of them.
+        whole: why the network runs whole; None if it is cut, or that was not looked into.
     """
 
     subset: Subset
@@ -33,6 +35,7 @@ class Counts:
     flops: float
     suffix_flops: float
     bytes: float
+    whole: str | None
 
     @property
     def shared(self) -> float:
@@ -43,20 +46,23 @@ class Counts:
         return 1 - self.suffix_flops / max(1, self.flops)
 
 
-def count(config: schema.Network, info: DataInfo, zoo: schema.Zoo) -> Counts:
+def count(config: schema.Network, info: DataInfo, zoo: schema.Zoo, trace: bool = False) -> Counts:
     """Counts what a network takes per image of `info`, for the subset of `zoo`; on the meta device if it allows that.
+
+    Args:
+        trace: finds out whether the network can be cut, which takes seconds.
 
     Raises:
         ConfigError: the network cannot be built, cannot take such images, or has no such subset.
     """
     try:
         with torch.device("meta"):
-            return _count(build_network(config.model_copy(update={"pretrained": False}), info), info, zoo)
+            return _count(build_network(config.model_copy(update={"pretrained": False}), info), info, zoo, trace)
     except Exception:  # it reads values, or something is wrong with it, of which the second try tells
-        return _count(check_network(config, info), info, zoo)
+        return _count(check_network(config, info), info, zoo, trace)
 
 
-def _count(network: nn.Module, info: DataInfo, zoo: schema.Zoo) -> Counts:
+def _count(network: nn.Module, info: DataInfo, zoo: schema.Zoo, trace: bool) -> Counts:
     images = blank_images(info)
     subset = resolve(zoo.subset, network, zoo.batchnorm, images)
     layers = norm_layers(network, images) if zoo.subset.counts_layers else {}
@@ -71,4 +77,8 @@ def _count(network: nn.Module, info: DataInfo, zoo: schema.Zoo) -> Counts:
     with Operations() as found:
         network(images)
     total, suffix, kept = (number / len(images) for number in (found.flops.total(), found.flops[True], found.bytes))
-    return Counts(subset, layers, sum(p.numel() for p in network.parameters()), total, suffix, kept)
+    whole = runs_whole(network, images) if trace and suffix < total else None
+    if whole and images.is_meta:
+        raise ValueError(whole)  # it may be for want of values
+    parameters = sum(p.numel() for p in network.parameters())
+    return Counts(subset, layers, parameters, total, total if whole else suffix, kept, whole)

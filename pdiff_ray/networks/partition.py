@@ -132,6 +132,19 @@ def partition_network(network: nn.Module, names: Collection[str], images: Tensor
     return found
 
 
+def runs_whole(network: nn.Module, images: Tensor) -> str | None:
+    """Returns why a network cannot be cut whatever is generated, as far as its graph tells; None if it can.
+
+    Args:
+        network, images: as `partition_network` takes them; they may have no values (on the meta device).
+    """
+    try:
+        _Graph(network.eval(), images)
+    except Exception as error:  # the network's own code is traced
+        return first_line(error)
+    return None
+
+
 def _partition(network: nn.Module, names: Collection[str], images: Tensor) -> PartitionedNetwork:
     """Cuts a network in two, or raises ValueError with the reason why it cannot be cut."""
     tensors = _tensors(network)
