@@ -90,7 +90,9 @@ def parse(model: type[S], raw: Any, where: str, at: str = "") -> S:
         for problem in error.errors():
             by_path.setdefault(_path(model, raw, problem["loc"]), []).append(problem)
         told = list(by_path.items())[:MAX_PROBLEMS]
-        lines = [f"{where}: {_explain(model, raw, path, at, problems)[:MAX_LINE]}" for path, problems in told]
+        lines = [
+            f"{where[:MAX_LINE]}: {_explain(model, raw, path, at, problems)[:MAX_LINE]}" for path, problems in told
+        ]
         if len(by_path) > len(told):
             lines.append(f"{where}: and {len(by_path) - len(told)} more")
         raise ConfigError("\n".join(lines)) from None
