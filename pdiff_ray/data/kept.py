@@ -45,7 +45,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
                 return
             if folder.exists():
                 print(f"cache: {folder} is damaged and is made anew", file=sys.stderr)
-                folder.rename(folder.with_name(f"{folder.name}.damaged.tmp"))
+                folder.rename(folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp"))
             for remnant in folder.parent.glob(f"{folder.name}.*.tmp"):  # left by a worker that was killed
                 shutil.rmtree(remnant, ignore_errors=True)
             temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
