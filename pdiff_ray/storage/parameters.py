@@ -286,10 +286,13 @@ class ParameterStore:
 
     def _read_again(self, ids: Sequence[int]) -> np.ndarray | None:
         """Returns vectors (len(ids), D) from where they were found; None if one has changed since."""
-        places = [self._found[id_] for id_ in ids]
-        read = [file.read_at(size, offset) for file, size, offset, _ in places]
-        if any(zlib.crc32(content) != place[3] for content, place in zip(read, places, strict=True)):
-            return None
+        read = []
+        for id_ in ids:
+            file, size, offset, checksum = self._found[id_]
+            content = file.read_at(size, offset)
+            if zlib.crc32(content) != checksum:
+                return None
+            read.append(content)
         return np.frombuffer(bytearray().join(read), np.float32).reshape(len(ids), -1)
 
     def _read(self, ids: Sequence[int], columns: list[str]) -> tuple[pa.Table, list[int]]:
