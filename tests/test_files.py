@@ -13,14 +13,14 @@ from test_cli import pdiff
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.config.schema import Data
 from pdiff_ray.data import dataset as data
-from pdiff_ray.data import sources
+from pdiff_ray.data import files, sources, survey
 
 NAMES = ["ant", "bee", "cat", "dog"]
 
 
-def parquet_of(root, **files):
+def parquet_of(root, **counts):
     """Parquet files by their paths without the suffix, each with so many images of four classes in turn."""
-    for index, (path, count) in enumerate(files.items()):
+    for index, (path, count) in enumerate(counts.items()):
         write_parquet(root / f"{path}.parquet", pixels(count, seed=index), np.arange(count) % 4)
     return Data(name="custom", source="parquet", root=str(root), loader_workers=0)
 
@@ -312,19 +312,17 @@ def test_the_plan_of_known_data_tells_what_the_table_has(tmp_path):
 
 
 def test_a_survey_is_remembered_and_made_anew_if_damaged(tmp_path, monkeypatch):
-    from pdiff_ray.data import files
-
     monkeypatch.setenv("PDIFF_CACHE", str(tmp_path / "cache"))
     config = folders_of(tmp_path / "data", *TWO_CLASSES)
     opened, real = [], files.open_image
     monkeypatch.setattr(files, "open_image", lambda *args: (opened.append(args), real(*args))[1])
     info = sources.describe(config)
     assert len(opened) == 8
-    files._SURVEYS.clear()
+    survey._SURVEYS.clear()
     assert sources.describe(config) == info
     assert len(opened) == 8
     kept = next(Path(tmp_path / "cache").glob("survey-*/survey.json"))
     kept.write_bytes(kept.read_bytes().replace(b"8", b"9"))
-    files._SURVEYS.clear()
+    survey._SURVEYS.clear()
     assert sources.describe(config) == info
     assert len(opened) == 12

@@ -17,8 +17,8 @@ from pdiff_ray.common.devices import free_bytes
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config.schema import Data
-from pdiff_ray.data.files import Advance, ParquetImages
 from pdiff_ray.data.kept import build_once, digest, intact
+from pdiff_ray.data.parquet import Advance, ParquetImages
 from pdiff_ray.data.sources import DataInfo, Samples, check_labels, decoded, file_states, keyed, open_samples
 
 FORMAT = 2  # of the cache; raise it when images are decoded otherwise

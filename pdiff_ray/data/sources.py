@@ -14,11 +14,12 @@ from PIL import Image
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.registry import Registry, imported
 from pdiff_ray.config.schema import Data
-from pdiff_ray.data import files
-from pdiff_ray.data.files import MAX_CLASSES, SPLITS, Found
+from pdiff_ray.data.files import SPLITS, Found, find
 from pdiff_ray.data.images import Looks, decode, unreadable
+from pdiff_ray.data.survey import survey
 
 FILES = ("parquet", "folder")  # sources of which each file is known
+MAX_CLASSES = 100_000  # labels beyond are no classes
 LOOKED_AT = 250  # samples of a split of the user's own, or up to twice as many
 READING = 2  # how files become images; raise it when they become others, for those that do
 
@@ -87,8 +88,8 @@ def _describe(config: Data, found: Found | None) -> DataInfo:
     """Describes a data set of which the files are found, if it is read from files."""
     if config.name == "custom":
         assert found
-        surveys = [files.survey(found, split) for split in SPLITS]
-        channels = 1 if all(survey.grey for survey in surveys) else 3
+        surveys = [survey(found, split) for split in SPLITS]
+        channels = 1 if all(one.grey for one in surveys) else 3
         # Pixels in -1..1, the usual choice where nothing is known about a data set.
         info = DataInfo(channels, surveys[0].edge, _num_classes(found), (0.5,) * channels, (0.5,) * channels)
     elif ":" in config.name:
@@ -126,7 +127,7 @@ def keyed(config: Data) -> dict[str, Any]:
 
 def _read_as_before(config: Data, found: Found) -> bool:
     """Tells whether results of earlier versions, which went by the first image and the highest label, still hold."""
-    train, test = (files.survey(found, split) for split in SPLITS)
+    train, test = (survey(found, split) for split in SPLITS)
     size = config.name != "custom" or config.image_size or train.edge == train.first_edge
     samples = found.open("train")
     classes = config.name != "custom" or _num_classes(found) == int(samples.targets.max()) + 1
@@ -205,7 +206,7 @@ def inventory(config: Data) -> Inventory:
         {split: len(np.unique(labels)) for split, labels in targets.items()},
         f"{kind} in {found.folder}",
         found.unused,
-        [warning for split in SPLITS for warning in files.survey(found, split).warnings],
+        [warning for split in SPLITS for warning in survey(found, split).warnings],
     )
 
 
@@ -222,7 +223,7 @@ def _reads_files(config: Data) -> bool:
 
 
 def _found(config: Data) -> Found:
-    return files.find(config.source, Path(config.root))
+    return find(config.source, Path(config.root))
 
 
 def file_states(config: Data, split: str) -> list[Any]:
