@@ -467,6 +467,18 @@ def test_what_someone_else_wrote_does_not_steer_the_terminal(root):
     assert str(StorageError(word + "\ud800")) == r"\x1b[2J[bold]x\ud800"
 
 
+def test_what_is_damaged_beside_does_not_keep_networks_from_being_exported(root, tmp_path):
+    artifact = Artifact(Storage(str(root)), "samples", {"seed": 9}, {})
+    store = ParameterStore(artifact)
+    store.append([replace(record, group="generated") for record in make_records([0])], SUBSET)
+    artifact.commit({}, {}, 1.0, store.manifest_entries([0]))
+    (beside,) = root.glob("evaluation/*/manifest.json")
+    beside.write_text("{")
+    text = pdiff("export", artifact.key, tmp_path / "out", "--subset-only", "--storage", root)
+    assert f"note: {beside}: damaged" in text.replace("\n", "")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["generated-0000.safetensors"]
+
+
 # --- verify -----------------------------------------------------------------------------------------------------------
 
 

@@ -153,11 +153,16 @@ class Networks:
         for folder in finished(storage):
             if wanted <= found.keys():
                 break
-            if folder.startswith("evaluation/") and self.artifact.folder in dict(lineage(storage, folder)):
-                evaluation = opened(storage, read_manifest(storage, folder))
-                for record in ParameterStore(evaluation).records():
-                    if record.group == self._group and record.number in wanted and record.wrong:
-                        found.setdefault(record.number, (record.wrong, str(evaluation.config.get("precision"))))
+            if not folder.startswith("evaluation/"):
+                continue
+            try:
+                if self.artifact.folder in dict(lineage(storage, folder)):
+                    evaluation = opened(storage, read_manifest(storage, folder))
+                    for record in ParameterStore(evaluation).records():
+                        if record.group == self._group and record.number in wanted and record.wrong:
+                            found.setdefault(record.number, (record.wrong, str(evaluation.config.get("precision"))))
+            except StorageError as error:  # a damaged evaluation, maybe of other networks
+                console.print(f"note: {error}", markup=False)
         return found
 
     @property
