@@ -43,17 +43,21 @@ def test_what_a_library_makes_of_signals_is_undone():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def ended(number, file, storage, seen, *options):
-    """The exit code and the output of a sweep that is sent a signal once its output has some text."""
+def ended(act, file, storage, seen, *options):
+    """The exit code and the output of a sweep whose process is acted on once its output has some text."""
     command = [sys.executable, "-c", CODE, "sweep", str(file), "--storage", str(storage), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = ""
     for line in process.stdout:
         said += line
         if seen in line:
-            process.send_signal(number)
+            act(process)
             seen = "\0"
     return process.wait(), said
+
+
+def sent(number):
+    return lambda process: process.send_signal(number)
 
 
 def sweep(folder, **sections):
@@ -64,7 +68,7 @@ def sweep(folder, **sections):
 
 
 def test_a_sweep_that_is_terminated_ends_its_run(tmp_path):
-    code, said = ended(signal.SIGTERM, sweep(tmp_path), tmp_path, "1 of 8", "--in-process")
+    code, said = ended(sent(signal.SIGTERM), sweep(tmp_path), tmp_path, "1 of 8", "--in-process")
     assert code == 128 + signal.SIGTERM, said
     assert said.endswith("interrupted; the same command goes on from here\n")
     assert "Traceback" not in said
@@ -85,7 +89,7 @@ LONG = {"zoo": {"members": 400}, "generator": {"diffusion": {"steps": 20000}}}
     ids=["start", "train", "tune"],
 )
 def test_on_ray_nothing_but_the_message_is_printed(tmp_path, number, seen, sections):
-    code, said = ended(number, sweep(tmp_path, **sections), tmp_path, seen)
+    code, said = ended(sent(number), sweep(tmp_path, **sections), tmp_path, seen)
     assert code == 128 + number, said
     assert said.endswith("interrupted; the same command goes on from here\n")
     assert "***" not in said
@@ -95,7 +99,7 @@ def test_on_ray_nothing_but_the_message_is_printed(tmp_path, number, seen, secti
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_after_training_on_ray_too(tmp_path, number):
-    code, said = ended(number, TINY, tmp_path, "zoo: done", "--set", "generator.diffusion.steps=20000")
+    code, said = ended(sent(number), TINY, tmp_path, "zoo: done", "--set", "generator.diffusion.steps=20000")
     assert code == 128 + number, said
     assert said.endswith("interrupted; the same command goes on from here\n")
     assert "***" not in said

@@ -30,6 +30,7 @@ def prepare(resources: Resources) -> None:
     # The ledger and the sweep's display replace Tune's own output; the command line handles Ctrl-C.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     # This is the default of Ray's next version; setting it avoids a notice.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

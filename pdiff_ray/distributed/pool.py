@@ -11,7 +11,7 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorErro
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.kept import default_cache
-from pdiff_ray.distributed.session import gpu_share, report_progress, take_place
+from pdiff_ray.distributed.session import gpu_share, reason_of, report_progress, take_place
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.evaluation import Evaluator, Task
 from pdiff_ray.stages.table import build_missing
@@ -88,10 +88,10 @@ class Pool:
                 if item is not None:
                     waiting.append((item, failures + 1))
                 if (item is not None and failures == self.max_failures) or not (idle or running):
-                    reason = str(error).partition("\n")[0]
                     raise PdiffError(
-                        f"evaluation: an actor died {self.deaths[actor]} times ({reason}); lower "
-                        "evaluation.networks_per_task, evaluation.batch_size or resources.actors if memory ran out"
+                        f"an actor died {self.deaths[actor]} times ({reason_of(error)}); what is finished is kept, and "
+                        "the same command goes on from there. If memory ran out, lower evaluation.networks_per_task, "
+                        "evaluation.batch_size or resources.actors"
                     ) from None
             except RayTaskError as error:
                 if isinstance(error.cause, PdiffError):

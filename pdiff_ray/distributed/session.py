@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import gc
 import logging
@@ -16,6 +17,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdiff_ray.common import signals
@@ -26,6 +28,9 @@ from pdiff_ray.config.schema import Resources
 from pdiff_ray.distributed import ray_address
 
 POLL_S = 0.3
+ANSWER_S = 60.0  # that an actor beside the driver may take to answer, on a busy machine
+WATCH_S = 2.0  # how often Ray's head and node are looked for
+HEAD_LOST_S, NODE_LOST_S = 30.0, 3.0  # after which they count as lost: a head may come back, a node does not
 CONNECT_TIMEOUT_S = 5.0
 CONTEXT_BYTES = 600 * 2**20  # about what CUDA itself takes of a GPU's memory for each process
 
@@ -77,8 +82,9 @@ def connect(resources: Resources, progress: Progress) -> Iterator[str]:
     stop = threading.Event()
 
     def relay() -> None:
-        for update in ray.get(events.take.remote()):
-            progress(*update)
+        with contextlib.suppress(RayError):  # the work finds out for itself what is lost
+            for update in ray.get(events.take.remote(), timeout=ANSWER_S):
+                progress(*update)
 
     def keep_relaying() -> None:
         while not stop.wait(POLL_S):
@@ -87,22 +93,98 @@ def connect(resources: Resources, progress: Progress) -> Iterator[str]:
     thread = threading.Thread(target=keep_relaying, daemon=True)
     thread.start()
     try:
-        yield name
-        stop.set()
-        thread.join()
-        relay()
+        with told_of_losses(), watched(address):
+            yield name
+            stop.set()
+            thread.join()
+            relay()
     finally:
         stop.set()
         thread.join()
-        ray.kill(events)
+        with contextlib.suppress(RayError):
+            ray.kill(events)
         if ours:
             _shutdown()
 
 
+@contextlib.contextmanager
+def told_of_losses() -> Iterator[None]:
+    """Turns what Ray raises when it has lost more than it can make up for into one message; bugs keep their traceback.
+
+    Raises:
+        PdiffError
+    """
+    try:
+        yield
+    except RayTaskError:  # an exception of the code that it runs
+        raise
+    except RayError as error:
+        raise lost(error) from None
+
+
+def lost(error: Exception) -> PdiffError:
+    """Returns the message on a process, node or object that Ray has lost."""
+    return PdiffError(f"Ray: {reason_of(error)}; what is finished is kept, and the same command goes on from there")
+
+
+def reason_of(error: Exception) -> str:
+    """Returns what an error of Ray says, without names and logs of its processes."""
+    said = [line.split(". ")[0] for line in str(error).splitlines() if line and not line.startswith((" ", "\t"))]
+    return "; ".join(sentence.rstrip(".") for sentence in said[:2]) or type(error).__name__
+
+
+@contextlib.contextmanager
+def watched(cluster: str | None) -> Iterator[None]:
+    """Interrupts the work where Ray's head does not answer any more, or where this machine is no node of it any more.
+
+    Ray would end the process after a minute, or let it wait for ever.
+
+    Raises:
+        PdiffError: either is gone.
+    """
+    if (cluster or "").startswith("ray://") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    here = ray.get_runtime_context()
+    own = next(node for node in ray.nodes() if node["NodeID"] == here.get_node_id())
+    head, _, port = here.gcs_address.rpartition(":")
+    needed = {  # by name: address, and the seconds after which it counts as lost
+        f"its head at {here.gcs_address}": ((head, int(port)), HEAD_LOST_S),
+        "its node on this machine": ((own["NodeManagerAddress"], own["NodeManagerPort"]), NODE_LOST_S),
+    }
+    over, gone = threading.Event(), list[str]()
+
+    def look() -> None:
+        answered = dict.fromkeys(needed, time.monotonic())
+        while not over.wait(WATCH_S):
+            for name, (address, patience) in needed.items():
+                try:
+                    socket.create_connection(address, timeout=CONNECT_TIMEOUT_S).close()
+                    answered[name] = time.monotonic()
+                except OSError:
+                    if time.monotonic() - answered[name] > patience and not over.is_set():
+                        gone.append(f"{name} does not answer any more")
+                        _thread.interrupt_main()
+                        return
+
+    threading.Thread(target=look, daemon=True, name="head").start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if gone:
+            raise lost(ConnectionError(gone[0])) from None
+        raise
+    finally:
+        over.set()
+
+
 def beside_driver() -> dict[str, Any]:
-    """Returns options that place an actor on the driver's node, so that the loss of another node does not end it."""
+    """Returns options that place an actor on the driver's node, so that the loss of another node does not end it.
+
+    It is restarted if it dies, without what it knew, which the work can do without.
+    """
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return {"num_cpus": 0, "scheduling_strategy": node}
+    return {"num_cpus": 0, "scheduling_strategy": node, "max_restarts": -1, "max_task_retries": -1}
 
 
 def _init(resources: Resources, address: str | None) -> None:
@@ -224,4 +306,4 @@ def report_failure(events: str, key: str, message: str) -> None:
 def failures(events: str) -> dict[str, str]:
     """Returns the first message that `report_failure` was given for each key."""
     actor: Any = ray.get_actor(events)
-    return ray.get(actor.failed.remote())
+    return ray.get(actor.failed.remote(), timeout=ANSWER_S)

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import ray.train
 import torch.distributed as dist
+from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -18,7 +19,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.kept import default_cache
-from pdiff_ray.distributed.session import failures, gpu_share, report_failure, report_progress, take_place
+from pdiff_ray.distributed.session import failures, gpu_share, lost, report_failure, report_progress, take_place
 from pdiff_ray.stages import base, zoo
 from pdiff_ray.stages.context import Context
 from pdiff_ray.storage.artifacts import Artifact
@@ -77,8 +78,11 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
     trainer._register_sigint_handler = controllers.append  # type: ignore[attr-defined]
     try:
         trainer.fit()
-    except TrainingFailedError:
+    except TrainingFailedError as error:
         if not failures(events):
+            died = [e for e in getattr(error, "worker_failures", {}).values() if isinstance(e, RayError)]
+            if died and not any(isinstance(e, RayTaskError) for e in died):
+                raise lost(died[0]) from None
             raise
         reason = next(iter(failures(events).values()))
         for job in jobs:

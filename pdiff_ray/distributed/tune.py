@@ -21,6 +21,8 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from pdiff_ray.common.errors import PdiffError, StorageError
+from pdiff_ray.common.secrets import without_secrets
+from pdiff_ray.config.schema import Tracking
 from pdiff_ray.data.kept import default_cache
 from pdiff_ray.distributed.session import (
     beside_driver,
@@ -55,7 +57,6 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
     keeper: Any = ray.remote(_Claims).options(name=claims, **beside_driver()).remote()
     gpus = gpu_share(resources.gpus_per_trial, sweep.max_concurrent or 1)
     shared = {
-        "storage": ledger.storage.uri,
         "metric": sweep.metric,
         "events": events,
         "claims": claims,
@@ -67,7 +68,11 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
     searcher = _LedgerSearcher(ledger, unbuildable, shared, on_change)
     storage, name = ledger.storage, f"ray-tune-{uuid.uuid4().hex[:8]}"
     tuner = tune.Tuner(
-        tune.with_resources(_trial, {"cpu": resources.cpus_per_trial, "gpu": gpus}),
+        tune.with_resources(
+            # Not in the trials' configuration, which Tune writes to files, and which is to hold no secrets.
+            tune.with_parameters(_trial, storage=ledger.storage.uri),
+            {"cpu": resources.cpus_per_trial, "gpu": gpus},
+        ),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
@@ -93,7 +98,7 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
             storage.fs.delete_dir(storage.path(f"tmp/{name}"))
 
 
-def _trial(config: dict[str, Any]) -> None:
+def _trial(config: dict[str, Any], storage: str) -> None:
     """Runs one trial in an actor, which later runs others."""
     number, progress = config["number"], report_progress(config["events"])
     context = Context(
@@ -111,7 +116,7 @@ def _trial(config: dict[str, Any]) -> None:
     try:
         objective = run_trial(
             config["experiments"],
-            Storage(config["storage"]),
+            Storage(storage),
             context,
             config["metric"],
             lambda artifact: _claimed(artifact, config["claims"]),
@@ -160,7 +165,8 @@ class _LedgerSearcher(_NotInSnapshots, Searcher):
                 self.on_change(failed)
                 continue
             self.trials[trial_id] = trial
-            return {**self.shared, "number": trial.number, "curve": trial.curve, "experiments": experiments}
+            anywhere = [e.model_copy(update={"storage": None, "tracking": Tracking()}) for e in experiments]
+            return {**self.shared, "number": trial.number, "curve": trial.curve, "experiments": anywhere}
         return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -242,7 +248,7 @@ class _Recorder(_NotInSnapshots, tune.Callback):
         known = failures(self.searcher.shared["events"])
         told = known.get(f"trial {self.searcher.trials[trial.trial_id].number}")
         last = (trial.get_error() or "its process died").strip().splitlines()[-1]
-        self._end(trial, state="failed", reason=told or last, crashed=True)
+        self._end(trial, state="failed", reason=without_secrets(told or last), crashed=True)
 
     def _end(self, trial: Any, **outcome: Any) -> None:
         seconds = round(time.monotonic() - self.started.get(trial.trial_id, time.monotonic()), 3)
