@@ -1,7 +1,11 @@
-"""Writes the tables of fields in the documentation from the schema: `uv run python docs/generate.py`."""
+"""Writes the tables of fields in the documentation from the schema: `uv run python docs/generate.py`.
+
+With a folder of rows that `tests/test_families.py` has written, also the table of networks.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from pdiff_ray.config.sweep import Parameter, Sweep
 
 FOLDER = Path(__file__).parent
 MARK = "<!-- fields: made by docs/generate.py from the schema -->\n"
+NETWORKS, NETWORKS_MARK = "networks.md", "<!-- networks: made by docs/generate.py from the rows that "
 TABLES = {
     "configuration.md": [(Experiment, "")],
     "sweeps.md": [(Sweep, "sweep."), (Parameter, "sweep.parameters.PATH.")],
@@ -67,6 +72,26 @@ def page(name: str) -> str:
     return "\n".join([head + MARK, "| field | default | |", "|---|---|---|", *lines]) + "\n"
 
 
+def networks(folder: Path) -> str:
+    """The page of networks with the rows in a folder, and how many there are of each kind."""
+    lines = [file.read_text(encoding="utf-8").strip() for file in sorted(folder.glob("*.md"))]
+    refused, whole, bits = (
+        sum(word in line for line in lines) for word in ("| refused: ", "| runs whole: ", "equal bits")
+    )
+    split = len(lines) - refused - whole
+    counts = (
+        f"Of {len(lines)} networks, {len(lines) - refused} are accepted: {split} are split, of which {bits} give equal "
+        f"bits, and {whole} run whole. {refused} are refused."
+    )
+    page = (FOLDER / NETWORKS).read_text(encoding="utf-8")
+    head, mark, rest = page.partition(NETWORKS_MARK)
+    head += mark + rest.partition("\n")[0]
+    columns = ["| from | module | network | parameters | pixels | |", "|---|---|---|---|---|---|"]
+    return "\n".join([head, "", counts, "", *columns, *lines]) + "\n"
+
+
 if __name__ == "__main__":
+    for rows_of in sys.argv[1:]:
+        (FOLDER / NETWORKS).write_text(networks(Path(rows_of)), encoding="utf-8")
     for name in TABLES:
         (FOLDER / name).write_text(page(name), encoding="utf-8")

@@ -22,6 +22,14 @@ def test_the_table_of_fields_is_the_schemas(name):
         assert line in ("", "| field | default | |") or not line.endswith("|  |"), f"{line}: it has no description"
 
 
+def test_the_table_of_networks_is_counted(tmp_path):
+    page = (generate.FOLDER / generate.NETWORKS).read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith(("| timm |", "| torchvision |"))]
+    for row in rows:
+        (tmp_path / "{}-{}.md".format(*row.replace(" ", "").split("|")[1:3])).write_text(row + "\n", encoding="utf-8")
+    assert generate.networks(tmp_path) == page
+
+
 def test_links_lead_to_files():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
