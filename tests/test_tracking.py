@@ -334,9 +334,7 @@ def test_a_trial_says_what_its_artifacts_do(swept):
         summary = {g["group"]: g for g in report.load_summary(artifacts)["groups"]}
         assert run.data.metrics["objective"] == trial.objective
         assert run.data.metrics["generated/best_test_accuracy"] == summary["generated"]["best"]
-        assert run.data.metrics["accuracy in percent/generated mean"] == pytest.approx(
-            100 * summary["generated"]["mean"]
-        )
+        assert run.data.metrics["accuracy/generated"] == pytest.approx(100 * summary["generated"]["mean"])
         assert run.data.tags["pdiff.key"] == artifacts["report"].key
         assert run.data.tags["pdiff.sweep"] == ledger.key
         assert run.data.params["generator.members"] == str(trial.assignment["generator.members"])

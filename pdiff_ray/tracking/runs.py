@@ -30,10 +30,10 @@ MAX_VALUE = 500  # characters of a parameter
 MAX_KEY, MAX_READABLE = 250, 100  # characters of a name: that MLflow takes, and of one that is changed
 REFUSED = r"[^\w ./:-]"  # characters that MLflow does not take in names
 COMPARED = {  # accuracies, by the names of their charts
-    "original mean": "original/mean_test_accuracy",
+    "original": "original/mean_test_accuracy",
     "ensemble": "ensemble/mean_test_accuracy",
-    "generated best": "generated/best_test_accuracy",
-    "generated mean": "generated/mean_test_accuracy",
+    "best generated": "generated/best_test_accuracy",
+    "generated": "generated/mean_test_accuracy",
 }
 PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"  # MLflow's tags
 OBJECTIVE = "objective"  # the metric that a sweep's trials are compared by, whatever it is
@@ -243,7 +243,7 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Mlfl
 
 def _in_percent(metrics: Mapping[str, float]) -> dict[str, float]:
     """Returns the accuracies that charts compare once more: with two decimals, as charts have, fractions are alike."""
-    return {f"accuracy in percent/{name}": 100 * metrics[of] for name, of in COMPARED.items() if of in metrics}
+    return {f"accuracy/{name}": 100 * metrics[of] for name, of in COMPARED.items() if of in metrics}
 
 
 def _made(experiment: Experiment, artifacts: Mapping[str, Artifact], stages: Sequence[str]) -> dict[str, Any]:
