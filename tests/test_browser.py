@@ -120,7 +120,7 @@ def test_trials_of_a_sweep_are_sorted_by_the_objective(page, pages, ledger):
 
 def test_charts_of_a_sweep_are_those_of_its_trials(page, pages):
     visit(page, pages["members"]["charts"])
-    sees(page, "8 matching runs", "autoencoder/loss")
+    sees(page, "8 matching runs", "accuracy in percent/generated mean")
     expect(page.get_by_placeholder("Search metric charts")).to_be_visible()
     picture(page, "mlflow-charts")
 
@@ -163,6 +163,14 @@ def test_an_experiment_without_a_sweep_has_pages_too(page, pages):
     visit(page, links["trials"])
     sees(page, "2 matching runs", "Sort: generated/best_test_accuracy")
     visit(page, links["charts"])
-    sees(page, "2 matching runs", "autoencoder/loss")
+    sees(page, "2 matching runs", "accuracy in percent/generated mean")
     visit(page, links["compare"])
     sees(page, "Comparing 2 Runs from 1 Experiment")
+
+
+def test_data_sets_and_models_have_their_places(page, pages):
+    latest = pages["alone"]["latest"]
+    visit(page, latest)
+    sees(page, "Datasets", "digits (", "System metrics")
+    visit(page, re.sub(r"/runs/[^?]*", "/models", latest))
+    sees(page, "generated-", "base-", "Ready")
