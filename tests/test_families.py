@@ -65,7 +65,7 @@ def experiment_of(name, source, size, folder, layers):
             "storage": str(folder),
             "data": {"name": "custom", "source": "parquet", "root": str(folder.parent / "images"), "image_size": size},
             "network": {"name": name, "source": source},
-            "training": {"epochs": 0, "batch_size": 8},  # what is trained is the subset
+            "training": {"epochs": 1, "batch_size": 8},  # some start with logits that are all zero
             "zoo": {"members": 2, "subset": layers, "warmup_steps": 0, "steps_per_member": 1, "batch_size": 4},
             "generator": {"name": "gaussian"},
             "sampling": {"samples": 2},
