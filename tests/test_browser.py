@@ -120,7 +120,7 @@ def test_trials_of_a_sweep_are_sorted_by_the_objective(page, pages, ledger):
 
 def test_charts_of_a_sweep_are_those_of_its_trials(page, pages):
     visit(page, pages["members"]["charts"])
-    sees(page, "8 matching runs", "accuracy in percent/generated mean")
+    sees(page, "8 matching runs", "accuracy/generated")
     expect(page.get_by_placeholder("Search metric charts")).to_be_visible()
     picture(page, "mlflow-charts")
 
@@ -163,7 +163,7 @@ def test_an_experiment_without_a_sweep_has_pages_too(page, pages):
     visit(page, links["trials"])
     sees(page, "2 matching runs", "Sort: generated/best_test_accuracy")
     visit(page, links["charts"])
-    sees(page, "2 matching runs", "accuracy in percent/generated mean")
+    sees(page, "2 matching runs", "accuracy/generated")
     visit(page, links["compare"])
     sees(page, "Comparing 2 Runs from 1 Experiment")
 
