@@ -75,8 +75,8 @@ def test_all_trials_can_be_planned(path, preset, load):
         plan = make_plan(experiment)
         assert plan.missing[0] == "base"
         shape = experiment.data.model_dump_json(include={"name", "channels", "image_size"})
-        subset = subset_of(experiment, network_of(shape, experiment.network.model_dump_json()))
         with torch.device("meta"):
+            subset = subset_of(experiment, network_of(shape, experiment.network.model_dump_json()))
             Autoencoder(experiment.generator.autoencoder, subset.size)
             Diffusion(experiment.generator.diffusion, experiment.generator.autoencoder.latent_dim)
 
