@@ -63,11 +63,11 @@ def killed(name):
 @pytest.mark.parametrize(
     ("name", "seen", "sections"),
     [
-        ("gcs/gcs_server", "zoo: 0/400", LONG),
-        ("raylet/raylet", "zoo: 0/400", LONG),
+        ("gcs/gcs_server", " 0/400", LONG),
+        ("raylet/raylet", " 0/400", LONG),
         ("raylet/raylet", "trial 0", {"generator": LONG["generator"]}),
-        ("TrainController", "zoo: 0/400", LONG),
-        ("RayTrainWorker", "zoo: 0/400", {**LONG, "resources": {"max_failures": 0}}),
+        ("TrainController", " 0/400", LONG),
+        ("RayTrainWorker", " 0/400", {**LONG, "resources": {"max_failures": 0}}),
     ],
 )
 def test_what_ray_cannot_make_up_for_is_one_message(tmp_path, name, seen, sections):

@@ -85,7 +85,7 @@ LONG = {"zoo": {"members": 400}, "generator": {"diffusion": {"steps": 20000}}}
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
     ("seen", "sections"),
-    [("Ray: 0/1", {}), ("zoo: 0/400", LONG), ("zoo: 12/12", {"generator": LONG["generator"]})],
+    [("Ray: 0/1", {}), (" 0/400", LONG), (" 12/12", {"generator": LONG["generator"]})],
     ids=["start", "train", "tune"],
 )
 def test_on_ray_nothing_but_the_message_is_printed(tmp_path, number, seen, sections):
