@@ -59,6 +59,9 @@ def killed(name):
     return act
 
 
+ONE_ZOO = {"parameters": {"generator.members": [4, 12]}}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "seen", "sections"),
@@ -67,7 +70,8 @@ def killed(name):
         ("raylet/raylet", " 0/400", LONG),
         ("raylet/raylet", "trial 0", {"generator": LONG["generator"]}),
         ("TrainController", " 0/400", LONG),
-        ("RayTrainWorker", " 0/400", {**LONG, "resources": {"max_failures": 0}}),
+        # Several zoos may each lose a worker.
+        ("RayTrainWorker", " 0/400", {**LONG, "resources": {"max_failures": 0}, "sweep": ONE_ZOO}),
     ],
 )
 def test_what_ray_cannot_make_up_for_is_one_message(tmp_path, name, seen, sections):

@@ -80,7 +80,9 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
         trainer.fit()
     except TrainingFailedError as error:
         if not failures(events):
-            died = [e for e in getattr(error, "worker_failures", {}).values() if isinstance(e, RayError)]
+            failed = getattr(error, "worker_failures", {}).values()
+            causes = [getattr(e, "health_check_failure", e) for e in failed]  # one that was killed is found so
+            died = [e for e in causes if isinstance(e, RayError)]
             if died and not any(isinstance(e, RayTaskError) for e in died):
                 raise lost(died[0]) from None
             raise
