@@ -25,7 +25,7 @@ from pdiff_ray.stages.base import load_state
 from pdiff_ray.stages.report import load_summary
 from pdiff_ray.stages.stored import Networks
 from pdiff_ray.storage import artifacts, sealed
-from pdiff_ray.storage.artifacts import Artifact, artifact_key, is_finished, opened, read_manifest
+from pdiff_ray.storage.artifacts import WORK, Artifact, artifact_key, is_finished, opened, read_manifest
 from pdiff_ray.storage.checks import Findings, folders, verify
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.storage.parameters import ParameterStore
@@ -491,7 +491,7 @@ def test_verify_names_all_and_notes_the_rest(root):
     extra = extra.with_name("mine.txt")
     extra.touch()
     assert f"note: {extra}: no manifest knows it" in pdiff("artifacts", "verify", "--storage", root)
-    damaged = [next(root.glob(name)) for name in ("sweeps/*/trials/*", "sweeps/*/summary.md", "zoo/*/work/*")]
+    damaged = [next(root.glob(name)) for name in ("sweeps/*/trials/*", "sweeps/*/summary.md", f"zoo/*/{WORK}/*")]
     for file in damaged:
         file.write_bytes(file.read_bytes()[:-1])
     printed = pdiff("artifacts", "verify", "--storage", root, "--json", code=2)

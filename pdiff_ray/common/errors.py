@@ -4,7 +4,7 @@ traceback."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import islice
 
 from pdiff_ray.common.secrets import without_secrets
@@ -50,3 +50,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return ""
     near = difflib.get_close_matches(name, dict.fromkeys(islice(known, MAX_KNOWN)), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def some_of(names: Collection[str]) -> str:
+    """Returns names as part of a message: all of a few, the first and the last of many."""
+    listed = list(names)
+    return ", ".join(listed if len(listed) <= 6 else [*listed[:3], "...", *listed[-2:]])

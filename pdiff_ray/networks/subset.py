@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pdiff_ray.common.errors import ConfigError, did_you_mean, first_line
+from pdiff_ray.common.errors import ConfigError, did_you_mean, first_line, some_of
 from pdiff_ray.common.registry import Registry
 from pdiff_ray.config.schema import SubsetRule
 
@@ -287,7 +287,7 @@ def _names(network: nn.Module, patterns: Sequence[str], _: Tensor | None) -> Ite
     for pattern in patterns:
         matched = fnmatch.filter(parameters, pattern)
         if not matched:
-            near = did_you_mean(pattern, parameters) or f"; it has {_some(parameters)}"
+            near = did_you_mean(pattern, parameters) or f"; it has {some_of(parameters)}"
             raise ConfigError(f"{pattern!r} matches no parameter of the network{near}")
         yield from matched
 
@@ -309,7 +309,7 @@ def _parameters_of(
         raise ConfigError("the network has no normalization layer; choose by names: instead")
     if start < 0 or stop > len(layers):
         raise ConfigError(
-            f"{value} goes beyond the network's {len(layers)} normalization layers{which}: {_some(layers)}"
+            f"{value} goes beyond the network's {len(layers)} normalization layers{which}: {some_of(layers)}"
         )
     modules = dict(network.named_modules())
     return [f"{name}.{own}" for name in layers[start:stop] for own, _ in modules[name].named_parameters(recurse=False)]
@@ -328,7 +328,3 @@ RULES: Registry[Callable[[nn.Module, Any, Tensor | None], Iterable[str]]] = Regi
         "function": lambda network, name, images: FUNCTIONS[name](network),
     },
 )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names if len(names) <= 8 else [*names[:4], "...", *names[-4:]])

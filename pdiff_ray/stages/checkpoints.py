@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.common.errors import ConfigError, some_of
 from pdiff_ray.common.progress import Progress, silent
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.kept import default_cache
@@ -77,10 +77,10 @@ class Report:
             by_reason.setdefault(reason, []).append(name)
         lines = [
             f"base: {self.base}" if self.base else "",
-            f"members: {len(self.members)}, in the order of {self.order}: {_some(self.members)}",
+            f"members: {len(self.members)}, in the order of {self.order}: {some_of(self.members)}",
             *(f"weights: {how}, in {count} of them" for how, count in self.found.items()),
             *(f"ignored: {what}, in {count} of them" for what, count in self.ignored.items()),
-            *(f"left out: {_some(names)}: {reason}" for reason, names in by_reason.items()),
+            *(f"left out: {some_of(names)}: {reason}" for reason, names in by_reason.items()),
         ]
         return "\n".join(line for line in lines if line)
 
@@ -233,7 +233,7 @@ def _named_alike(names: Sequence[str], folder: Path, report: Report) -> list[str
     kept = set(several or [form for form in counts if "#" in form] or counts)
     for name in names:
         if forms[name] not in kept:
-            report.left_out[name] = f"named in another way than {_some(sorted(kept))}; --pattern takes it"
+            report.left_out[name] = f"named in another way than {some_of(sorted(kept))}; --pattern takes it"
     return [name for name in names if forms[name] in kept]
 
 
@@ -288,7 +288,7 @@ class _Wanted:
                     "save the weights before that"
                 )
         others = [name for name in found.tensors if name.removeprefix(found.prefix) not in tensors]
-        ignored = f"what the network has not: {_some(others)}" if others else ""
+        ignored = f"what the network has not: {some_of(others)}" if others else ""
         return Checkpoint(file, label, tensors, _numbers(content), str(found), ignored)
 
     def take_base(self, checkpoint: Checkpoint) -> None:
@@ -383,7 +383,3 @@ def _stem(name: str) -> str:
 def _natural(name: str) -> list[Any]:
     """Returns what orders names by the numbers in them."""
     return [int(piece) if i % 2 else piece for i, piece in enumerate(re.split(r"(\d+)", name))]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])

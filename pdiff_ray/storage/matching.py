@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pdiff_ray.common.errors import ConfigError, did_you_mean
+from pdiff_ray.common.errors import ConfigError, did_you_mean, some_of
 from pdiff_ray.storage.weights import ALONE, Foreign, Weight
 
 # Parts of names that torch.compile, FSDP and activation checkpointing put between those of modules.
@@ -76,7 +76,7 @@ def match(
         ends = [replace(p, paths=[path]) for p in places for path in p.paths if path.split(".")[-1] == key]
         places = exact or ends
         if not places:
-            raise ConfigError(f"holds no tensors under {key!r} (--weights); it does under {_some(keys) or 'no key'}")
+            raise ConfigError(f"holds no tensors under {key!r} (--weights); it does under {some_of(keys) or 'no key'}")
     if prefix is not None:
         prefix = prefix and f"{prefix.rstrip('.')}."
     whole = _behind(places, parameters, prefix)
@@ -103,7 +103,7 @@ def _only(found: list[Match]) -> Match:
         option, names = "--weights", [m.path or "the top" for m in found]
     else:
         option, names = "--prefix", [m.prefix for m in found]
-    raise ConfigError(f"holds the network's weights {len(found)} times: {_some(names)}; choose with {option}")
+    raise ConfigError(f"holds the network's weights {len(found)} times: {some_of(names)}; choose with {option}")
 
 
 def _nothing(content: Any, places: list[Match], parameters: Collection[str], prefix: str | None) -> str:
@@ -111,8 +111,8 @@ def _nothing(content: Any, places: list[Match], parameters: Collection[str], pre
     if places:
         behind = "" if prefix is None else f" behind the prefix {prefix!r} (--prefix)"
         return (
-            f"holds none of the network's parameters{behind}, which are {_some(parameters)}; it has "
-            f"{_some(max(places, key=lambda place: len(place.tensors)).tensors)}. Is it of another network?"
+            f"holds none of the network's parameters{behind}, which are {some_of(parameters)}; it has "
+            f"{some_of(max(places, key=lambda place: len(place.tensors)).tensors)}. Is it of another network?"
         )
     foreign = {"": content} if isinstance(content, Foreign) else content if isinstance(content, dict) else {}
     for key, value in foreign.items():
@@ -160,8 +160,3 @@ def _behind(places: list[Match], names: Collection[str], prefix: str | None) -> 
             if prefix is None or before in (prefix, _shortened(prefix))
         ]
     return found
-
-
-def _some(names: Collection[str]) -> str:
-    listed = [str(name) for name in names]
-    return ", ".join(listed if len(listed) <= 6 else [*listed[:3], "...", *listed[-2:]])
