@@ -91,12 +91,16 @@ def build(name, source, folder):
                 last = list(untrained_network(experiment).named_parameters())[-1][0]
                 layers = {"names": [last.rpartition(".")[0] + ".*"]}
                 continue
-            one = context()  # which keeps the judge, with the network in two parts
-            for stage in EVALUATED:
-                build_missing(stage, experiment, plan.artifacts, one)
-            return experiment, plan.artifacts, one
+            return run(plan)
     assert refused.startswith("network")
     return refused
+
+
+def run(plan):
+    one = context()  # which keeps the judge, with the network in two parts
+    for stage in EVALUATED:
+        build_missing(stage, plan.experiment, plan.artifacts, one)
+    return plan.experiment, plan.artifacts, one
 
 
 @torch.no_grad()
@@ -156,14 +160,28 @@ def close(found, expected, tolerance=1e-4):
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()) + 1e-9)
 
 
+def write_images(folder):
+    write_parquet(folder / "images/train.parquet", pixels(20), torch.arange(20).numpy() % 4)
+    write_parquet(folder / "images/test.parquet", pixels(8, seed=1), torch.arange(8).numpy() % 4)
+
+
+@pytest.mark.parametrize("name", ["convnet_mini", "mlp_mini", "resnet_mini", "vit_mini", "convnext_mini"])
+def test_small_networks_of_the_paper_are_generated_whole(name, tmp_path):
+    write_images(tmp_path)
+    plan = make_plan(experiment_of(name, "paper", 32, tmp_path / "storage", "all"))
+    assert check_plan(plan) == sum(p.numel() for p in untrained_network(plan.experiment).parameters())
+    result = check(*run(plan), tmp_path / "exported")
+    assert result.startswith("0.0% shared, equal")
+    assert "not stacked" not in result
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("source", "family"), FAMILIES, ids=["-".join(pair) for pair in FAMILIES])
 def test_family(source, family, tmp_path):
     name, parameters = smallest(source, family)
     if parameters > LARGEST:
         pytest.skip(f"{name} has {parameters:,} parameters")
-    write_parquet(tmp_path / "images/train.parquet", pixels(20), torch.arange(20).numpy() % 4)
-    write_parquet(tmp_path / "images/test.parquet", pixels(8, seed=1), torch.arange(8).numpy() % 4)
+    write_images(tmp_path)
     built = build(name, source, tmp_path)
     if isinstance(built, str):
         size, result = "", f"refused: {built}"

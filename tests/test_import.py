@@ -310,7 +310,7 @@ REFUSED = {
     ),
     "quantized": (lambda s: {**s, "fc.weight": s["fc.weight"].char()}, ["fc.weight is torch.int8", "quantized"]),
     "not finite": (lambda s: {**s, "fc.weight": s["fc.weight"] * float("nan")}, ["fc.weight holds", "not finite"]),
-    "a whole module": (lambda s: NETWORK, ["an object of pdiff_ray.networks.build.ConvNet", "state_dict()"]),
+    "a whole module": (lambda s: NETWORK, ["an object of pdiff_ray.networks.paper.ConvNet", "state_dict()"]),
     "a module under a key": (lambda s: {"net": NETWORK}, ["ConvNet under 'net'", "state_dict()"]),
     "an object in place of a tensor": (lambda s: {**s, "fc.bias": Touch("x")}, ["lacks fc.bias"]),
     "no tensors": (lambda s: {"epoch": 3}, ["no tensors by name"]),

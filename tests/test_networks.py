@@ -1,5 +1,7 @@
 """Networks by name, and the subsets that rules choose from them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from timm import layers
@@ -7,11 +9,13 @@ from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
 from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.config import sweep
 from pdiff_ray.config.schema import Network, SubsetRule
-from pdiff_ray.data.sources import DATASETS, DataInfo
+from pdiff_ray.data.sources import DATASETS, DataInfo, describe
 from pdiff_ray.networks.build import _new_head, build_network, check_network, load_tensors
 from pdiff_ray.networks.subset import RULES, Subset, main_path_norm_layers, norm_layers, resolve
 
+ROOT = Path(__file__).parents[1]
 MNIST, CIFAR, DIGITS = DATASETS["mnist"], DATASETS["cifar10"], DATASETS["digits"]
 
 
@@ -38,7 +42,17 @@ def resnet18():
 
 @pytest.mark.parametrize(
     ("name", "info", "count"),
-    [("s1", MNIST, 25_450), ("s2", MNIST, 55_050), ("s3", MNIST, 152_970), ("convnet3", CIFAR, 94_762)],
+    [
+        ("s1", MNIST, 25_450),
+        ("s2", MNIST, 55_050),
+        ("s3", MNIST, 152_970),
+        ("convnet3", CIFAR, 94_762),
+        ("convnet_mini", CIFAR, 24_262),  # from here on as published
+        ("mlp_mini", CIFAR, 66_970),
+        ("resnet_mini", CIFAR, 25_138),
+        ("vit_mini", CIFAR, 80_714),
+        ("convnext_mini", CIFAR, 74_970),
+    ],
 )
 def test_paper_networks(name, info, count):
     network = build(name, info)
@@ -300,6 +314,33 @@ def test_last_two_norm_layers_of_transformers(name, args, size):
     assert subset.size == size
     assert len(layers_of(subset)) == 2
     assert layers_of(subset)[-1] in ("norm", "head.norm")
+
+
+LARGE = {  # of the paper's tables, without weights: the published sizes of their subset
+    "resnet18": (2048, ["layer4.1.bn1", "layer4.1.bn2"]),
+    "resnet50": (5120, ["layer4.2.bn2", "layer4.2.bn3"]),
+    "vit_tiny_patch16_224": (768, ["blocks.11.norm2", "norm"]),
+    "vit_base_patch16_224": (3072, ["blocks.11.norm2", "norm"]),
+    "convnext_tiny": (3072, ["stages.3.blocks.2.norm", "head.norm"]),
+    "convnext_base": (4096, ["stages.3.blocks.2.norm", "head.norm"]),
+}
+
+
+def test_last_two_norm_layers_of_the_papers_large_networks():
+    file = sweep.load(ROOT / "sweeps/paper_table1.yaml")
+    cells, seen = [file.vary(assignment) for assignment in file.sweep.grid()], set()
+    assert len(cells) == 48
+    assert {cell.network.name for cell in cells} == set(LARGE)
+    for cell in cells:
+        info, name = describe(cell.data), cell.network.name
+        assert (cell.zoo.subset, info.channels, info.image_size) == (rule(last_norm_layers=2), 3, 224)
+        if name in seen:  # from here on, data sets differ in the number of classes alone
+            continue
+        seen.add(name)
+        with torch.device("meta"):
+            network = build_network(cell.network.model_copy(update={"pretrained": False}), info)
+            subset = resolve(cell.zoo.subset, network, images=torch.zeros(1, 3, 224, 224))
+        assert (subset.size, layers_of(subset)) == LARGE[name]
 
 
 class Ordered(nn.Module):

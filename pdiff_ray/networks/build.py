@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,60 +18,7 @@ from pdiff_ray.common.registry import Registry
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config.schema import Network
 from pdiff_ray.data.sources import DataInfo
-
-
-class MLP(nn.Sequential):
-    """A fully connected ReLU network of flattened images."""
-
-    def __init__(self, in_channels: int, image_size: int, num_classes: int, hidden: Sequence[int]) -> None:
-        widths = [in_channels * image_size**2, *hidden]
-        layers: list[nn.Module] = [nn.Flatten()]
-        for width_in, width_out in pairwise(widths):
-            layers += [nn.Linear(width_in, width_out), nn.ReLU()]
-        super().__init__(*layers, nn.Linear(widths[-1], num_classes))
-
-
-class ConvNet(nn.Module):
-    """3 x 3 convolutions with BatchNorm and ReLU, halved between them where the image allows, then average pooling."""
-
-    def __init__(
-        self, in_channels: int, image_size: int, num_classes: int, widths: Sequence[int] = (32, 64, 128)
-    ) -> None:
-        super().__init__()
-        channels, size = in_channels, image_size
-        self.layers = nn.ModuleList()
-        for index, width in enumerate(widths):
-            halved = index < len(widths) - 1 and size >= 4
-            layer = {
-                "conv": nn.Conv2d(channels, width, 3, padding=1, bias=False),
-                "bn": nn.BatchNorm2d(width),
-                "relu": nn.ReLU(),
-                "pool": nn.MaxPool2d(2) if halved else nn.Identity(),
-            }
-            self.layers.append(nn.Sequential(OrderedDict(layer)))
-            channels, size = width, size // 2 if halved else size
-        self.fc = nn.Linear(channels, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        for layer in self.layers:
-            images = layer(images)
-        return self.fc(images.mean((2, 3)))
-
-
-# The paper calls S-1 to S-3 and ConvNet-3 networks of 25 k to 155 k parameters and leaves their sizes open. With
-# MNIST's 784 inputs these have 25,450, 55,050 and 152,970; the ConvNet-3 has 94,762 with three input channels and 10
-# classes.
-NETWORKS: Registry[Callable[..., nn.Module]] = Registry(
-    "network of the paper",
-    {
-        "s1": partial(MLP, hidden=[32]),
-        "s2": partial(MLP, hidden=[64, 64]),
-        "s3": partial(MLP, hidden=[160, 160]),
-        "convnet3": partial(ConvNet, widths=(32, 64, 128)),
-        "convnet": ConvNet,
-    },
-)
-
+from pdiff_ray.networks.paper import NETWORKS
 
 HUB, FOLDER = ("hf-hub:", "hf_hub:"), "local-dir:"  # what timm's names of networks elsewhere begin with
 # What tells torchvision's networks of one image size which it is, by what their names begin with.
