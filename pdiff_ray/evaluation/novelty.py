@@ -1,0 +1,518 @@
+"""Whether samples are replicas of the zoo's members, interpolations, Gaussian-like or new: sample by sample.
+
+Vectors whose kind is known (draws of baselines; networks that no generator has seen) tell how each kind lies among the
+members; the samples are a mixture of these kinds, and how much of each is estimated. `docs/method.md` has the formulas.
+
+Shapes: K members, n samples, m vectors of a yardstick, D values each; F features of a vector.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdiff_ray.evaluation.geometry import Geometry, Place
+
+WORDS = {
+    "replica": "members, or members with less noise than parts them from each other",
+    "interpolation": "averages of members, points between them, or points in few of their main directions",
+    "gaussian-like": "what a Gaussian draws that was fitted to the members",
+    "noise": "members with so much noise that they are farther from every member than members are from each other",
+    "new": "networks of the kind of those that no generator has seen",
+}
+MAJORITY = 0.7  # the share from which on a word holds for the whole; below, samples are a mixture
+NOTICED = 0.1  # the share from which on another word is a part of a mixture
+COLLAPSED = 0.1  # of the members' mean distance: samples whose median distance is less are all alike
+MIN_VECTORS = 10  # of a kind, below which it is not known how it lies
+TOLD = 0.8  # the posterior from which on a sample's word is certain
+FREEDOM = 5.0  # degrees of freedom of the densities: tails heavier than a Gaussian's
+SHRINKAGE = 0.3  # of covariances to their diagonal
+MIN_SPREAD = 0.1  # of features, all of which are logarithms
+MIN_LOSS_SPREAD = 0.02  # of the logarithm of losses
+FAR = 3.0  # times as far from a kind as any of its own vectors: of no known kind
+LOSSES_TELL = ("gaussian-like", "new")  # apart, where weights do not
+CELL = 20  # vectors of samples and yardstick, which a cell of C_T has
+MAX_CELLS = 10
+Z95 = 1.96
+
+
+class Family(NamedTuple):
+    """Vectors of a known kind.
+
+    Attributes:
+        word: of `WORDS`. Replicas farther from the members than these are from each other become noise.
+        vectors: draws (m, D), or a function that makes them, so that one family is in memory at a time.
+        of: what is interpolated, such as "pairs", "the mean", "the subspace"; for sentences.
+    """
+
+    word: str
+    vectors: Tensor | Callable[[], Tensor]
+    of: str = ""
+
+
+@dataclass(frozen=True)
+class Copying:
+    """The data-copying statistic C_T (Meehan, Chaudhuri and Dasgupta 2020) against a yardstick.
+
+    Attributes:
+        c_t: the mean over cells, weighted by the yardstick's share in them, of Z_U: below zero where samples lie closer
+            to the members than the yardstick does.
+        z: of C_T: divided by its standard deviation where samples are of the yardstick's kind, with the yardstick's
+            effective number in place of its number. Copying where it is below -1.96.
+        cells: that are averaged.
+        num: vectors of the yardstick.
+        effective: of how many independent vectors the yardstick is worth, given the autocorrelation of neighbours.
+    """
+
+    c_t: float
+    z: float
+    cells: int
+    num: int
+    effective: float
+
+
+@dataclass(frozen=True)
+class Distances:
+    """How near vectors are to the members.
+
+    Attributes:
+        nearest: mean distance to the nearest member, in units of the mean distance among members.
+        cosine: mean of the largest cosine with a member, both seen from the zoo's mean.
+    """
+
+    nearest: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Undecided:
+    """A question that stays open.
+
+    Attributes:
+        remedy: why, and what else would help.
+        n: how many samples, or vectors of the yardstick, would decide; None if no number of them does.
+    """
+
+    question: str
+    remedy: str
+    n: int | None = None
+
+    def __str__(self) -> str:
+        enough = "" if self.n is None else f"; {self.n} would decide"
+        return f"Undecided {self.question}: {self.remedy}{enough}."
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """What samples are.
+
+    Attributes:
+        word: of `WORDS`, if it holds for `MAJORITY` of the samples; else "mixture"; "unknown" if nothing can be said.
+        text: all of it in sentences, the first of which is the verdict.
+        shares: of each word, by word.
+        families: the share of each family and yardstick, by name.
+        mixed: whether a second word has a share of `NOTICED` or more.
+        words, posteriors: of each sample (n), the likeliest word and its probability.
+        collapsed: whether the samples are all alike.
+        spread: mean distance among samples, in units of that among members.
+        effective_rank, members_rank: of samples and of as many members, where both have more than one.
+        distances: of the samples, the members (each to its nearest fellow) and the yardsticks, by name.
+        copying: C_T by yardstick.
+        certain: by word, the mean probability of the right word over the vectors that are known to be of it.
+        unexplained: share of the samples that are far from every known kind, whose word is that of the nearest.
+        undecided: what cannot be said, and what would decide.
+    """
+
+    word: str
+    text: str
+    shares: dict[str, float]
+    families: dict[str, float]
+    mixed: bool
+    words: tuple[str, ...]
+    posteriors: tuple[float, ...]
+    collapsed: bool
+    spread: float | None
+    effective_rank: float | None
+    members_rank: float | None
+    distances: dict[str, Distances]
+    copying: dict[str, Copying]
+    certain: dict[str, float]
+    unexplained: float
+    undecided: tuple[Undecided, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as JSON values."""
+        return {**asdict(self), "words": list(self.words), "posteriors": [round(p, 4) for p in self.posteriors]} | {
+            "undecided": [asdict(one) for one in self.undecided]
+        }
+
+
+def assess(
+    geometry: Geometry,
+    samples: Tensor,
+    families: Mapping[str, Family],
+    yardsticks: Mapping[str, Tensor],
+    sample_losses: Tensor | None = None,
+    losses: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+) -> Novelty:
+    """Says what samples (n, D) are, one by one and as a whole; arguments as in `Known` and `Known.assess`."""
+    return Known(geometry, families, yardsticks, losses, seed).assess(samples, sample_losses)
+
+
+class Known:
+    """What is known of a zoo: how vectors of each kind lie among its members.
+
+    Args:
+        geometry: of the members that the generator has learned.
+        families: by name, what known ways of making vectors give, 100 of each or more.
+        yardsticks: by name, vectors (m, D) that no generator has seen, in the order in which their runs kept them; what
+            lies as they do is new. Those with fewer than `MIN_VECTORS` give distances alone.
+        losses: of networks of families and yardsticks on validation images (not on test images, which choose nothing),
+            by name. They tell new networks from Gaussian-like ones where the weights do not.
+        seed: of the cells of C_T.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        families: Mapping[str, Family],
+        yardsticks: Mapping[str, Tensor],
+        losses: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.geometry, self.losses, self.seed = geometry, losses or {}, seed
+        self.yardsticks = {name: geometry.place(vectors) for name, vectors in yardsticks.items()}
+        self.kinds: dict[str, _Kind] = {}
+        self.undecided: list[Undecided] = []
+        if geometry.degenerate:
+            self.undecided.append(Undecided("what the samples are", geometry.degenerate))
+            return
+        for name, family in families.items():
+            drawn = geometry.place(family.vectors() if callable(family.vectors) else family.vectors)
+            far = family.word == "replica" and float(drawn.nearest.median()) >= geometry.mean_distance
+            if len(drawn.squares) >= MIN_VECTORS:
+                self.kinds[name] = _Kind("noise" if far else family.word, geometry.features_of(drawn), family.of)
+        for name, place in self.yardsticks.items():
+            if len(place.squares) >= MIN_VECTORS:
+                self.kinds[name] = _Kind("new", geometry.features_of(place))
+            else:
+                question = f"whether samples lie as the {spoken(name)} does"
+                self.undecided.append(Undecided(question, f"it has {len(place.squares)} vectors", MIN_VECTORS))
+        if not any(kind.word == "new" for kind in self.kinds.values()):
+            self.undecided.append(Undecided("whether samples are new", "no yardstick is large enough", MIN_VECTORS))
+
+    @functools.cached_property
+    def certain(self) -> dict[str, float]:
+        """How surely weights tell the kinds' own vectors, by word, if every kind is as likely."""
+        found: dict[str, list[Tensor]] = {}
+        for kind in self.kinds.values():
+            of_words = dict(zip(WORDS, self.by_word(torch.softmax(self.densities(kind.features), 0)), strict=True))
+            found.setdefault(kind.word, []).append(of_words[kind.word])
+        return {word: float(torch.cat(values).mean()) for word, values in found.items()}
+
+    def densities(self, features: Tensor) -> Tensor:
+        """Returns the log density of each kind (kinds, n) at features (n, F)."""
+        return torch.stack([kind.log_density(features) for kind in self.kinds.values()])
+
+    def by_word(self, posterior: Tensor) -> Tensor:
+        """Returns the posterior of each word (words, n) from those of kinds (kinds, n)."""
+        found = posterior.new_zeros(len(WORDS), posterior.shape[1])
+        for row, kind in zip(posterior, self.kinds.values(), strict=True):
+            found[list(WORDS).index(kind.word)] += row
+        return found
+
+    def assess(self, samples: Tensor, losses: Tensor | None = None) -> Novelty:
+        """Says what samples (n, D) are, one by one and as a whole.
+
+        Args:
+            losses: of their networks on validation images (n,).
+        """
+        place = self.geometry.place(samples)
+        facts = self._facts(samples, place)
+        undecided = list(self.undecided)
+        if not len(samples):
+            undecided.append(Undecided("what the samples are", "there are none"))
+        if not len(samples) or not self.kinds:
+            return _unknown(facts, undecided)
+        features = self.geometry.features_of(place)
+        densities = self.densities(features)
+        posterior, told = _mixture(densities), False
+        if losses is not None and (of_losses := self._of_losses(losses.to(densities))):
+            # What the weights give to both words is shared out once more, by losses as well.
+            rows = list(of_losses)
+            mass, told = posterior[rows].sum(0), True
+            posterior[rows] = mass * _mixture(densities[rows] + torch.stack([*of_losses.values()]), mass)
+        return self._verdict(facts, features, posterior, undecided, told)
+
+    def _of_losses(self, losses: Tensor) -> dict[int, Tensor]:
+        """Returns the log density (n,) of samples' losses for each kind, by its row, that losses tell from others.
+
+        Kinds without losses take those of their word. Empty if a word has too few.
+        """
+        found = {}
+        values = losses.clamp(min=1e-12).log()
+        for row, (name, kind) in enumerate(self.kinds.items()):
+            if kind.word in LOSSES_TELL:
+                fellows = [other for other, its in self.kinds.items() if its.word == kind.word and other in self.losses]
+                known = [self.losses[other].to(values) for other in ([name] if name in fellows else fellows)]
+                logs = torch.cat([values[:0], *known]).clamp(min=1e-12).log()
+                if len(logs) < MIN_VECTORS:
+                    return {}
+                variance = float(logs.var(correction=0)) + MIN_LOSS_SPREAD**2
+                found[row] = _log_t((values - logs.mean()).square() / variance, 1, math.log(variance) / 2)
+        return found
+
+    def _facts(self, samples: Tensor, place: Place) -> dict[str, Any]:
+        """Returns what is measured of samples, whatever they are: fields of `Novelty`, `collapsed` to `copying`."""
+        geometry, num, count = self.geometry, len(samples), len(self.geometry.members)
+        facts: dict[str, Any] = dict.fromkeys(("spread", "effective_rank", "members_rank"))
+        facts |= {"collapsed": False, "distances": {}, "copying": {}}
+        if not (unit := geometry.mean_distance):
+            return facts
+        for name, one in {"samples": place, "members": geometry.among, **self.yardsticks}.items():
+            if len(one.squares):
+                nearest, cosine = float(one.nearest.mean()) / unit, float(one.cosines.amax(1).mean())
+                facts["distances"][name] = Distances(nearest, cosine)
+        for name, one in self.yardsticks.items():
+            if found := data_copying(geometry, place, one, self.seed):
+                facts["copying"][name] = found
+        if num > 1:
+            among, both = Geometry(samples), min(num, count)  # a rank grows with the number of vectors
+            facts["collapsed"] = float(among.pair_distances.median()) < COLLAPSED * unit
+            facts["spread"] = among.mean_distance / unit
+            facts["effective_rank"] = among.effective_rank_of([num * index // both for index in range(both)])
+            facts["members_rank"] = geometry.effective_rank_of([count * index // both for index in range(both)])
+        return facts
+
+    def _verdict(
+        self, facts: Mapping[str, Any], features: Tensor, posterior: Tensor, undecided: Sequence[Undecided], told: bool
+    ) -> Novelty:
+        """Puts shares, words and facts into one verdict.
+
+        Args:
+            told: whether losses have told new samples from Gaussian-like ones.
+        """
+        of_words = self.by_word(posterior)
+        shares = dict(zip(WORDS, of_words.mean(1).tolist(), strict=True))
+        families = dict(zip(self.kinds, posterior.mean(1).tolist(), strict=True))
+        best = of_words.max(0)
+        reach = torch.stack([kind.squares(features) / kind.reach for kind in self.kinds.values()])
+        far = float((reach.gather(0, posterior.argmax(0)[None]) > FAR**2).double().mean())
+        first, second = sorted(shares, key=lambda word: -shares[word])[:2]
+        word = first if shares[first] >= MAJORITY else "mixture"
+        undecided = [*undecided, *self._open(shares, first, second, len(features), facts["copying"], told)]
+        strange = f"{far:.0%} of the samples are far from every known kind; their word is that of the nearest."
+        sentences = [
+            f"{word}: {self._listed(shares, families)} of {len(features)} samples.",
+            *_described(facts),
+            *([strange] if far else []),
+            *map(str, undecided),
+        ]
+        return Novelty(
+            word,
+            " ".join(sentences),
+            shares,
+            families,
+            shares[second] >= NOTICED,
+            tuple(list(WORDS)[row] for row in best.indices.tolist()),
+            tuple(best.values.tolist()),
+            certain=self.certain,
+            unexplained=far,
+            undecided=tuple(undecided),
+            **facts,
+        )
+
+    def _open(
+        self,
+        shares: Mapping[str, float],
+        first: str,
+        second: str,
+        num: int,
+        copying: Mapping[str, Copying],
+        told: bool,
+    ) -> Iterator[Undecided]:
+        """Yields the questions that this evidence leaves open."""
+        share = shares[first]
+        needed = math.ceil(Z95**2 * share * (1 - share) / max(1e-9, (share - MAJORITY) ** 2))
+        if needed > num:
+            whole = f"whether the samples are {first} or a mixture of {first} and {second}"
+            yield Undecided(whole, f"{share:.0%} is too close to {MAJORITY:.0%}", needed)
+        for word in (first, second):
+            if shares[word] >= NOTICED and self.certain[word] < TOLD and not (told and word in LOSSES_TELL):
+                remedy = f"of vectors known to be {word}, weights tell {self.certain[word]:.0%}"
+                if word in LOSSES_TELL:
+                    remedy += "; losses on validation images would tell more"
+                yield Undecided(f"how many samples are {word}", remedy)
+        for name, one in copying.items():
+            if one.effective < MIN_VECTORS and abs(one.z) < Z95:
+                remedy = f"neighbours are alike, which makes the {spoken(name)} worth {one.effective:.1f} vectors"
+                needed = math.ceil(MIN_VECTORS * one.num / one.effective)
+                yield Undecided(f"whether samples are nearer to the members than the {spoken(name)}", remedy, needed)
+
+    def _listed(self, shares: Mapping[str, float], families: Mapping[str, float]) -> str:
+        """Returns the words that have a share, largest first, each with the families behind it."""
+        parts = []
+        for word in sorted(shares, key=lambda word: -shares[word]):
+            if shares[word] >= 0.005:
+                own = {n: share for n, share in families.items() if self.kinds[n].word == word and share >= 0.05}
+                names = sorted(own, key=lambda name: -own[name])
+                titles = dict.fromkeys(self.kinds[name].of or spoken(name) for name in names)
+                parts.append(f"{shares[word]:.0%} {word}" + (f" ({', '.join(titles)})" if titles else ""))
+        return ", ".join(parts)
+
+
+class _Kind:
+    """A kind of vectors and its density of features: a multivariate t with a shrunk covariance."""
+
+    def __init__(self, word: str, features: Tensor, of: str = "") -> None:
+        self.word, self.features, self.of = word, features, of
+        self.mean = features.mean(0)
+        centred = features - self.mean
+        covariance = centred.T @ centred / max(1, len(features) - 1)
+        shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * torch.diag(covariance.diagonal())
+        self.factor = torch.linalg.cholesky(shrunk + MIN_SPREAD**2 * torch.eye(len(shrunk)).to(shrunk))
+        self.reach = float(self.squares(features).max())  # of its own vectors
+
+    def squares(self, features: Tensor) -> Tensor:
+        """Returns squared Mahalanobis distances (n,)."""
+        white = torch.linalg.solve_triangular(self.factor, (features - self.mean).T, upper=False)
+        return white.square().sum(0)
+
+    def log_density(self, features: Tensor) -> Tensor:
+        """Returns the log density (n,) at features (n, F)."""
+        return _log_t(self.squares(features), len(self.mean), float(self.factor.diagonal().log().sum()))
+
+
+def _log_t(squares: Tensor, dimension: int, log_scale: float) -> Tensor:
+    """Returns the log density of a multivariate t from squared Mahalanobis distances."""
+    constant = math.lgamma((FREEDOM + dimension) / 2) - math.lgamma(FREEDOM / 2)
+    constant -= dimension / 2 * math.log(FREEDOM * math.pi) + log_scale
+    return constant - (FREEDOM + dimension) / 2 * torch.log1p(squares / FREEDOM)
+
+
+def _mixture(log_densities: Tensor, mass: Tensor | None = None, steps: int = 200) -> Tensor:
+    """Returns the posterior of each kind for each sample (kinds, n): EM over the shares of the kinds.
+
+    Args:
+        log_densities: of the kinds at the samples (kinds, n).
+        mass: how much each sample counts (n,); default: 1.
+    """
+    mass = torch.ones_like(log_densities[0]) if mass is None else mass
+    shares = torch.full_like(log_densities[:, 0], 1 / len(log_densities))
+    for _ in range(steps):
+        posterior = torch.softmax(log_densities + (shares + 1e-12).log()[:, None], 0)
+        shares = (posterior * mass).sum(1) / mass.sum().clamp(min=1e-12)
+    return posterior
+
+
+def data_copying(geometry: Geometry, samples: Place, yardstick: Place, seed: int = 0) -> Copying | None:
+    """Returns C_T (Meehan, Chaudhuri and Dasgupta 2020, section 3) of samples against a yardstick, and its z-score.
+
+    Cells are those of k-means on the members' components, one for every `CELL` vectors of the yardstick. In each, Z_U
+    is the Mann-Whitney statistic of the distances to the nearest member of the cell, standardized; cells with less than
+    `CELL` samples are left out, unless that leaves none: then all is one cell. None if samples or yardstick are empty.
+    """
+    num, others = len(samples.squares), len(yardstick.squares)
+    if not num or not others or geometry.degenerate:
+        return None
+    cells = max(1, min(MAX_CELLS, others // CELL, num // CELL))
+    effective = effective_number(yardstick.nearest) / others
+    scores: list[tuple[int, float, float]] = []
+    while not scores:
+        member_cells, centres = _cells(geometry, cells, seed)
+        sample_cells, other_cells = (torch.cdist(p.components, centres).argmin(1) for p in (samples, yardstick))
+        for cell in range(len(centres)):
+            own = member_cells == cell
+            mine, theirs = samples.distances[sample_cells == cell], yardstick.distances[other_cells == cell]
+            if own.any() and len(theirs) and (len(mine) >= CELL or cells == 1):
+                differences = mine[:, own].amin(1)[:, None] - theirs[:, own].amin(1)
+                above = float((differences > 0).double().mean() + (differences == 0).double().mean() / 2)
+                n, m = len(theirs), len(mine)
+                scores.append((n, _z_u(above, n, m), _z_u(above, max(1.0, n * effective), m)))
+        cells = 1
+    weights = [n / sum(n for n, _, _ in scores) for n, _, _ in scores]
+    c_t = sum(weight * z for weight, (_, z, _) in zip(weights, scores, strict=True))
+    corrected = sum(weight * z for weight, (_, _, z) in zip(weights, scores, strict=True))
+    return Copying(c_t, corrected / math.hypot(*weights), len(scores), others, effective * others)
+
+
+def _z_u(above: float, n: float, m: int) -> float:
+    """Returns the Mann-Whitney U of n and m values, U / nm = above, less its mean and over its deviation."""
+    return (above - 0.5) / math.sqrt((n + m + 1) / (12 * n * m))
+
+
+def _cells(geometry: Geometry, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Returns the cell of each member (K,), and the centres (cells, r), by k-means on their components."""
+    components = geometry.components
+    if count == 1:
+        return torch.zeros(len(components), dtype=torch.long, device=components.device), components.mean(0)[None]
+    from sklearn.cluster import KMeans
+
+    found = KMeans(count, n_init=10, random_state=seed % 2**32).fit(components.cpu().numpy())
+    centres = torch.from_numpy(found.cluster_centers_).to(components)
+    return torch.from_numpy(found.labels_).to(components.device), centres
+
+
+def effective_number(values: Tensor) -> float:
+    """Returns how many independent values a sequence (n,) is worth: n over its autocorrelation time, 1 to n.
+
+    The time is 1 + 2 sum of the autocorrelations of ranks, up to where a pair of neighbouring lags adds up to nothing
+    (Geyer 1992, section 3.3, the initial positive sequence).
+    """
+    count = len(values)
+    if count < 4:
+        return float(count)
+    ranks = values.argsort().argsort().double()
+    centred = ranks - ranks.mean()
+    energy = float(centred.square().sum())
+    total = 0.0
+    for lag in range(0, count - 1, 2):
+        pair = sum(float(centred[: count - k] @ centred[k:]) for k in (lag, lag + 1)) / energy
+        if pair <= 0:
+            break
+        total += pair
+    return count / min(float(count), max(1.0, 2 * total - 1))
+
+
+def _unknown(facts: Mapping[str, Any], undecided: Sequence[Undecided]) -> Novelty:
+    text = " ".join(["unknown:", *map(str, undecided)])
+    return Novelty(
+        "unknown", text, {}, {}, False, (), (), certain={}, unexplained=0.0, undecided=(*undecided,), **facts
+    )
+
+
+def _described(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yields sentences on what is measured."""
+    if facts["collapsed"]:
+        yield "They are collapsed: all alike, compared with members."
+    if facts["spread"] is not None:
+        yield (
+            f"Samples are {facts['spread']:.2f} times as far from each other as members, and have an effective rank of "
+            f"{facts['effective_rank']:.1f} where as many members have {facts['members_rank']:.1f}."
+        )
+    distances = dict(facts["distances"])
+    if "samples" in distances:
+        own = distances.pop("samples")
+        others = [f"{spoken(name)} {one.nearest:.2f} and {one.cosine:.2f}" for name, one in distances.items()]
+        yield (
+            f"Their nearest member is at {own.nearest:.2f} of the mean distance among members, and at a cosine of "
+            f"{own.cosine:.2f} seen from the zoo's mean ({', '.join(others)})."
+        )
+    for name, copying in facts["copying"].items():
+        nearer = "as near to" if abs(copying.z) < Z95 else "nearer to" if copying.z < 0 else "farther from"
+        yield (
+            f"They are {nearer} the members {'as' if nearer.startswith('as') else 'than'} the {spoken(name)} "
+            f"(C_T {copying.c_t:+.1f}, z {copying.z:+.1f})."
+        )
+
+
+def spoken(name: str) -> str:
+    """Returns a name as sentences have it."""
+    return {"held_out": "held-out members"}.get(name, name.replace("_", " "))
