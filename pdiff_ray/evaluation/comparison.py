@@ -19,15 +19,10 @@ RESAMPLES = 2000
 LEVEL = 0.95
 Z = 1.959964  # the standard normal's quantile, two-sided
 EQUAL, EQUAL_OF_ERROR = 0.005, 0.1  # a difference below half a point and a tenth of the error is none
+MAX_NAMED = 3  # groups in a sentence
 CHUNK_VALUES = 2**21
 
 Word = Literal["better", "equal", "undecided", "worse"]
-WORDS: Mapping[Word, str] = {
-    "better": "better than",
-    "equal": "equal to",
-    "undecided": "not told apart from",
-    "worse": "worse than",
-}
 COUNTED = {"networks": "samples", "images": "test images"}
 
 
@@ -72,8 +67,9 @@ class Comparison:
 
     Attributes:
         networks, images: that were judged, of the generated group and of the test set.
-        best: the baseline with the highest mean accuracy on validation images, as test labels choose nothing; None
-            without baselines.
+        against: the baselines.
+        best: the simplest of those that are best on validation images; None without baselines.
+        ahead: baselines above the generated networks, by intervals that are widened for the number of baselines.
         means: of every group.
         differences: by the other group.
     """
@@ -81,29 +77,47 @@ class Comparison:
     generated: str
     networks: int
     images: int
+    against: Sequence[str]
     best: str | None
+    ahead: Sequence[str]
     means: Mapping[str, Interval]
     differences: Mapping[str, Difference]
 
     @property
     def word(self) -> Word | None:
-        """What the generated networks are, beside the best baseline."""
-        return self.differences[self.best].word if self.best else None
+        """What the generated networks are, beside the best baseline.
+
+        Better takes being better than each of them; to be worse than the one that validation images have chosen is
+        enough, or than another one beyond what the best of so many reaches by chance.
+        """
+        if self.best is None:
+            return None
+        found = self.differences[self.best].word
+        if found == "worse" or self.ahead:
+            return "worse"
+        if all(self.differences[name].word == "better" for name in self.against):
+            return "better"
+        return "undecided" if found == "better" else found
 
     @property
     def text(self) -> str:
-        """The comparison with the best baseline, and with the originals, in a sentence."""
+        """The word with its reasons: what was compared, with intervals, and what would decide."""
         if self.best is None:
             return "There is no baseline to compare the samples with."
         found = self.differences[self.best]
-        parts = [f"{found.points} it"]
+        reasons = [f"{found.points} {self.best}, the simplest of the best baselines on validation images"]
         if "original" in self.differences and self.best != "original":
-            parts.append(f"{self.differences['original'].points} the originals")
-        text = (
-            f"{WORDS[found.word]} {self.best}, the best simple baseline on validation images: {', '.join(parts)} "
-            f"(95 % intervals; {self.networks} samples against {found.networks}, {self.images:,} test images)."
-        )
-        if needed := " and ".join(f"{count:,} {COUNTED[kind]}" for kind, count in found.needed.items()):
+            reasons.append(f"{self.differences['original'].points} the originals")
+        counts = f"95 % intervals; {self.networks} samples against {found.networks}, {self.images:,} test images"
+        text = f"{self.word}: {', '.join(reasons)} ({counts})."
+        others = [name for name in self.against if name != self.best]
+        if above := sorted(set(self.ahead) - {self.best}, key=lambda name: self.differences[name].estimate):
+            text += f" Also {' and '.join(f'{self.differences[name].points} {name}' for name in above[:MAX_NAMED])}."
+        elif found.word == "better":
+            near = [name for name in others if self.differences[name].word != "better"]
+            text += f" Not better than {' and '.join(near[:MAX_NAMED])}." if near else " Better than all others, too."
+        if self.word == "undecided" and found.needed:
+            needed = " and ".join(f"{count:,} {COUNTED[kind]}" for kind, count in found.needed.items())
             text += f" {needed} would decide."
         return text
 
@@ -119,6 +133,7 @@ def compare(
     against: Sequence[str],
     generated: str = "generated",
     seed: int = 0,
+    num_validation: float = math.inf,
 ) -> Comparison:
     """Compares mean test accuracies of groups, by a bootstrap over networks and over test images.
 
@@ -130,15 +145,42 @@ def compare(
         wrong: of each group, what `np.packbits` made of each network's wrong test predictions.
         num_images: T, of the test set.
         validation: validation accuracies of each network of the groups in `against`.
-        against: the simple baselines, of which the best one is named; the generated networks are compared with all
-            groups in any case.
+        against: the baselines, the simplest first. The generated networks are compared with all groups in any case.
+        num_validation: validation images: baselines are equally good on them within a standard error of the best one
+            (Breiman et al., 1984).
     """
     groups = {name: _Group.of(packed, num_images) for name, packed in wrong.items()}
     drawn = _drawn(groups, num_images, seed)
-    means = {name: _contrast({name: 1}, groups, drawn)[0] for name in groups}
-    differences = {name: _difference(generated, name, groups, drawn) for name in groups if name != generated}
-    best = max(against, key=lambda name: float(np.mean(validation[name])), default=None)
-    return Comparison(generated, len(wrong[generated]), num_images, best, means, differences)
+    means = {name: _contrast({name: 1}, groups, drawn).interval for name in groups}
+    contrasts = {name: _contrast({generated: 1, name: -1}, groups, drawn) for name in groups if name != generated}
+    differences = {name: _difference(generated, name, groups, found) for name, found in contrasts.items()}
+    return Comparison(
+        generated,
+        len(wrong[generated]),
+        num_images,
+        tuple(against),
+        _best({name: float(np.mean(validation[name])) for name in against}, num_validation),
+        _ahead({name: contrasts[name] for name in against}),
+        means,
+        differences,
+    )
+
+
+def _best(validation: Mapping[str, float], num_images: float) -> str | None:
+    """Returns the first group whose validation accuracy is within a standard error of the highest."""
+    if not validation:
+        return None
+    highest = max(validation.values())
+    limit = highest - math.sqrt(highest * (1 - highest) / num_images)
+    return next(name for name, accuracy in validation.items() if accuracy >= limit)
+
+
+def _ahead(contrasts: Mapping[str, _Contrast]) -> tuple[str, ...]:
+    """Returns the groups that are above the generated networks, by bounds that hold for all of them at once."""
+    spreads = {name: float(found.deviations.std()) for name, found in contrasts.items()}
+    relative = [found.deviations / spreads[name] for name, found in contrasts.items() if spreads[name]]
+    factor = float(np.quantile(np.max(relative, 0), (1 + LEVEL) / 2)) if relative else 0.0
+    return tuple(name for name, found in contrasts.items() if found.interval.estimate + factor * spreads[name] < 0)
 
 
 @dataclass(frozen=True)
@@ -199,30 +241,35 @@ def _drawn(groups: Mapping[str, _Group], num_images: int, seed: int) -> dict[str
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """The variance of an estimate: by networks, by images, and by their interaction."""
+class _Contrast:
+    """A mean, or a difference of two.
 
+    Attributes:
+        deviations: of resamples from it (B,), as wide as the interval.
+        networks, images, both: parts of its variance: by networks, by images, and by their interaction.
+    """
+
+    interval: Interval
+    deviations: np.ndarray
     networks: float
     images: float
-    interaction: float
+    both: float
 
 
-def _contrast(
-    signs: Mapping[str, int], groups: Mapping[str, _Group], drawn: Mapping[str, np.ndarray]
-) -> tuple[Interval, _Parts]:
-    """Returns the sum of some groups' means, each with its sign, and what makes it uncertain.
+def _contrast(signs: Mapping[str, int], groups: Mapping[str, _Group], drawn: Mapping[str, np.ndarray]) -> _Contrast:
+    """Returns the sum of some groups' means, each with its sign.
 
     The interval is the bootstrap's percentiles, stretched as Hesterberg (2015) advises: to the variance's unbiased
     estimate (Searle, Casella and McCulloch, 1992), and to Student's quantile, its degrees of freedom Satterthwaite's.
     """
     chosen = [groups[name] for name in signs]
-    images = np.sum([sign * groups[name].images for name, sign in signs.items()], 0)
-    num_images, estimate = len(images), float(images.mean())
+    shares = np.sum([sign * groups[name].images for name, sign in signs.items()], 0)
+    num_images, estimate = len(shares), float(shares.mean())
     by_networks = sum(group.variance for group in chosen)
-    by_images = float(images.var(ddof=1)) / num_images if num_images > 1 else 0.0
+    by_images = float(shares.var(ddof=1)) / num_images if num_images > 1 else 0.0
     both = sum(group.interaction / (len(group.networks) * num_images) for group in chosen)
-    parts = _Parts(max(0.0, by_networks - both), max(0.0, by_images - both), both)
-    variance = parts.networks + parts.images + parts.interaction
+    networks, images = max(0.0, by_networks - both), max(0.0, by_images - both)  # each has the interaction in it
+    variance = networks + images + both
     spread = [group.variance**2 / (len(group.networks) - 1) for group in chosen if len(group.networks) > 1]
     spread.append(by_images**2 / max(1, num_images - 1))
     deviations = np.sum([sign * drawn[name] for name, sign in signs.items()], 0)
@@ -230,37 +277,35 @@ def _contrast(
     if found > 0 and variance > 0:
         deviations = deviations * math.sqrt(variance / found) * _student(variance**2 / sum(spread)) / Z
     lower, upper = estimate + np.quantile(deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(len(chosen[-1].networks), estimate, float(lower), float(upper)), parts
+    interval = Interval(len(chosen[-1].networks), estimate, float(lower), float(upper))
+    return _Contrast(interval, deviations, networks, images, both)
 
 
-def _difference(
-    generated: str, other: str, groups: Mapping[str, _Group], drawn: Mapping[str, np.ndarray]
-) -> Difference:
-    found, parts = _contrast({generated: 1, other: -1}, groups, drawn)
-    # Halves of a point are much where hardly anything is wrong.
+def _difference(generated: str, other: str, groups: Mapping[str, _Group], contrast: _Contrast) -> Difference:
+    found = contrast.interval
+    # Half a point is much where hardly anything is wrong.
     margin = min(EQUAL, EQUAL_OF_ERROR * (1 - float(groups[other].images.mean())))
     word: Word = "undecided"
     if found.lower > 0 or found.upper < 0:
         word = "better" if found.lower > 0 else "worse"
     elif max(-found.lower, found.upper) <= margin:
         word = "equal"
-    limit: Literal["networks", "images"] = "images" if parts.images >= parts.networks else "networks"
-    networks, images = len(groups[generated].networks), len(groups[generated].images)
-    needed = _needed(margin, parts, networks, images) if word == "undecided" else {}
+    limit: Literal["networks", "images"] = "images" if contrast.images >= contrast.networks else "networks"
+    needed = _needed(margin, contrast, groups[generated]) if word == "undecided" else {}
     return Difference(**asdict(found), word=word, limit=limit, needed=needed)
 
 
-def _needed(margin: float, parts: _Parts, networks: int, images: int) -> dict[str, int]:
+def _needed(margin: float, parts: _Contrast, group: _Group) -> dict[str, int]:
     """Returns how many networks, or images, or both, make the interval as wide as the margin.
 
     Wherever it then lies, it leaves 0 out or is within the margin on both sides.
     """
-    wanted = (margin / 2 / Z) ** 2
+    wanted, networks, images = (margin / 2 / Z) ** 2, len(group.networks), len(group.images)
     if parts.images >= parts.networks and parts.networks < wanted:
-        return {"images": math.ceil(images * (parts.images + parts.interaction) / (wanted - parts.networks))}
+        return {"images": math.ceil(images * (parts.images + parts.both) / (wanted - parts.networks))}
     if parts.networks > parts.images and parts.images < wanted:
-        return {"networks": math.ceil(networks * (parts.networks + parts.interaction) / (wanted - parts.images))}
-    times = (parts.networks + parts.images + parts.interaction) / wanted if wanted else math.inf
+        return {"networks": math.ceil(networks * (parts.networks + parts.both) / (wanted - parts.images))}
+    times = (parts.networks + parts.images + parts.both) / wanted if wanted else math.inf
     return {"networks": math.ceil(times * networks), "images": math.ceil(times * images)} if times < math.inf else {}
 
 
