@@ -58,7 +58,7 @@ def interrupted_zoo(experiment, artifacts, members):
     with pytest.raises(KeyboardInterrupt):
         zoo.build(experiment, artifacts, context(progress=stop))
     kept = ParameterStore(artifacts["zoo"])
-    assert 0 < len(kept.ids) < experiment.zoo.members
+    assert 0 < len(kept.ids) < experiment.zoo.size
     return kept
 
 

@@ -69,7 +69,7 @@ def experiment_of(name, source, size, folder, layers):
             "zoo": {"members": 2, "subset": layers, "warmup_steps": 0, "steps_per_member": 1, "batch_size": 4},
             "generator": {"name": "gaussian"},
             "sampling": {"samples": 2},
-            "evaluation": {"noise_networks": 0, "fine_tuned_networks": 0, "networks_per_program": 2},
+            "evaluation": {"baseline_networks": 0, "fine_tuned_networks": 0, "networks_per_program": 2},
         }
     )
 

@@ -8,8 +8,8 @@ from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.config.schema import Generator, Optimizer, Sampling
 from pdiff_ray.config.section import merge
 from pdiff_ray.generators.autoencoder import Autoencoder, AutoencoderSettings
+from pdiff_ray.generators.baselines import GaussianSettings
 from pdiff_ray.generators.diffusion import Diffusion
-from pdiff_ray.generators.gaussian import GaussianSettings
 from pdiff_ray.generators.interface import NUM_RUNGS, Fitting
 from pdiff_ray.generators.latent_diffusion import LatentDiffusionSettings
 from pdiff_ray.generators.normalizer import Normalizer
@@ -304,6 +304,81 @@ def test_gaussian_view_keeps_distances():
     vectors = draw(20, 14)
     generator, _ = fitted(GaussianSettings(), vectors)
     torch.testing.assert_close(torch.cdist(*[generator.encode(vectors)] * 2), torch.cdist(vectors, vectors))
+
+
+def drawn_by(name, vectors, samples=500, **settings):
+    generator, _ = fitted(Generator.model_validate({"name": name, **settings}), vectors)
+    return generator.sample(samples, Sampling(seed=1), CPU)
+
+
+def weights_of(samples, members):
+    """The weights (n, K) by which samples are combinations of members, which are independent."""
+    return torch.linalg.lstsq(members.T.double(), samples.T.double()).solution.T
+
+
+def test_averages_are_of_so_many_members():
+    members = draw(12, 14) + 3
+    for count in (1, 2, 5, 12, 50):
+        weights = weights_of(drawn_by("average", members, count=count), members)
+        there = weights > 1e-4
+        assert (there.sum(1) == min(count, 12)).all()
+        torch.testing.assert_close(
+            weights[there], torch.full_like(weights[there], 1 / min(count, 12)), rtol=0, atol=1e-5
+        )
+        if count < 12:
+            assert len({tuple(row) for row in there.tolist()}) > 5
+
+
+def test_points_between_lie_between_two_members():
+    members = draw(12, 14) + 3
+    weights = weights_of(drawn_by("interpolation", members), members)
+    assert ((weights > 1e-4).sum(1) <= 2).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(500).double(), rtol=0, atol=1e-4)
+    share = weights.max(1).values
+    assert 0.5 <= share.min() < 0.52 < 0.98 < share.max() <= 1 + 1e-5
+
+
+def test_noise_is_in_standard_deviations_of_each_tensor():
+    subset = Subset((Entry("a", (40_000,), 0, "parameter"), Entry("b", (40_000,), 40_000, "parameter")))
+    member = torch.cat([5 + draw(40_000), 10 * draw(40_000, seed=1) - 3])[None]
+    generator = make_generator(Generator.model_validate({"name": "noise", "sigma": 0.5}), subset)
+    generator.fit(member, Fitting(CPU, 0))
+    noise = generator.sample(1, Sampling(seed=7), CPU)[0] - member[0]
+    assert noise[:40_000].std() == pytest.approx(0.5, rel=0.02)
+    assert noise[40_000:].std() == pytest.approx(5, rel=0.02)
+
+
+def test_the_diagonal_gaussian_has_each_values_moments_and_no_more():
+    members = torch.linspace(-1, 1, 14) + draw(60, 5) @ draw(5, 14, seed=1)
+    drawn = drawn_by("gaussian_diagonal", members, samples=20_000)
+    torch.testing.assert_close(drawn.std(0), members.std(0), rtol=0.05, atol=0)
+    off_diagonal = torch.corrcoef(drawn.T) - torch.eye(14)
+    assert off_diagonal.abs().max() < 0.05
+    assert (torch.corrcoef(members.T) - torch.eye(14)).abs().max() > 0.5
+
+
+def test_the_principal_gaussian_has_the_leading_components():
+    components = torch.linalg.qr(draw(14, 14)).Q[:4]
+    members = 2 + draw(60, 4) * torch.tensor([10.0, 5.0, 0.1, 0.01]) @ components
+    assert torch.linalg.matrix_rank(drawn_by("gaussian_pca", members, rank=3) - members.mean(0), rtol=1e-5) == 3
+    chosen = drawn_by("gaussian_pca", members, samples=20_000)  # its rank is theirs: two components have all
+    assert torch.linalg.matrix_rank(chosen - members.mean(0), rtol=1e-5) == 2
+    torch.testing.assert_close(torch.cov(chosen.T), torch.cov(members.T), rtol=0.1, atol=1)
+
+
+@pytest.mark.parametrize("name", ["average", "interpolation", "noise", "gaussian_diagonal", "gaussian_pca"])
+def test_baselines_of_few_members_and_their_state(name):
+    for count in (1, 3):
+        vectors = draw(count, 14)
+        generator, _ = fitted(Generator.model_validate({"name": name}), vectors)
+        samples = generator.sample(5, Sampling(seed=3), CPU)
+        assert samples.isfinite().all()
+        if count == 1 and name != "noise":
+            torch.testing.assert_close(samples, vectors.expand(5, -1))
+        again = make_generator(Generator.model_validate({"name": name}), generator.subset)
+        again.load_state(load_tree(save_tree(generator.state()), "there"))
+        assert torch.equal(again.sample(5, Sampling(seed=3), CPU), samples)
+        assert not torch.equal(again.sample(5, Sampling(seed=4), CPU), samples) or (count == 1 and name != "noise")
 
 
 def test_a_kill_while_a_rung_is_shown_does_not_lose_the_rung():

@@ -11,7 +11,6 @@ from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.config import loading
 from pdiff_ray.config import sweep as space
 from pdiff_ray.config.sweep import OBJECTIVES
-from pdiff_ray.evaluation.groups import GROUPS, Material
 from pdiff_ray.evaluation.metrics import METRICS, named_metrics
 from pdiff_ray.networks.subset import Entry, Subset
 from pdiff_ray.reports.tables import legend, table_rows
@@ -66,22 +65,6 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "own_groups.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path / "own_groups.py"
-
-
-def test_noise_is_in_standard_deviations_of_each_tensor():
-    subset = Subset((Entry("a", (40_000,), 0, "parameter"), Entry("b", (40_000,), 40_000, "parameter")))
-    random = np.random.default_rng(0)
-    member = np.concatenate([random.normal(5, 1, 40_000), random.normal(-3, 10, 40_000)]).astype(np.float32)
-    material = Material(None, subset, member[None], None, None)
-    group = GROUPS["noise_added"]
-    record = Record(1, "noise_added", parent=0, sigma=0.5, seed=7)
-    noise = group.vector(record, material) - member
-    assert noise[:40_000].std() == pytest.approx(0.5, rel=0.02)
-    assert noise[40_000:].std() == pytest.approx(5, rel=0.02)
-    np.testing.assert_array_equal(group.vector(record, material) - member, noise)
-    assert group.title(record) == "noise-added 0.5"
-    assert len({group.style(position) for position in range(3)}) == 3
-    assert group.style(3) == group.style(0)
 
 
 def test_what_a_search_optimizes_is_a_metric_that_looks_at_no_test_labels():

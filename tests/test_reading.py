@@ -104,7 +104,7 @@ REFUSED = {
         f"name: a\nsweep: {{parameters: {{generator.normalize: [{'x' * 9000}]}}}}",
         "sweep: normalize xxx",
     ),
-    "many networks": ("name: a\nevaluation: {noise_networks: 10000000000}", "less than or equal to 10000"),
+    "many networks": ("name: a\nevaluation: {baseline_networks: 10000000000}", "less than or equal to 100000"),
     "a large image": ("name: a\ndata: {image_size: 1000000000}", "less than or equal to 4096"),
     "many repeats": ("name: a\nsweep: {repeats: 1000000000, parameters: {seed: [1]}}", "less than or equal to 1000"),
     "a large grid": (

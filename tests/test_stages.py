@@ -84,7 +84,9 @@ def test_groups_and_their_networks(done):
     _experiment, artifacts = done
     records = ParameterStore(artifacts["evaluation"]).records()
     counts = {group: sum(r.group == group for r in records) for group in {r.group for r in records}}
-    assert counts == {"original": 12, "ensemble": 1, "noise_added": 4, "fine_tuned": 2, "generated": 6}
+    drawn = ("average_2", "average_4", "average_16", "interpolation", "noise_added", "gaussian_diagonal", "gaussian")
+    own = {"original": 12, "ensemble": 1, "fine_tuned": 2, "generated": 6}
+    assert counts == own | dict.fromkeys([*drawn, "gaussian_pca", "autoencoder", "decoded"], 4)
     assert all(r.judged and r.vector is None for r in records)
     # Originals keep the judgement of their making.
     zoo_rows = ParameterStore(artifacts["zoo"]).records()
@@ -108,7 +110,7 @@ def test_tasks_shrink_toward_the_end_when_workers_share_them(tmp_path):
 
 
 def test_tasks_are_cut_for_the_actors_there_are(done, tmp_path):
-    experiment, artifacts = tiny(tmp_path, "sampling.samples=12", "evaluation.noise_networks=0")
+    experiment, artifacts = tiny(tmp_path, "sampling.samples=12", "evaluation.baseline_networks=0")
     build(experiment, artifacts, "base", "zoo", "generator", "samples")
     sizes = []
 
@@ -245,7 +247,7 @@ def test_one_member_works(done):
 
 @pytest.mark.parametrize("regime", ["trajectory", "independent"])
 def test_other_regimes(regime, tmp_path):
-    overrides = [f"zoo.regime={regime}", "zoo.members=5"]
+    overrides = [f"zoo.regime={regime}", "zoo.members=5", "zoo.second_run=0"]
     if regime == "independent":
         overrides += ["zoo.subset=all", "zoo.batchnorm=included"]
     experiment, artifacts = tiny(tmp_path, *overrides)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from pdiff_ray.config.section import CHOICES, Choice, Known, Section
+from pdiff_ray.config.split import Split, held_out
 
 OwnName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # module:attribute
 
@@ -142,7 +143,7 @@ class SubsetRule(Section):
 class Zoo(Section):
     """The zoo of networks that the generator learns from (stage `zoo`)."""
 
-    unkeyed = frozenset({"runs_per_program"})
+    unkeyed = frozenset({"runs_per_program", "held_out", "second_run"})
     renamed: ClassVar[dict[str, str]] = {"vmap": "runs_per_program"}
 
     members: int = Field(200, ge=1, le=MAX_NETWORKS, description="K, the number of networks kept")
@@ -150,6 +151,16 @@ class Zoo(Section):
         "trajectory", description="one run from the base; several runs from it; or a fresh network per member"
     )
     branches: int = Field(4, ge=2, description="regime branches: the number of runs")
+    held_out: float = Field(
+        0.2, ge=0, lt=1, description="share of the members that no generator and no baseline sees; 0: none"
+    )
+    second_run: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_NETWORKS,
+        description="regime trajectory: members of a second run, with another seed, that nothing learns from either; "
+        "default: a fifth of members",
+    )
     subset: SubsetRule = Field(SubsetRule(last_norm_layers=2), description="which parameters are generated")
     batchnorm: Literal["frozen", "included", "recalibrated"] = Field(
         "frozen", description="running statistics: the base's, part of the vector, or measured anew before evaluation"
@@ -181,7 +192,30 @@ class Zoo(Section):
             )
         if self.regime == "branches" and self.branches > self.members:
             raise ValueError(f"branches is {self.branches}, more than members ({self.members}); lower it")
+        if (self.second_run or 0) > self.members:
+            raise ValueError(f"second_run is {self.second_run}, more than members ({self.members}); lower it")
         return self
+
+    def keyed(self) -> dict[str, Any]:
+        count = len(self.second_run_ids)
+        return super().keyed() | ({"second_run": count} if count else {})
+
+    @property
+    def second_run_ids(self) -> range:
+        """The ids of the second run's members, which follow the others'."""
+        count = round(self.members / 5) if self.second_run is None else self.second_run
+        has_one = self.regime == "trajectory" and not self.imported
+        return range(self.members, self.members + (count if has_one else 0))
+
+    @property
+    def size(self) -> int:
+        """How many networks are stored: all members."""
+        return self.second_run_ids.stop
+
+    @property
+    def held_out_ids(self) -> frozenset[int]:
+        """The ids of the members that are held out, by `seed`."""
+        return held_out(self.regime, self.members, self.branches, self.held_out, self.seed or 0)
 
 
 GeneratorName = Annotated[str, Known("pdiff_ray.generators.table:GENERATORS")]
@@ -205,6 +239,11 @@ class Generator(Choice):
 
     def check_dimension(self, dimension: int) -> None:
         """Raises ConfigError if the generator cannot learn vectors with this number of values."""
+
+    @property
+    def num_latents(self) -> int | None:
+        """The number of values that a vector is encoded into, by a generator that decodes latents."""
+        return None
 
     def cost(self, values: int, members: int, sampling: Sampling) -> tuple[float, float, float]:
         """Estimates what learning vectors (K, D) and drawing new ones takes.
@@ -238,7 +277,11 @@ class Evaluation(Section):
 
     unkeyed = frozenset({"batch_size", "networks_per_task", "networks_per_program"})
     added = frozenset({"baselines", "metrics"})
-    renamed: ClassVar[dict[str, str]] = {"stack": "networks_per_task", "vmap": "networks_per_program"}
+    renamed: ClassVar[dict[str, str]] = {
+        "stack": "networks_per_task",
+        "vmap": "networks_per_program",
+        "noise_networks": "baseline_networks",
+    }
 
     batch_size: int | None = Field(None, ge=1, description="images per forward pass; default: by memory")
     networks_per_task: int = Field(
@@ -255,7 +298,9 @@ class Evaluation(Section):
         max_length=100,
         description="noise-added baseline: sigmas, in standard deviations of each tensor's values",
     )
-    noise_networks: int = Field(20, ge=0, le=10_000, description="networks per sigma")
+    baseline_networks: int | None = Field(
+        None, ge=0, le=MAX_NETWORKS, description="networks of each baseline that is drawn; default: as many as samples"
+    )
     fine_tuned_networks: int = Field(10, ge=0, le=MAX_NETWORKS, description="members trained further")
     fine_tuned_steps: int = Field(50, ge=1, description="training steps of each of them")
     baselines: tuple[OwnName, ...] = Field((), description="your own, each as module:Class; see extending.md")
@@ -322,10 +367,12 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Experiment:
-        if self.num_members > self.zoo.members:
+        there = self.zoo.members - len(self.zoo.held_out_ids)
+        if (wanted := self.generator.members or 1) > there:
+            kept_back = f"; {self.zoo.held_out:.0%} are held out (zoo.held_out)" if self.zoo.held_out_ids else ""
             raise ValueError(
-                f"generator.members is {self.generator.members}, but the zoo has {self.zoo.members} (zoo.members); "
-                "lower the first or raise the second"
+                f"generator.members is {wanted}, but the zoo has {self.zoo.members} (zoo.members){kept_back}, so that "
+                f"{there} can be learned; lower the first or raise the second"
             )
         workers, batch_size = self.resources.workers, self.training.batch_size
         if workers > 1 and (batch_size % workers or batch_size < 2 * workers):
@@ -337,9 +384,16 @@ class Experiment(Section):
         return self
 
     @property
+    def split(self) -> Split:
+        """Which of the zoo's members are learned, and which are kept back."""
+        held_out = self.zoo.held_out_ids
+        learned = [id_ for id_ in range(self.zoo.members) if id_ not in held_out]
+        return Split(tuple(learned[: self.generator.members]), tuple(sorted(held_out)), tuple(self.zoo.second_run_ids))
+
+    @property
     def num_members(self) -> int:
         """K: how many members the generator learns from."""
-        return self.generator.members or self.zoo.members
+        return len(self.split.learned)
 
     @property
     def storage_uri(self) -> str:

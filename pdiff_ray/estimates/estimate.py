@@ -142,14 +142,14 @@ class Estimator:
         base_s = training.epochs * epoch_s + seconds(images.judged * whole)
         zoo_step_s = step_s(zoo, 3 * suffix + (prefix if full_steps(e, counts.subset) else 0))
         every = epoch_steps(zoo) if zoo.steps_per_member == "epoch" else zoo.steps_per_member
-        steps = zoo.warmup_steps * len(runs_of(zoo)) + every * zoo.members
+        steps = sum(zoo.warmup_steps + every * (run.places[-1] + 1) for run in runs_of(zoo))
         zoo_s = zoo.members * base_s if zoo.regime == "independent" else steps * zoo_step_s
-        zoo_s += judging_s(zoo.members)
+        zoo_s += judging_s(zoo.size)
         if zoo.imported:
             base_s = zoo_s = 0.0
         made = made_networks(e)
         judged_before = not zoo.imported and evaluation.precision == "float32"
-        evaluation_s = judging_s(len(made) + (0 if judged_before else members), evaluation.precision)
+        evaluation_s = judging_s(len(made) + (0 if judged_before else zoo.size), evaluation.precision)
         evaluation_s += sum(recipe.group == "fine_tuned" for recipe in made) * evaluation.fine_tuned_steps * zoo_step_s
         gates = 2 * GATE_MEMBERS * images.validation * suffix
 

@@ -6,9 +6,9 @@ Shapes: K members that the generator has learned from, D values each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -40,14 +40,21 @@ class Material:
         experiment: whose networks they are.
         subset: the tensors of a vector.
         members: vectors (K, D) that the generator has learned from.
+        member: gives the vector (D,) of any member of the zoo by its id.
         sample: gives the vector (D,) of the generated network with a number.
+        draw: gives the vector (D,) that a simple generator with these settings draws, fitted to `members`, with a seed.
+        encode, decode: gives the latents (latent,) of a vector (D,), and the other way round, by the generator.
         train: gives the vector (D,) that a vector becomes in some training steps of the zoo's kind, with a seed.
     """
 
     experiment: Experiment
     subset: Subset
     members: np.ndarray
+    member: Callable[[int], np.ndarray]
     sample: Callable[[int], np.ndarray]
+    draw: Callable[[Mapping[str, Any], int], np.ndarray]
+    encode: Callable[[np.ndarray], np.ndarray]
+    decode: Callable[[np.ndarray], np.ndarray]
     train: Callable[[np.ndarray, int, int], np.ndarray]
 
 
@@ -61,12 +68,12 @@ class Group:
         variants: colours and markers of its networks by sigma, used over again if there are more sigmas.
     """
 
-    name: ClassVar[str]
-    trained: ClassVar[bool] = False
-    colour: ClassVar[str] = "#CC79A7"
-    marker: ClassVar[str] = "D"
-    size: ClassVar[int] = 18
-    variants: ClassVar[tuple[tuple[str, str], ...]] = ()
+    name: str
+    trained: bool = False
+    colour: str = "#CC79A7"
+    marker: str = "D"
+    size: int = 18
+    variants: tuple[tuple[str, str], ...] = ()
 
     def recipes(self, experiment: Experiment) -> Iterable[Recipe]:
         """Returns a recipe for each network of the group."""
@@ -89,16 +96,17 @@ class Group:
         return self.variants[position % len(self.variants)] if self.variants else (self.colour, self.marker)
 
 
-class Original(Group):
-    """The zoo's members, judged when they were made; an imported zoo's are judged with the others."""
+class Members(Group):
+    """Members of the zoo, judged when they were made; an imported zoo's are judged with the others."""
 
-    name, colour, marker = "original", "#0072B2", "o"
+    def __init__(self, name: str, colour: str, marker: str) -> None:
+        self.name, self.colour, self.marker = name, colour, marker
 
     def recipes(self, experiment: Experiment) -> Iterable[Recipe]:
         return ()  # their rows are the zoo's
 
     def vector(self, record: Record, material: Material) -> np.ndarray:
-        return material.members[record.id]
+        return material.member(record.id)
 
 
 class Ensemble(Group):
@@ -113,6 +121,29 @@ class Ensemble(Group):
         return material.members.mean(0)
 
 
+class Drawn(Group):
+    """Networks that a simple generator draws from the members.
+
+    Args:
+        settings: of the generator, as in the section `generator`.
+        title: of its line.
+    """
+
+    def __init__(self, name: str, settings: Mapping[str, Any], title: str, colour: str, marker: str) -> None:
+        self.name, self.settings, self.colour, self.marker = name, settings, colour, marker
+        self._title = title
+
+    def recipes(self, experiment: Experiment) -> Iterable[Recipe]:
+        return [Recipe()] * baseline_networks(experiment)
+
+    def vector(self, record: Record, material: Material) -> np.ndarray:
+        assert record.seed is not None
+        return material.draw(self.settings, record.seed)
+
+    def title(self, record: Record) -> str:
+        return self._title
+
+
 class NoiseAdded(Group):
     """Members with Gaussian noise, its sigma in standard deviations of each tensor's values."""
 
@@ -120,20 +151,46 @@ class NoiseAdded(Group):
     variants = (("#999999", "+"), ("#666666", "x"), ("#333333", "1"))
 
     def recipes(self, experiment: Experiment) -> Iterable[Recipe]:
-        config = experiment.evaluation
-        parents = spread_over(experiment.num_members, config.noise_networks)
-        return [Recipe(parent, sigma) for sigma in config.noise_sigmas for parent in parents]
+        sigmas = experiment.evaluation.noise_sigmas
+        return [Recipe(sigma=sigma) for sigma in sigmas for _ in range(baseline_networks(experiment))]
 
     def vector(self, record: Record, material: Material) -> np.ndarray:
-        parent = material.members[record.parent]
-        noise = np.random.default_rng(record.seed).standard_normal(len(parent), dtype=np.float32)
-        for entry in material.subset.entries:
-            piece = slice(entry.offset, entry.offset + entry.size)
-            noise[piece] *= (record.sigma or 0.0) * parent[piece].std()
-        return parent + noise
+        assert record.seed is not None
+        return material.draw({"name": "noise", "sigma": record.sigma}, record.seed)
 
     def title(self, record: Record) -> str:
         return f"noise-added {record.sigma:g}"
+
+
+class Decoded(Group):
+    """Members, encoded and decoded again by the generator: what its autoencoder alone makes of them."""
+
+    name, colour, marker = "decoded", "#56B4E9", "p"
+
+    def recipes(self, experiment: Experiment) -> Iterable[Recipe]:
+        if experiment.generator.num_latents is None:
+            return []
+        return [Recipe(parent) for parent in spread_over(experiment.split.learned, baseline_networks(experiment))]
+
+    def vector(self, record: Record, material: Material) -> np.ndarray:
+        assert record.parent is not None
+        return material.decode(material.encode(material.member(record.parent)))
+
+
+class Undiffused(Group):
+    """Standard normal latents, decoded by the generator: what it draws without a diffusion model."""
+
+    name, colour, marker = "autoencoder", "#0072B2", "h"
+
+    def recipes(self, experiment: Experiment) -> Iterable[Recipe]:
+        return [Recipe()] * (baseline_networks(experiment) if experiment.generator.num_latents else 0)
+
+    def vector(self, record: Record, material: Material) -> np.ndarray:
+        latents = np.random.default_rng(record.seed).standard_normal(material.experiment.generator.num_latents or 0)
+        return material.decode(latents.astype(np.float32))
+
+    def title(self, record: Record) -> str:
+        return "autoencoder alone"
 
 
 class FineTuned(Group):
@@ -143,13 +200,14 @@ class FineTuned(Group):
     trained = True
 
     def recipes(self, experiment: Experiment) -> Iterable[Recipe]:
-        count, wanted = experiment.num_members, experiment.evaluation.fine_tuned_networks
-        return [Recipe(parent) for parent in spread_over(count, min(wanted, count))]
+        wanted = experiment.evaluation.fine_tuned_networks
+        return [Recipe(parent) for parent in spread_over(experiment.split.learned, wanted)]
 
     def vector(self, record: Record, material: Material) -> np.ndarray:
         assert record.seed is not None
+        assert record.parent is not None
         steps = material.experiment.evaluation.fine_tuned_steps
-        return material.train(material.members[record.parent], steps, record.seed)
+        return material.train(material.member(record.parent), steps, record.seed)
 
 
 class Generated(Group):
@@ -166,9 +224,25 @@ class Generated(Group):
 
 
 # In the order of their numbers and lines; networks are judged from the last group to the first.
-GROUPS: dict[str, Group] = {
-    group.name: group for group in (Original(), Ensemble(), NoiseAdded(), FineTuned(), Generated())
-}
+_GROUPS: tuple[Group, ...] = (
+    Members("original", "#0072B2", "o"),
+    Members("held_out", "#56B4E9", "o"),
+    Members("second_run", "#009E73", "o"),
+    Ensemble(),
+    Drawn("average_2", {"name": "average", "count": 2}, "average of 2", "#000000", "$2$"),
+    Drawn("average_4", {"name": "average", "count": 4}, "average of 4", "#000000", "$4$"),
+    Drawn("average_16", {"name": "average", "count": 16}, "average of 16", "#000000", "$16$"),
+    Drawn("interpolation", {"name": "interpolation"}, "between two", "#F0E442", "D"),
+    NoiseAdded(),
+    FineTuned(),
+    Drawn("gaussian_diagonal", {"name": "gaussian_diagonal"}, "diagonal Gaussian", "#CC79A7", "v"),
+    Drawn("gaussian", {"name": "gaussian"}, "full Gaussian", "#CC79A7", "P"),
+    Drawn("gaussian_pca", {"name": "gaussian_pca"}, "PCA Gaussian", "#CC79A7", "X"),
+    Undiffused(),
+    Decoded(),
+    Generated(),
+)
+GROUPS: dict[str, Group] = {group.name: group for group in _GROUPS}
 
 
 def groups_of(config: Evaluation) -> Mapping[str, Group]:
@@ -195,6 +269,13 @@ def groups_of(config: Evaluation) -> Mapping[str, Group]:
     return found
 
 
-def spread_over(count: int, picks: int) -> list[int]:
-    """Returns so many numbers below `count`, evenly apart."""
-    return [index * count // picks for index in range(picks)]
+def baseline_networks(experiment: Experiment) -> int:
+    """Returns the number of networks of each baseline that is drawn."""
+    wanted = experiment.evaluation.baseline_networks
+    return experiment.sampling.samples if wanted is None else wanted
+
+
+def spread_over(ids: Sequence[int], wanted: int) -> list[int]:
+    """Returns so many of some ids, evenly apart; all if there are fewer."""
+    picks = min(wanted, len(ids))
+    return [ids[index * len(ids) // picks] for index in range(picks)]

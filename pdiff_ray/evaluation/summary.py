@@ -15,9 +15,10 @@ NEW_SPREAD = 0.8  # of the distance, and of the disagreement, among members
 
 
 def by_title(records: Sequence[Record], groups: Mapping[str, Group] = GROUPS) -> dict[str, list[Record]]:
-    """Returns the networks of each line of tables and figures, in order of appearance."""
+    """Returns the networks of each line of tables and figures, in the order of groups."""
     found: dict[str, list[Record]] = {}
-    for record in records:
+    places = {name: place for place, name in enumerate(groups)}
+    for record in sorted(records, key=lambda record: places.get(record.group, len(places))):
         if record.group not in groups:
             raise StorageError(
                 f"network {record.id} is of group {record.group!r}, and the evaluation has {', '.join(groups)}; delete "
@@ -36,7 +37,7 @@ def summarize(
     groups: Mapping[str, Group] = GROUPS,
     metrics: Mapping[str, Metric] = METRICS,
 ) -> dict[str, Any]:
-    """Returns the metrics of each group, in order of appearance, and the verdict.
+    """Returns the metrics of each group, in the order of groups, and the verdict.
 
     Args:
         member_spread, sample_spread: mean L2 distance among members, and among generated vectors.

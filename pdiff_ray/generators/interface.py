@@ -79,4 +79,8 @@ class Generator(ABC):
 
     @abstractmethod
     def encode(self, vectors: Tensor) -> Tensor:
-        """Returns a low-dimensional view of vectors (n, D) for plots: (n, latent)."""
+        """Returns a low-dimensional view of vectors (n, D): (n, latent)."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns the vectors (n, D) of latents (n, `num_latents` of the settings), usual if standard normal."""
+        raise NotImplementedError

@@ -80,6 +80,10 @@ class LatentDiffusionSettings(schema.Generator):
                 "raise the second"
             )
 
+    @property
+    def num_latents(self) -> int:
+        return self.autoencoder.latent_dim
+
     def check_dimension(self, dimension: int) -> None:
         with torch.device("meta"):
             Autoencoder(self.autoencoder, dimension)
@@ -168,14 +172,17 @@ class LatentDiffusion(nn.Module, Generator):
 
     def sample(self, count: int, sampling: schema.Sampling, device: torch.device) -> Tensor:
         self.to(device)
-        latents = samplers.sample(self.diffusion, count, sampling, device)
-        with torch.inference_mode():
-            return self.normalizer.unnormalize(_in_chunks(self.autoencoder.decode, self.latents.unnormalize(latents)))
+        return self.decode(samplers.sample(self.diffusion, count, sampling, device))
 
     @torch.inference_mode()
     def encode(self, vectors: Tensor) -> Tensor:
         self.to(vectors.device)
         return self.latents.normalize(_in_chunks(self.autoencoder.encode, self.normalizer.normalize(vectors)))
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        self.to(latents.device)
+        return self.normalizer.unnormalize(_in_chunks(self.autoencoder.decode, self.latents.unnormalize(latents)))
 
     def state(self) -> State:
         return {name: part.state_dict() for name, part in self.named_children()}

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from pdiff_ray.common.registry import Registry
 from pdiff_ray.config import schema
-from pdiff_ray.generators.gaussian import Gaussian
+from pdiff_ray.generators.baselines import (
+    Average,
+    DiagonalGaussian,
+    Gaussian,
+    Interpolation,
+    Noise,
+    PrincipalGaussian,
+)
 from pdiff_ray.generators.interface import Generator
 from pdiff_ray.generators.latent_diffusion import LatentDiffusion
 from pdiff_ray.networks.subset import Subset
 
 GENERATORS: Registry[type[Generator]] = Registry(
-    "generator", {"latent_diffusion": LatentDiffusion, "gaussian": Gaussian}
+    "generator",
+    {
+        "latent_diffusion": LatentDiffusion,
+        "gaussian": Gaussian,
+        "gaussian_diagonal": DiagonalGaussian,
+        "gaussian_pca": PrincipalGaussian,
+        "average": Average,
+        "interpolation": Interpolation,
+        "noise": Noise,
+    },
 )
 
 

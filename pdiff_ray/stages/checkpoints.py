@@ -176,7 +176,9 @@ def import_zoo(
     artifacts["base"].commit(files_of(wanted.network, dataset), {**info, **origin, "file": report.base}, 0.0)
     said = [{"file": member.name, **member.numbers} for member in members]
     seconds = time.monotonic() - started
-    commit(artifacts["zoo"], wanted.subset, count, seconds, {**origin, "files": said, "left_out": report.left_out})
+    commit(
+        artifacts["zoo"], wanted.subset, experiment.zoo, seconds, {**origin, "files": said, "left_out": report.left_out}
+    )
     return report
 
 

@@ -20,15 +20,19 @@ import torch
 
 from pdiff_ray.common.errors import PdiffError, StorageError
 from pdiff_ray.common.seeds import derive_seed
+from pdiff_ray.config import schema
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.evaluation.groups import GROUPS, Material, groups_of
 from pdiff_ray.evaluation.judge import Judge, judged
 from pdiff_ray.evaluation.metrics import metrics_of
 from pdiff_ray.evaluation.similarity import distances
 from pdiff_ray.evaluation.summary import summarize
+from pdiff_ray.generators.interface import Fitting, Generator
+from pdiff_ray.generators.table import make_generator
 from pdiff_ray.networks.frontier import Frontier
 from pdiff_ray.stages.base import load_network
 from pdiff_ray.stages.context import Context
+from pdiff_ray.stages.generator import load_generator
 from pdiff_ray.stages.judging import base_judge, describe_sharing
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.parameters import ParameterStore, Record, stamp
@@ -71,10 +75,10 @@ def judge_missing(
 def commit(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> None:
     """Commits the rows of all networks, which have been judged, with their summary."""
     started, artifact, zoo = time.monotonic(), artifacts["evaluation"], ParameterStore(artifacts["zoo"])
-    store, members = ParameterStore(artifact), zoo.vectors(range(experiment.num_members))
+    store, members = ParameterStore(artifact), zoo.vectors(experiment.split.learned)
     spreads = _spread(members), _spread(ParameterStore(artifacts["samples"]).vectors())
     about, config = artifacts["base"].manifest().info, experiment.evaluation
-    ids = range(len(members) + len(made_networks(experiment)))
+    ids = [record.id for record in networks_to_judge(experiment, zoo)]
     summary = summarize(
         store.records(ids), about["test_images"], about["num_classes"], *spreads, groups_of(config), metrics_of(config)
     )
@@ -103,19 +107,26 @@ def _taken(store: ParameterStore, parts: Iterable[str]) -> tuple[dict[str, Any],
 
 
 def networks_to_judge(experiment: Experiment, zoo: ParameterStore) -> list[Record]:
-    """Returns all networks of the evaluation, without vectors: originals first, numbered on from there."""
-    originals = zoo.records(range(experiment.num_members))
+    """Returns all networks of the evaluation, without vectors: members first, numbered on from there."""
+    members: list[Record] = []
+    for group, ids in experiment.split.groups.items():
+        members += [replace(record, group=group) for record in zoo.records(ids)] if ids else []
     if experiment.evaluation.precision != "float32":  # in which members were judged when they were made
-        originals = [replace(record, wrong=None) for record in originals]
-    return [*originals, *made_networks(experiment)]
+        members = [replace(record, wrong=None) for record in members]
+    return [*members, *made_networks(experiment)]
+
+
+def num_networks(experiment: Experiment) -> int:
+    """Returns the number of all networks of the evaluation."""
+    return sum(map(len, experiment.split.groups.values())) + len(made_networks(experiment))
 
 
 def made_networks(experiment: Experiment) -> list[Record]:
-    """Returns all networks of the evaluation but the originals, from which they are numbered on."""
+    """Returns all networks of the evaluation but the zoo's members, from which they are numbered on."""
     made: list[Record] = []
     for name, group in groups_of(experiment.evaluation).items():
         for recipe in group.recipes(experiment):
-            id_ = experiment.num_members + len(made)
+            id_ = experiment.zoo.size + len(made)
             seed = derive_seed(experiment.sampling.seed or 0, name, str(recipe.sigma), id_)
             made.append(Record(id_, name, parent=recipe.parent, sigma=recipe.sigma, seed=seed))
     return made
@@ -148,6 +159,7 @@ class Evaluator:
     def __init__(self, experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
         self.experiment, self.artifacts, self.context = experiment, artifacts, context
         self.groups = groups_of(experiment.evaluation)
+        self._simple: tuple[Mapping[str, Any], Generator] | None = None
 
     def evaluate(self, task: Sequence[Record]) -> int:
         """Judges and stores the networks of a task, but those that are there; returns how many the task has."""
@@ -184,7 +196,7 @@ class Evaluator:
         nearest = distances(vectors, self.material.members)
         for row, record in zip(nearest, records, strict=True):
             if record.group == "original":
-                row[record.id] = np.inf  # itself
+                row[self._places[record.id]] = np.inf  # itself
         scale = self.member_distance or 1.0
         rows = [
             # A lone member has no other: its distance stays unknown.
@@ -207,10 +219,23 @@ class Evaluator:
                 f"{samples.artifact.location}: holds other tensors than the zoo, which was made anew by a version "
                 "whose rules choose others; delete it, with the generator's folder, and run again"
             )
-        members = zoo.vectors(range(self.experiment.num_members))
+        members, places = zoo.vectors(self.experiment.split.learned), self._places
         return Material(
-            self.experiment, zoo.subset(), members, lambda number: samples.vectors([number])[0], self._trained
+            self.experiment,
+            zoo.subset(),
+            members,
+            lambda id_: members[places[id_]] if id_ in places else zoo.vectors([id_])[0],
+            lambda number: samples.vectors([number])[0],
+            self._drawn,
+            lambda vector: self._generator.encode(self._on_device(vector))[0].cpu().numpy(),
+            lambda latents: self._generator.decode(self._on_device(latents))[0].cpu().numpy(),
+            self._trained,
         )
+
+    @functools.cached_property
+    def _places(self) -> dict[int, int]:
+        """Where learned members are in `material.members`, by id."""
+        return {id_: place for place, id_ in enumerate(self.experiment.split.learned)}
 
     @functools.cached_property
     def judge(self) -> Judge:
@@ -243,6 +268,23 @@ class Evaluator:
         config = self.experiment.evaluation
         steps = config.fine_tuned_networks * config.fine_tuned_steps
         return training_frontier(self.experiment, self.material.subset, self.judge, steps).frontier
+
+    def _drawn(self, settings: Mapping[str, Any], seed: int) -> np.ndarray:
+        sampling = schema.Sampling(samples=1, seed=seed)
+        if self._simple is None or self._simple[0] != settings:  # the last one is kept: a task is of one group
+            generator = make_generator(schema.Generator.model_validate(dict(settings)), self.material.subset)
+            members = torch.from_numpy(self.material.members).to(self.context.device)
+            generator.fit(members, Fitting(self.context.device, 0))
+            self._simple = settings, generator
+        return self._simple[1].sample(1, sampling, self.context.device)[0].cpu().numpy()
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        return load_generator(self.experiment, self.artifacts)
+
+    def _on_device(self, values: np.ndarray) -> torch.Tensor:
+        """Returns a row as a batch of one."""
+        return torch.from_numpy(values)[None].to(self.context.device)
 
     def _trained(self, vector: np.ndarray, steps: int, seed: int) -> np.ndarray:
         device, subset = self.context.device, self.material.subset

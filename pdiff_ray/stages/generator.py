@@ -29,7 +29,7 @@ def build(
     context: Context,
     preview: Callable[[int, Tensor], None] | None = None,
 ) -> None:
-    """Fits the generator to the first K members of the zoo.
+    """Fits the generator to the K members of the zoo that are learned.
 
     Args:
         preview: see `generators.Fitting`.
@@ -56,7 +56,7 @@ def build(
     )
     generator = make_generator(settings, subset)
     with enough_memory("training of the generator", settings.memory_fields):
-        generator.fit(torch.from_numpy(zoo.vectors(range(experiment.num_members))).to(context.device), fitting)
+        generator.fit(torch.from_numpy(zoo.vectors(experiment.split.learned)).to(context.device), fitting)
     files = {
         GENERATOR_FILE: save_tree(generator.state()),
         HISTORY_FILE: save_tree({name: torch.tensor(losses) for name, losses in fitting.history.items()}),

@@ -35,7 +35,7 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
         )
     sampled_s = time.monotonic() - started
     context.progress("samples", sampling.samples, sampling.samples, "")
-    members = torch.from_numpy(zoo.vectors(range(experiment.num_members))).to(context.device)
+    members = torch.from_numpy(zoo.vectors(experiment.split.learned)).to(context.device)
     latents = {"original": generator.encode(members), "generated": generator.encode(vectors)}
     subset, store = zoo.subset(), ParameterStore(artifact)
     rows = enumerate(vectors.cpu().numpy())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pdiff_ray.common.errors import ConfigError, PdiffError, StorageError
 from pdiff_ray.common.progress import console
+from pdiff_ray.config.split import MEMBER_GROUPS
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.base import NETWORK_FILE
 from pdiff_ray.stages.exports import Trial
@@ -159,15 +160,15 @@ class Networks:
                 if self.artifact.folder in dict(lineage(storage, folder)):
                     evaluation = opened(storage, read_manifest(storage, folder))
                     for record in ParameterStore(evaluation).records():
-                        if record.group == self._group and record.number in wanted and record.wrong:
+                        if record.group in self._groups and record.number in wanted and record.wrong:
                             found.setdefault(record.number, (record.wrong, str(evaluation.config.get("precision"))))
             except StorageError as error:  # a damaged evaluation, maybe of other networks
                 console.print(f"note: {error}", markup=False)
         return found
 
     @property
-    def _group(self) -> str:
-        return {"zoo": "original", "samples": "generated"}[self.artifact.stage]
+    def _groups(self) -> tuple[str, ...]:
+        return MEMBER_GROUPS if self.artifact.stage == "zoo" else ("generated",)
 
     @functools.cached_property
     def _batchnorm(self) -> str | None:

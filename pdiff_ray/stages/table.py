@@ -60,7 +60,8 @@ def _zoo_config(experiment: Experiment) -> dict[str, Any]:
 
 
 def _generator_config(experiment: Experiment) -> dict[str, Any]:
-    return {**experiment.generator.keyed(), "members": experiment.num_members}
+    config = {**experiment.generator.keyed(), "members": experiment.num_members}
+    return config | ({"held_out": experiment.zoo.held_out} if experiment.split.held_out else {})
 
 
 def _evaluation_config(experiment: Experiment) -> dict[str, Any]:
@@ -73,14 +74,19 @@ def _evaluation_config(experiment: Experiment) -> dict[str, Any]:
     return config
 
 
+def _about_zoo(experiment: Experiment) -> str:
+    zoo, split = experiment.zoo, experiment.split
+    kept_back = {"held out": len(split.held_out), "of a second run": len(split.second_run)}
+    more = "".join(f", {count} {what}" for what, count in kept_back.items() if count)
+    return f"{zoo.members} members, {zoo.regime}, {zoo.subset}{more}"
+
+
 # In order: the artifact of each is made from that of the stage before it.
 STAGES = {
     "base": Stage(
         _base_config, base.build, "workers", lambda e: f"{e.network.name} on {e.data.name}, {e.training.epochs} epochs"
     ),
-    "zoo": Stage(
-        _zoo_config, zoo.build, "workers", lambda e: f"{e.zoo.members} members, {e.zoo.regime}, {e.zoo.subset}"
-    ),
+    "zoo": Stage(_zoo_config, zoo.build, "workers", _about_zoo),
     "generator": Stage(
         _generator_config, generator.build, "actor", lambda e: f"{e.generator.name} of {e.num_members} members"
     ),
@@ -94,7 +100,7 @@ STAGES = {
         _evaluation_config,
         evaluation.build,
         "actors",
-        lambda e: f"{e.num_members + len(evaluation.made_networks(e))} networks on {e.resources.actors} actors",
+        lambda e: f"{evaluation.num_networks(e)} networks on {e.resources.actors} actors",
     ),
     "report": Stage(lambda e: {"name": e.name}, report.build, "driver", lambda e: "tables and figures"),
 }

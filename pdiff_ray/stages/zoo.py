@@ -1,7 +1,8 @@
 """Stage `zoo`: trains the K networks whose subsets the generator learns from.
 
-The zoo is made by runs, each of which keeps members one after another: one run (trajectory), several from the base
-(branches), or one per member from fresh initialisations (independent). Workers share the runs; every run saves its
+The zoo is made by runs, each of which keeps members one after another: one run and a second one to compare with
+(trajectory), several from the base (branches), or one per member from fresh initialisations (independent). Workers
+share the runs; every run saves its
 state with each part of members it writes, so that only members in flight are ever made again.
 """
 
@@ -40,16 +41,31 @@ SHARING_FILE = "sharing.json"
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A training run and the members it keeps, in order; interleaved, so that the first K of a zoo are of all runs."""
+    """A training run and the members it keeps, in order; interleaved, so that the first K of a zoo are of all runs.
+
+    Attributes:
+        places: of the members, among all that the run passes with `zoo.steps_per_member` steps between them.
+    """
 
     index: int
     member_ids: range
+    places: tuple[int, ...]
 
 
 def runs_of(config: Zoo) -> list[TrainingRun]:
     """Returns the runs that a zoo is made by."""
     count = {"trajectory": 1, "branches": config.branches, "independent": config.members}[config.regime]
-    return [TrainingRun(index, range(index, config.members, count)) for index in range(count)]
+    shares = [range(index, config.members, count) for index in range(count)]
+    runs = [TrainingRun(index, ids, tuple(range(len(ids)))) for index, ids in enumerate(shares)]
+    if second := config.second_run_ids:  # as long as the first one: members lie elsewhere at another stage of training
+        places = tuple((place + 1) * config.members // len(second) - 1 for place in range(len(second)))
+        runs.append(TrainingRun(1, second, places))
+    return runs
+
+
+def group_of(id_: int, config: Zoo) -> str:
+    """Returns the group of a member in the zoo's rows."""
+    return "second_run" if id_ in config.second_run_ids else "original"
 
 
 def zoo_subset(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Subset:
@@ -91,22 +107,22 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
                 store.append([_independent(experiment, judge, id_, context)], subset)
     elif missing:
         _FromBase(experiment, artifacts, subset, store, context).train(missing)
-    if set(ParameterStore(artifact).ids).issuperset(range(config.members)):
-        commit(artifact, subset, config.members, time.monotonic() - started)
+    if set(ParameterStore(artifact).ids).issuperset(range(config.size)):
+        commit(artifact, subset, config, time.monotonic() - started)
 
 
 def commit(
-    artifact: Artifact, subset: Subset, members: int, seconds: float, about: Mapping[str, Any] | None = None
+    artifact: Artifact, subset: Subset, config: Zoo, seconds: float, about: Mapping[str, Any] | None = None
 ) -> None:
     """Commits the zoo from its part files.
 
     Args:
         about: what else the manifest says of it.
     """
-    store, ids = ParameterStore(artifact), range(members)
+    store, ids = ParameterStore(artifact), range(config.size)
     records = store.records(ids)
     accuracies = np.array([r.test_accuracy for r in records if r.judged])
-    info: dict[str, Any] = {"members": members, "parameters": subset.size, "tensors": subset.names}
+    info: dict[str, Any] = {"members": config.members, "parameters": subset.size, "tensors": subset.names}
     if saved := artifact.load_work(SHARING_FILE):
         info |= unseal(saved, dict[str, Any], artifact.storage.location(artifact.work(SHARING_FILE)), "delete it")
     info |= about or {}
@@ -149,13 +165,13 @@ class _FromBase:
         config = experiment.zoo
         every = config.steps_per_member
         self.every = steps_per_epoch(len(self.dataset.train), config.batch_size) if every == "epoch" else every
-        self.num_runs = len(runs_of(config))
+        self.done, self.share = 0, 1.0  # members of complete runs; this worker's part of all, as others are as far
         self.seconds, self.unshared = 0.0, 0.0  # of steps, and what full passes would have taken
 
     def train(self, runs: Sequence[TrainingRun]) -> None:
         """Trains and stores the members of `runs` that were not present; some at a time, with their runs' states."""
         config, judge = self.experiment.zoo, self.judge
-        reads = self.num_runs * max(map(self._steps, runs))
+        reads = sum(run.places[-1] + 1 for run in runs_of(config)) * self.every  # about, by all workers together
         kept = training_frontier(self.experiment, self.subset, judge, reads)
         most = 1
         if len(runs) > 1 and kept.frontier is not None:
@@ -165,11 +181,12 @@ class _FromBase:
         note = f"runs whole: {whole}" if whole else f"{judge.partitioned.shared:.0%} shared"
         note += f"; full steps: {kept.reason}" if kept.reason else ""
         note += f"; up to {min(most, len(runs))} runs as one program" if most > 1 else ""
-        self.context.progress("zoo", 0, config.members, note)
+        self.share = config.size / sum(len(run.member_ids) for run in runs)
+        self.context.progress("zoo", 0, config.size, note)
         made = {run: self._made(run) for run in runs}
 
-        def phase(run: TrainingRun) -> tuple[int, int]:
-            return len(run.member_ids), made[run]
+        def phase(run: TrainingRun) -> tuple[tuple[int, ...], int]:
+            return run.places, made[run]
 
         for _, group in itertools.groupby(sorted(runs, key=phase), phase):  # in step, as those of one program must be
             same = list(group)
@@ -177,7 +194,7 @@ class _FromBase:
                 self._train_as_one(same[start : start + most], made[same[0]], kept)
 
     def _train_as_one(self, runs: Sequence[TrainingRun], made: int, kept: Kept) -> None:
-        """Trains and stores the members of runs of one length, of which each has made so many."""
+        """Trains and stores the members of runs of the same places, of which each has made so many."""
         config, frontier = self.experiment.zoo, kept.frontier
         seeds = [derive_seed(config.seed or 0, "zoo", run.index) for run in runs]
         names = ", ".join(str(run.index) for run in runs)
@@ -190,8 +207,8 @@ class _FromBase:
         pending: list[Record] = []
         last = len(runs[0].member_ids) - 1
         for position in range(made, last + 1):
-            stop = self._step_of(position)
-            first = self._step_of(position - 1) if position else 0
+            stop = self._step_of(runs[0], position)
+            first = self._step_of(runs[0], position - 1) if position else 0
             started = time.monotonic()
             training.run(self.dataset, first, stop, seeds)
             self.seconds += time.monotonic() - started
@@ -201,14 +218,16 @@ class _FromBase:
             ids = [run.member_ids[position] for run in runs]
             for id_, vector, seed in zip(ids, training.vectors().cpu().numpy(), seeds, strict=True):
                 if id_ not in self.present:
-                    pending.append(Record(id_, "original", vector=vector, seed=seed, step=stop, **stamp()))
+                    pending.append(Record(id_, group_of(id_, config), vector=vector, seed=seed, step=stop, **stamp()))
             if len(pending) >= self.experiment.evaluation.networks_per_task or position == last:
                 self._store(pending)
                 pending = []
                 for run, state in zip(runs, training.states(position + 1), strict=True):
                     self.zoo.save_work(_state_file(run), save_tree(state))
                 self._save_sharing(kept.reason)
-            self.context.progress("zoo", (position + 1) * self.num_runs, config.members, f"run {names}, step {stop}")
+            done = round((self.done + (position + 1) * len(runs)) * self.share)
+            self.context.progress("zoo", done, config.size, f"run {names}, step {stop}")
+        self.done += (last + 1) * len(runs)
 
     def _store(self, members: Sequence[Record]) -> None:
         """Stores members with their judgements."""
@@ -230,12 +249,12 @@ class _FromBase:
     def _state(self, run: TrainingRun) -> dict[str, Any] | None:
         return load_state(self.zoo, _state_file(run))
 
-    def _step_of(self, position: int) -> int:
+    def _step_of(self, run: TrainingRun, position: int) -> int:
         """Returns after how many steps a run keeps its member at a position."""
-        return self.experiment.zoo.warmup_steps + self.every * (position + 1)
+        return self.experiment.zoo.warmup_steps + self.every * (run.places[position] + 1)
 
     def _steps(self, run: TrainingRun) -> int:
-        return self._step_of(len(run.member_ids) - 1)
+        return self._step_of(run, -1)
 
 
 def _state_file(run: TrainingRun) -> str:

@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pdiff_ray.common.errors import StorageError
+from pdiff_ray.config.split import MEMBER_GROUPS
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.storage.artifacts import Artifact, FileEntry, differs
 from pdiff_ray.storage.files import Storage
@@ -49,7 +50,7 @@ class Record:
     """
 
     id: int  # in its artifact: an evaluation counts all its networks
-    group: str  # original, ensemble, noise_added, fine_tuned or generated
+    group: str  # of `evaluation.groups`
     vector: np.ndarray | None = None  # (D,) float32
     parent: int | None = None  # in an evaluation, id of the member it was made from, or of the sample that it is
     sigma: float | None = None  # of the noise added to the parent
@@ -69,7 +70,7 @@ class Record:
     @property
     def number(self) -> int | None:
         """The id that an evaluation's network has in the zoo or the samples, to be exported by; None of baselines."""
-        return {"original": self.id, "generated": self.parent}.get(self.group)
+        return {**dict.fromkeys(MEMBER_GROUPS, self.id), "generated": self.parent}.get(self.group)
 
     @property
     def judged(self) -> bool:
