@@ -17,7 +17,6 @@ from pdiff_ray.evaluation.similarity import distances, iou, mean_within, unpack_
 from pdiff_ray.evaluation.summary import summarize
 from pdiff_ray.networks.build import build_network
 from pdiff_ray.networks.subset import Subset, resolve
-from pdiff_ray.reports import figures
 from pdiff_ray.storage.parameters import Record
 
 CPU = torch.device("cpu")
@@ -430,29 +429,3 @@ def test_distances_are_those_of_whole_vectors(monkeypatch):
     first, second = random.standard_normal((3, 23)), random.standard_normal((4, 23))
     expected = np.linalg.norm(first[:, None] - second[None], axis=2)
     np.testing.assert_allclose(distances(first, second), expected, rtol=1e-12)
-
-
-def test_figures_have_names_on_their_axes_and_legends_beside_them(monkeypatch):
-    monkeypatch.setattr(figures, "png", lambda figure: figure)
-    generated = [make_record(i, "generated", 0.8, 0.8, [i, 5], nearest_distance=1.0) for i in range(3)]
-    originals = [make_record(i, "original", 0.9, 0.8, [i], nearest_distance=1.0) for i in range(3)]
-    latents = {"original": np.random.default_rng(0).normal(size=(8, 4)), "generated": np.zeros((3, 4))}
-    drawn = [
-        figures.accuracy_by_group([*originals, *generated]),
-        figures.similarity_bars(summary_of(generated)),
-        figures.accuracy_against_similarity([*originals, *generated], 10),
-        figures.latent_map(latents, 0),
-        figures.loss_curves({"base": [2.0, 1.0], "diffusion": [1.0] * 200}),
-    ]
-    legends = 0
-    for figure in drawn:
-        figure.draw_without_rendering()
-        first, *_ = figure.axes
-        assert first.get_ylabel() or not first.axison
-        for axes in figure.axes:
-            assert axes.get_legend() is None or "IoU" in first.get_ylabel(), "above bars, which end at 1, there is room"
-            names = axes.get_xlabel() or "".join(tick.get_text() for tick in axes.get_xticklabels())
-            assert names.strip("0123456789.- ") or not axes.axison
-            assert all(not legend.get_window_extent().overlaps(axes.get_window_extent()) for legend in figure.legends)
-        legends += len(figure.legends)
-    assert legends == 2

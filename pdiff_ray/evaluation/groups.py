@@ -165,7 +165,7 @@ class NoiseAdded(Group):
 class Decoded(Group):
     """Members, encoded and decoded again by the generator: what its autoencoder alone makes of them."""
 
-    name, colour, marker = "decoded", "#56B4E9", "p"
+    name, colour, marker = "decoded", "#E69F00", "p"
 
     def recipes(self, experiment: Experiment) -> Iterable[Recipe]:
         if experiment.generator.num_latents is None:
@@ -180,7 +180,7 @@ class Decoded(Group):
 class Undiffused(Group):
     """Standard normal latents, decoded by the generator: what it draws without a diffusion model."""
 
-    name, colour, marker = "autoencoder", "#0072B2", "h"
+    name, colour, marker = "autoencoder", "#E69F00", "h"
 
     def recipes(self, experiment: Experiment) -> Iterable[Recipe]:
         return [Recipe()] * (baseline_networks(experiment) if experiment.generator.num_latents else 0)
@@ -232,7 +232,7 @@ _GROUPS: tuple[Group, ...] = (
     Drawn("average_2", {"name": "average", "count": 2}, "average of 2", "#000000", "$2$"),
     Drawn("average_4", {"name": "average", "count": 4}, "average of 4", "#000000", "$4$"),
     Drawn("average_16", {"name": "average", "count": 16}, "average of 16", "#000000", "$16$"),
-    Drawn("interpolation", {"name": "interpolation"}, "between two", "#F0E442", "D"),
+    Drawn("interpolation", {"name": "interpolation"}, "between two", "#000000", "D"),
     NoiseAdded(),
     FineTuned(),
     Drawn("gaussian_diagonal", {"name": "gaussian_diagonal"}, "diagonal Gaussian", "#CC79A7", "v"),

@@ -27,9 +27,11 @@ from pdiff_ray.storage.trees import load_tree
 
 REPORT_FILE = "report.html"
 FIGURES = {
-    "accuracy": "Test accuracy of every network; lines are means.",
-    "similarity": "Similarity: overlap (IoU) of wrong test predictions.",
-    "accuracy_similarity": "Accuracy against the largest similarity with an original; copies sit at the far right.",
+    "accuracy_similarity": "Accuracy against the largest similarity with an original: of every network, and of each "
+    "group's median; framed, and on the right, is where members and samples are. Copies are at the far right.",
+    "accuracy": "Test accuracy of every network, and means. Beside it, the mean of samples less the group's: green, "
+    "better; blue, equal; red, worse; grey, undecided.",
+    "similarity": "Similarity: overlap (IoU) of wrong test predictions, each row and column a network.",
     "latents": "t-SNE of the latents of members and samples.",
     "losses": "Training losses.",
 }
@@ -45,8 +47,8 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     latents = {k: v.numpy() for k, v in load_tree(samples.read(LATENTS_FILE), samples.location).items()}
     losses = {"base": load_history(artifacts["base"]).get("loss", [])} | load_history(artifacts["generator"])
     pngs = {
-        "accuracy": figures.accuracy_by_group(records, groups),
-        "similarity": figures.similarity_bars(summary),
+        "accuracy": figures.accuracy_by_group(records, groups, summary.get("comparison", {}).get("differences")),
+        "similarity": figures.similarity_matrix(records, num_test, groups),
         "accuracy_similarity": figures.accuracy_against_similarity(records, num_test, groups),
         "latents": figures.latent_map(latents, experiment.seed),
     }
