@@ -10,7 +10,7 @@ from pdiff_ray.config import loading, section
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.generators.autoencoder import AutoencoderSettings
 from pdiff_ray.generators.baselines import GaussianSettings
-from pdiff_ray.generators.latent_diffusion import PAPER_RECIPE
+from pdiff_ray.generators.latent_diffusion import RECIPES
 
 SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("**/*.yaml"))
 
@@ -274,11 +274,14 @@ def test_override_of_an_unknown_key(load):
         load("", "zoo.member=3")
 
 
-def test_paper_recipe_is_one_switch(load):
-    plain, paper = load("").generator, load("", "generator.recipe=paper").generator
-    assert paper.diffusion.denoiser == "cnn" != plain.diffusion.denoiser
-    assert paper.autoencoder.steps == PAPER_RECIPE["autoencoder"]["steps"] != plain.autoencoder.steps
-    assert paper.autoencoder.latent_dim == plain.autoencoder.latent_dim
+@pytest.mark.parametrize("recipe", ["paper", "released"])
+def test_recipe_is_one_switch(load, recipe):
+    plain, chosen = load("").generator, load("", f"generator.recipe={recipe}").generator
+    for part in ("autoencoder", "diffusion"):
+        others = getattr(plain, part).model_dump()
+        assert getattr(chosen, part).model_dump() == {**others, **RECIPES[recipe][part]}
+    assert chosen.normalize == RECIPES[recipe]["normalize"]
+    assert chosen.keyed() != plain.keyed()
 
 
 def test_explicit_values_win_over_the_recipe(load):

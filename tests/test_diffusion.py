@@ -11,7 +11,8 @@ from test_generators import CPU, SUBSET, draw, fitted, small
 
 from pdiff_ray.config.schema import Sampling
 from pdiff_ray.generators import graphs, samplers
-from pdiff_ray.generators.diffusion import Diffusion, DiffusionSettings
+from pdiff_ray.generators.autoencoder import BatchNorm
+from pdiff_ray.generators.diffusion import DENOISERS, Diffusion, DiffusionSettings
 from pdiff_ray.generators.graphs import graphed
 from pdiff_ray.generators.interface import Fitting
 from pdiff_ray.generators.latent_diffusion import LatentDiffusionSettings
@@ -136,10 +137,11 @@ def test_prediction_undoes_the_forward_process(prediction, t):
     torch.testing.assert_close(diffusion.target(x_start, steps, eps), predicted)
 
 
-@pytest.mark.parametrize("denoiser", ["mlp", "cnn"])
+@pytest.mark.parametrize("denoiser", DENOISERS)
 def test_step_on_fixed_memory_is_the_same(monkeypatch, denoiser):
     """What a CUDA graph captures, run here without one."""
     diffusion, x = Diffusion(DiffusionSettings(denoiser=denoiser, width=16, num_timesteps=30), 4), draw(20, 4)
+    diffusion.eval()
     noise, factors = draw(30, 20, 4, seed=1), draw(30, 3, seed=2).double() / 2
     drawn = iter(noise)
     with torch.inference_mode():
@@ -175,7 +177,7 @@ def test_replays_train_as_single_steps_do(monkeypatch, way):
 
     def losses(train):
         torch.manual_seed(0)
-        model, random = torch.nn.Linear(3, 1), torch.Generator().manual_seed(0)
+        model, random = torch.nn.Sequential(torch.nn.Linear(3, 1), BatchNorm(1)), torch.Generator().manual_seed(0)
         parameters = list(model.parameters())
 
         def capture(step):
@@ -192,14 +194,15 @@ def test_replays_train_as_single_steps_do(monkeypatch, way):
             return loss.detach()
 
         monkeypatch.setattr(graphs, "capture", capture)
-        step = train(backward, parameters, random)
+        step = train(backward, model, random)
         found = []
         for _ in range(5):
             found.append(step().item())
             with torch.no_grad():
                 for parameter in parameters:
                     parameter -= 0.1 * parameter.grad
-        return found, step is backward
+        statistics = [tensor.tolist() for tensor in model.state_dict().values()]
+        return [*found, *statistics], step is backward
 
     plain, _ = losses(lambda backward, *_: backward)
     with contextlib.nullcontext() if way == "captured" else pytest.warns(UserWarning, match="without a CUDA graph"):
@@ -257,7 +260,7 @@ def test_sampling_is_determined_by_the_seed(sampler, steps):
     assert not torch.allclose(first, other)
 
 
-@pytest.mark.parametrize("denoiser", ["mlp", "cnn"])
+@pytest.mark.parametrize("denoiser", DENOISERS)
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 @pytest.mark.parametrize("standardize", [True, False])
 def test_every_kind_learns(denoiser, prediction, standardize):

@@ -1,5 +1,7 @@
 """The generators' maths against simpler or independent versions, and exact resuming."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,6 +26,14 @@ SUBSET = Subset((Entry("a.weight", (8,), 0, "parameter"), Entry("a.bias", (2, 3)
 SMALL = {
     "autoencoder": {"channels": (4, 8), "latent_dim": 4, "steps": 30, "batch_size": 16},
     "diffusion": {"width": 16, "depth": 1, "num_timesteps": 20, "steps": 30, "batch_size": 16},
+}
+
+
+# The released code's kind, at the tests' size.
+RELEASED = {
+    "recipe": "released",
+    "autoencoder": {**SMALL["autoencoder"], "latent_dim": 6},
+    "diffusion": {"width": 8, "depth": 3, "num_timesteps": 20, "steps": 30, "batch_size": 16},
 }
 
 
@@ -91,12 +101,15 @@ def test_what_does_not_move_is_zero_and_comes_back(mode):
 
 @pytest.mark.parametrize("dimension", [1, 7, 64, 65])
 @pytest.mark.parametrize(("stride", "kernel_size"), [(1, 3), (2, 5), (3, 3), (4, 9)])
-def test_autoencoder_takes_any_dimension(dimension, stride, kernel_size):
-    settings = AutoencoderSettings(channels=(4, 8), stride=stride, kernel_size=kernel_size, latent_dim=3)
+@pytest.mark.parametrize("changes", [{}, {"batchnorm": True, "kl_weight": 0.1}])
+def test_autoencoder_takes_any_dimension(dimension, stride, kernel_size, changes):
+    settings = AutoencoderSettings(channels=(4, 8), stride=stride, kernel_size=kernel_size, latent_dim=3, **changes)
     autoencoder = Autoencoder(settings, dimension)
-    latents = autoencoder.encode(draw(2, dimension))
-    assert latents.shape == (2, 3)
-    assert autoencoder.decode(latents).shape == (2, dimension)
+    for count in (2, 1):  # in training, too, a channel may have one value alone
+        latents = autoencoder.encode(draw(count, dimension))
+        assert latents.shape == (count, 3)
+        assert autoencoder.decode(latents).shape == (count, dimension)
+        assert autoencoder.loss(draw(count, dimension), torch.Generator()).isfinite()
 
 
 def test_autoencoder_loss_without_noise_is_the_reconstruction_error():
@@ -106,6 +119,42 @@ def test_autoencoder_loss_without_noise_is_the_reconstruction_error():
     torch.testing.assert_close(autoencoder.loss(vectors, torch.Generator()), expected)
     noisy = Autoencoder(AutoencoderSettings(channels=(4,), latent_noise=5.0), 14)
     assert noisy.loss(vectors, torch.Generator()) != noisy.loss(vectors, torch.Generator().manual_seed(1))
+
+
+def test_released_autoencoder_has_the_released_layers():
+    """Weights of the released code's for 2,048 values: 5 layers of kernel 7, their BatchNorms, and 3 linear ones."""
+    autoencoder = Autoencoder(LatentDiffusionSettings(recipe="released").autoencoder, 2048)
+    pairs = list(pairwise((1, 64, 128, 256, 256, 32)))
+    encoder = sum(7 * a * b + 3 * b for a, b in pairs) + (2048 + 1) * 128 + 2 * (128 + 1) * 128
+    decoder = (128 + 1) * 2048 + sum(7 * a * b + 3 * a for a, b in [(64, 64), *pairs[1:]]) + 7 * 64 + 1
+    assert sum(p.numel() for p in autoencoder.parameters()) == encoder + decoder
+
+
+def test_what_is_reconstructed_and_what_the_divergence_adds():
+    quiet = {"channels": (4,), "latent_noise": 0.0, "parameter_noise": 0.5, "latent_dim": 3}
+    vectors, noise = draw(5, 14), draw(5, 14, seed=1)
+    noised = vectors + 0.5 * noise
+
+    def loss(**changes):
+        torch.manual_seed(0)
+        autoencoder = Autoencoder(AutoencoderSettings(**{**quiet, **changes}), 14)
+        error = (autoencoder.decode(autoencoder.encode(noised)) - noised).square().mean()
+        return autoencoder, autoencoder.loss(vectors, torch.Generator().manual_seed(1)), error
+
+    autoencoder, found, error = loss(target="noised")
+    torch.testing.assert_close(found, error)
+    assert loss()[1] != error
+    autoencoder, found, error = loss(target="noised", kl_weight=2.0)
+    mean, log_variance = autoencoder._moments(noised)
+    normal = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    divergence = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum(1).mean()
+    torch.testing.assert_close(found, error + 2 * divergence)
+    drawn = loss(target="noised", kl_weight=0.0, latent_noise=None)[1]  # noise of the encoder's own sigma
+    assert drawn != loss(target="noised", kl_weight=0.0)[1]
+    with pytest.raises(
+        ValueError, match="latent_noise is null, but the encoder is not variational; set it, or kl_weight"
+    ):
+        AutoencoderSettings(latent_noise=None)
 
 
 def test_autoencoder_that_is_too_large():
@@ -143,14 +192,17 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("batch_size", [16, 1000])
-def test_resumed_training_ends_in_the_same_weights(batch_size):
+@pytest.mark.parametrize("kind", ["cnn", "unet", "autoencoder"])
+def test_resumed_training_ends_in_the_same_weights(batch_size, kind):
     """Stopped after a checkpoint, and gone on in a new process, as storage would hand the state over."""
-    changes = {"steps": 120, "batch_size": batch_size, "denoiser": "cnn", "lr": 1e-2, "weight_decay": 0.1}
-    settings, latents = small(diffusion=changes).diffusion, draw(40, 4)
+    changes = {"steps": 120, "batch_size": batch_size, "lr": 1e-2, "weight_decay": 0.1}
+    latents = draw(40, 4)
+    settings = small(diffusion={**changes, "denoiser": kind}).diffusion if kind != "autoencoder" else None
+    settings = settings or small(**merge(RELEASED, {"autoencoder": changes})).autoencoder
 
     def fit(fitting):
         torch.manual_seed(0)
-        model = Diffusion(settings, 4)
+        model = Diffusion(settings, 4) if kind != "autoencoder" else Autoencoder(settings, 4)
         fit_model("diffusion", model, latents, settings, fitting, ema_decay=0.9)
         return model.state_dict(), fitting.history["diffusion"]
 
@@ -238,12 +290,12 @@ def test_schedules():
 # --- whole generators -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("changes", [*({"name": name} for name in GENERATORS), RELEASED], ids=str)
 @pytest.mark.parametrize("count", [1, 40])
-def test_state_round_trip(name, count):
+def test_state_round_trip(changes, count):
     vectors = 3 + draw(count, 14) * torch.logspace(-3, 0, 14)
-    generator, _ = fitted(small(name=name), vectors)
-    copy = make_generator(small(name=name, seed=5), SUBSET)
+    generator, _ = fitted(small(**changes), vectors)
+    copy = make_generator(small(**changes, seed=5), SUBSET)
     copy.load_state(load_tree(save_tree(generator.state())))
     for sampling in (Sampling(seed=3), Sampling(seed=4)):
         drawn = generator.sample(6, sampling, CPU)
@@ -402,16 +454,21 @@ def test_what_cannot_be_learned_is_refused_before_work_starts():
     GaussianSettings().check_dimension(100_000_000)
     with pytest.raises(ConfigError, match=r"100,000,000 values at stride 2 .* raise generator\.autoencoder\.stride"):
         LatentDiffusionSettings().check_dimension(100_000_000)
+    with pytest.raises(
+        ConfigError, match=r"a unet of width 64 and depth 1000 has more .* lower generator\.diffusion\.depth"
+    ):
+        LatentDiffusionSettings(recipe="released", diffusion={"depth": 1000}).check_dimension(14)
     with pytest.raises(ValueError, match=r"sampling\.steps is 21, but generator\.diffusion\.num_timesteps is 20"):
         small().check_sampling(Sampling(steps=21))
     GaussianSettings().check_sampling(Sampling(steps=21))
 
 
-def test_operations_are_those_that_pytorch_counts_while_they_run():
-    sampling, vectors = Sampling(samples=5, seed=0), draw(16, 14)
-    fit, sample, memory = small().cost(14, 16, sampling)
+@pytest.mark.parametrize("changes", [{}, RELEASED], ids=["default", "released"])
+def test_operations_are_those_that_pytorch_counts_while_they_run(changes):
+    sampling, vectors, settings = Sampling(samples=5, seed=0), draw(16, 14), small(**changes)
+    fit, sample, memory = settings.cost(14, 16, sampling)
     with FlopCounterMode(display=False) as fitting:
-        generator, _ = fitted(small(), vectors)
+        generator, _ = fitted(settings, vectors)
     with FlopCounterMode(display=False) as drawing:
         generator.encode(vectors)
         generator.encode(generator.sample(5, sampling, CPU))

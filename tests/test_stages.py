@@ -245,6 +245,17 @@ def test_one_member_works(done):
     report.build(one, artifacts, context())
 
 
+@pytest.mark.parametrize(("steps", "keeps"), [(300, True), (1, False)])
+def test_the_released_recipe_keeps_members_if_it_is_trained(done, steps, keeps):
+    changes = ["generator.recipe=released", f"generator.autoencoder.steps={steps}", "generator.autoencoder.lr=0.01"]
+    experiment, artifacts = tiny(done[0].storage, *changes)
+    build(experiment, artifacts, "generator", "samples")
+    info = artifacts["generator"].manifest().info
+    assert (info["unexplained_variance"] < 0.1) == keeps
+    assert info["gate"]["passed"] or not keeps
+    assert np.isfinite(ParameterStore(artifacts["samples"]).vectors()).all()
+
+
 @pytest.mark.parametrize("regime", ["trajectory", "independent"])
 def test_other_regimes(regime, tmp_path):
     overrides = [f"zoo.regime={regime}", "zoo.members=5", "zoo.second_run=0"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -15,8 +16,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.common.registry import Registry
 from pdiff_ray.config.section import Known, Section
+from pdiff_ray.generators.autoencoder import MAX_PARAMETERS, BatchNorm
 
 ONEDNN, ONEDNN_BATCH = torch.backends.mkldnn.is_available(), 16  # for fewer rows MKL takes less time
 
@@ -25,10 +28,10 @@ class DiffusionSettings(Section):
     """The section `generator.diffusion`."""
 
     denoiser: Annotated[str, Known("pdiff_ray.generators.diffusion:DENOISERS")] = Field(
-        "mlp", description="residual MLP or 1D CNN"
+        "mlp", description="residual MLP, residual 1D CNN, or 1D CNN that widens and narrows, with skips"
     )
-    width: int = Field(256, ge=8, le=65_536, description="hidden width (mlp) or channels (cnn)")
-    depth: int = Field(3, ge=1, le=1000, description="residual blocks")
+    width: int = Field(256, ge=8, le=65_536, description="hidden width (mlp), or channels (cnn; unet: at first)")
+    depth: int = Field(3, ge=1, le=1000, description="residual blocks; unet: widths, each twice the one before")
     prediction: Literal["v", "epsilon"] = Field("v", description="what the denoiser is trained to predict")
     num_timesteps: int = Field(1000, ge=2, le=100_000, description="of the forward process")
     beta_start: float = Field(1e-4, gt=0, lt=1, description="first of the linear betas")
@@ -44,11 +47,11 @@ class DiffusionSettings(Section):
 class TimestepEmbedding(nn.Module):
     """Sinusoidal embedding of t (B,) and a small MLP: (B, width)."""
 
-    frequencies: Tensor  # (width // 2,)
+    frequencies: Tensor  # (width // 2,), unless another number is given
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, num_frequencies: int | None = None) -> None:
         super().__init__()
-        half = width // 2
+        half = num_frequencies or width // 2
         self.register_buffer("frequencies", torch.exp(-math.log(10_000) * torch.arange(half) / half), persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * half, width), nn.SiLU(), nn.Linear(width, width))
 
@@ -118,8 +121,49 @@ class CNNDenoiser(nn.Module):
         return self.last(hidden)[:, 0]
 
 
+class UNetDenoiser(nn.Module):
+    """The released code's kind: 1D convolutions that double their channels `depth` times and halve them again.
+
+    None strides. What widens is added to what narrows where both have as many channels, and the timestep's embedding, a
+    number per dimension of the latent, to the input of every convolution. Called as `MLPDenoiser` is.
+
+    Raises:
+        ConfigError: it would be too large.
+    """
+
+    def __init__(self, latent_dim: int, width: int, depth: int) -> None:
+        super().__init__()
+        channels = [1, *(width * 2**i for i in range(depth))]
+        if 14 * sum(a * b for a, b in pairwise(channels)) > MAX_PARAMETERS:
+            raise ConfigError(
+                f"generator.diffusion: a unet of width {width} and depth {depth} has more than {MAX_PARAMETERS:,} "
+                "weights; lower generator.diffusion.depth"
+            )
+        self.embedding = TimestepEmbedding(latent_dim, num_frequencies=128)
+        self.down = nn.ModuleList(self._layer(outer, inner) for outer, inner in pairwise(channels))
+        up = [self._layer(inner, outer) for outer, inner in pairwise(channels)]
+        self.up = nn.ModuleList([*reversed(up[1:]), up[0][0]])  # the last is a convolution alone
+
+    @staticmethod
+    def _layer(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv1d(inputs, outputs, 7, padding=3), BatchNorm(outputs), nn.ELU())
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        time, hidden = time[:, None], x[:, None]
+        widened = []
+        for layer in self.down:
+            hidden = layer(hidden + time)
+            widened.append(hidden)
+        for i, layer in enumerate(self.up):
+            wide = widened.pop()
+            hidden = layer(hidden + time if i == 0 else hidden + wide + time)
+        return hidden[:, 0]
+
+
 # Classes or functions of the latent's dimension, a width and a depth. A denoiser has an `embedding` of timesteps (B,).
-DENOISERS: Registry[Callable[[int, int, int], Any]] = Registry("denoiser", {"mlp": MLPDenoiser, "cnn": CNNDenoiser})
+DENOISERS: Registry[Callable[[int, int, int], Any]] = Registry(
+    "denoiser", {"mlp": MLPDenoiser, "cnn": CNNDenoiser, "unet": UNetDenoiser}
+)
 
 
 class Diffusion(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -28,31 +28,37 @@ def capture(step: Callable[[], Tensor | None]) -> tuple[torch.cuda.CUDAGraph, Te
     return graph, result
 
 
-def graphed(
-    backward: Callable[[], Tensor], parameters: Sequence[nn.Parameter], random: torch.Generator
-) -> Callable[[], Tensor]:
+def graphed(backward: Callable[[], Tensor], model: nn.Module, random: torch.Generator) -> Callable[[], Tensor]:
     """Returns `backward` as the replay of a graph; as it is, with a warning, if its loss or gradients would be others.
 
     Args:
-        backward: makes the gradients of `parameters` anew and returns the loss, with numbers from `random`.
+        backward: makes the gradients of the model's parameters anew and returns the loss, with numbers from `random`;
+            the steps that try it leave no trace in the model's running statistics.
     """
-    state = random.get_state()
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    state, kept = random.get_state(), [buffer.clone() for buffer in buffers]
+
+    def rewind() -> None:
+        random.set_state(state)
+        for buffer, value in zip(buffers, kept, strict=True):
+            buffer.copy_(value)
+
     try:
         graph, loss = capture(backward)
         assert loss is not None
         gradients = [parameter.grad for parameter in parameters]
-        random.set_state(state)
+        rewind()
         graph.replay()
         found = [tensor.clone() for tensor in (loss, *gradients) if tensor is not None]
-        random.set_state(state)
+        rewind()
         expected = [backward(), *(parameter.grad for parameter in parameters if parameter.grad is not None)]
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3 * float(b.abs().max()))
     except (RuntimeError, AssertionError, ValueError) as error:
         warnings.warn(f"training without a CUDA graph, which is slower: {error}", stacklevel=2)
-        random.set_state(state)
+        rewind()
         return backward
-    random.set_state(state)
+    rewind()
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient  # where a replay writes them
 

@@ -18,17 +18,24 @@ from pdiff_ray.training.trainer import Trainer
 
 
 class EMA:
-    """Exponential moving average of a model's parameters, with the usual warm-up min(decay, (1 + t) / (10 + t))."""
+    """Exponential moving average of a model's weights, with the usual warm-up min(decay, (1 + t) / (10 + t)).
+
+    Running statistics are averaged as well: those of the last weights are not the averages'.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.average = {name: tensor.clone() for name, tensor in _averaged(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = [p.detach() for p in model.parameters()]
-        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), list(_averaged(model).values()), 1 - decay)
+
+
+def _averaged(model: nn.Module) -> dict[str, Tensor]:
+    """Returns a model's parameters and running statistics."""
+    return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
 def fit_model(
@@ -88,7 +95,7 @@ def fit_model(
     last_saved = time.monotonic()
     model.train()
     if fitting.graphs and fitting.device.type == "cuda" and first < num_steps:
-        backward = graphed(backward, list(model.parameters()), random)
+        backward = graphed(backward, model, random)
     for step in range(first, num_steps):
         losses[step] = backward()
         trainer.apply(step)
@@ -96,7 +103,7 @@ def fit_model(
             ema.update(model, step)
         # Before the state is saved: a rung may be shown twice, but is never left out.
         if fitting.preview and preview and step + 1 in due:
-            current = {name: p.detach().clone() for name, p in model.named_parameters()}
+            current = {name: tensor.clone() for name, tensor in _averaged(model).items()}
             if ema:
                 model.load_state_dict(ema.average, strict=False)
             model.eval()
