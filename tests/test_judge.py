@@ -1,6 +1,7 @@
 """Judging many networks at once against one by one, recalibrated statistics, similarities and the summary."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Data, Network, SubsetRule
 from pdiff_ray.data import dataset as data
 from pdiff_ray.evaluation import recalibration
+from pdiff_ray.evaluation.diagnostics import diagnose
+from pdiff_ray.evaluation.geometry import Geometry
 from pdiff_ray.evaluation.judge import Judge, Judgement, judged
+from pdiff_ray.evaluation.novelty import assess
 from pdiff_ray.evaluation.similarity import distances, iou, mean_within, unpack_wrong
 from pdiff_ray.evaluation.summary import summarize
 from pdiff_ray.networks.build import build_network
@@ -337,13 +341,14 @@ def make_record(id_, group, train, test, wrong, **fields):
     )
 
 
-def summary_of(generated, spread=1.0):
+def summary_of(generated, **novelty):
     originals = [
         make_record(0, "original", 0.9, 0.8, [0, 1], nearest_distance=1.0),
         make_record(1, "original", 0.8, 0.7, [1, 2, 3], nearest_distance=1.0),
         make_record(2, "original", 0.7, 0.7, [0, 4, 5], nearest_distance=1.0),
     ]
-    return summarize([*originals, *generated], 10, 10, member_spread=2.0, sample_spread=2.0 * spread)
+    unknown = assess(Geometry(torch.eye(3)), torch.eye(3), {}, {})
+    return summarize([*originals, *generated], 10, 10, replace(unknown, **novelty), diagnose(None, [0, 0, 0]))
 
 
 def groups_of(summary):
@@ -391,28 +396,30 @@ def test_failed_networks_are_nearer_to_chance():
 
 
 @pytest.mark.parametrize(
-    ("distance", "spread", "wrong", "word", "reason"),
+    ("accuracies", "collapsed", "word"),
     [
-        (0.1, 1.0, ([0], [5, 6]), "replica", "closer to a member than members"),
-        (0.9, 0.5, ([0], [5, 6]), "interpolation", "vary less than the members in weight space, as"),
-        (0.9, 1.05, ([0, 1], [0, 1]), "interpolation", "vary less than the members in what they predict, as"),
-        (0.9, 0.5, ([0, 1], [0, 1]), "interpolation", "the members in weight space and in what they predict, as"),
-        (0.9, 1.0, ([0], [5, 6]), "new", "as far from the members"),
+        ((0.8, 0.8), False, "new"),
+        ((0.8, 0.8), True, "collapsed"),
+        ((0.1, 0.2), True, "failed"),
+        ((0.8, 0.2), False, "new"),
     ],
 )
-def test_verdict(distance, spread, wrong, word, reason):
-    generated = [
-        make_record(i, "generated", 0.8, 0.8, misses, nearest_distance=distance) for i, misses in enumerate(wrong)
-    ]
-    verdict = summary_of(generated, spread)["verdict"]
-    assert verdict["word"] == word
+def test_the_verdict_says_whether_samples_work_are_new_and_better(accuracies, collapsed, word):
+    generated = [make_record(i, "generated", 0.8, a, [i], nearest_distance=1.0) for i, a in enumerate(accuracies)]
+    ensemble = make_record(9, "ensemble", 0.8, 0.8, [7, 8])
+    found = summary_of(
+        [ensemble, *generated], word="new", text="new: 100% new of 2 samples. More.", collapsed=collapsed
+    )
+    verdict, failed = found["verdict"], sum(a < 0.4 for a in accuracies) / 2
+    assert (verdict["word"], verdict["collapsed"], verdict["failed"]) == (word, collapsed, failed)
     assert verdict["text"].startswith(f"{word}: ")
-    assert reason in verdict["text"]
-
-
-def test_verdict_needs_two_of_each():
-    generated = [make_record(0, "generated", 0.8, 0.8, [0], nearest_distance=1.0)]
-    assert summary_of(generated)["verdict"]["word"] == "unknown"
+    assert "100% new of 2 samples. " in verdict["text"]
+    assert "More" not in verdict["text"]
+    assert ("collapsed: all alike" in verdict["text"]) == collapsed
+    assert (f"{failed:.0%} of the samples failed" in verdict["text"]) == (failed > 0)
+    assert verdict["baseline"] == "ensemble"
+    assert verdict["accuracy"] == found["comparison"]["word"]
+    assert found["comparison"]["text"] in verdict["text"]
 
 
 def test_noise_is_grouped_by_sigma():

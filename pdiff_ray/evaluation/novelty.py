@@ -146,6 +146,11 @@ class Novelty:
     unexplained: float
     undecided: tuple[Undecided, ...]
 
+    @property
+    def headline(self) -> str:
+        """The first sentence of `text`."""
+        return self.text.partition(". ")[0].rstrip(".") + "."
+
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as JSON values."""
         return {**asdict(self), "words": list(self.words), "posteriors": [round(p, 4) for p in self.posteriors]} | {

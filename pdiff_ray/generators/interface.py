@@ -53,9 +53,12 @@ class Generator(ABC):
     Attributes:
         Settings: the class of the section `generator` where this generator is chosen: its fields, what can be found
             wrong with them before work starts, and what fitting and sampling will cost.
+        num_latents: values that a vector is encoded into, if latents can be decoded.
     """
 
     Settings: ClassVar[type[schema.Generator]] = schema.Generator
+
+    num_latents: int | None = None
 
     @abstractmethod
     def __init__(self, settings: Any, subset: Subset) -> None:
@@ -82,5 +85,5 @@ class Generator(ABC):
         """Returns a low-dimensional view of vectors (n, D): (n, latent)."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Returns the vectors (n, D) of latents (n, `num_latents` of the settings), usual if standard normal."""
+        """Returns the vectors (n, D) of latents (n, `num_latents`), of which standard normal ones are usual."""
         raise NotImplementedError

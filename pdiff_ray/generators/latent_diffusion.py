@@ -143,7 +143,7 @@ class LatentDiffusion(nn.Module, Generator):
     def __init__(self, settings: LatentDiffusionSettings, subset: Subset) -> None:
         super().__init__()
         self.settings, self.subset = settings, subset
-        latent_dim = settings.autoencoder.latent_dim
+        latent_dim = self.num_latents = settings.autoencoder.latent_dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(settings.seed or 0, "generator"))
             self.autoencoder = Autoencoder(settings.autoencoder, subset.size)

@@ -22,14 +22,16 @@ from pdiff_ray.common.errors import PdiffError, StorageError
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config import schema
 from pdiff_ray.config.schema import Experiment
+from pdiff_ray.evaluation.diagnostics import diagnose
 from pdiff_ray.evaluation.groups import GROUPS, Material, groups_of
 from pdiff_ray.evaluation.judge import Judge, judged
 from pdiff_ray.evaluation.metrics import metrics_of
-from pdiff_ray.evaluation.similarity import distances
+from pdiff_ray.evaluation.similarity import distances, unpack_wrong
 from pdiff_ray.evaluation.summary import summarize
 from pdiff_ray.generators.interface import Fitting, Generator
 from pdiff_ray.generators.table import make_generator
 from pdiff_ray.networks.frontier import Frontier
+from pdiff_ray.stages import kinds
 from pdiff_ray.stages.base import load_network
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.generator import load_generator
@@ -46,7 +48,7 @@ Task = list[Record]  # networks that are judged together, without vectors
 def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
     """Judges what is not judged yet, in any order, and commits all rows with their summary."""
     judge_missing(experiment, artifacts, context)
-    commit(experiment, artifacts)
+    commit(experiment, artifacts, context)
 
 
 def judge_missing(
@@ -72,15 +74,48 @@ def judge_missing(
         context.progress("evaluation", done, len(wanted), "networks")
 
 
-def commit(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> None:
+def commit(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
     """Commits the rows of all networks, which have been judged, with their summary."""
     started, artifact, zoo = time.monotonic(), artifacts["evaluation"], ParameterStore(artifacts["zoo"])
-    store, members = ParameterStore(artifact), zoo.vectors(experiment.split.learned)
-    spreads = _spread(members), _spread(ParameterStore(artifacts["samples"]).vectors())
-    about, config = artifacts["base"].manifest().info, experiment.evaluation
+    store, split, config = ParameterStore(artifact), experiment.split, experiment.evaluation
+    about, seed = artifacts["base"].manifest().info, experiment.sampling.seed or 0
     ids = [record.id for record in networks_to_judge(experiment, zoo)]
+    records = store.records(ids)
+    context.progress("evaluation", len(ids), len(ids), "verdict")
+    members = zoo.vectors(split.learned)
+    yardsticks = {"held_out": split.held_out, "second_run": split.second_run}
+
+    def on_device(vectors: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(vectors).to(context.device)
+
+    novelty = kinds.assess(
+        on_device(members),
+        zoo.subset(),
+        on_device(ParameterStore(artifacts["samples"]).vectors()),
+        {name: on_device(zoo.vectors(chosen)) for name, chosen in yardsticks.items() if chosen},
+        records,
+        load_generator(experiment, artifacts),
+        seed,
+    )
+    learned = records[: len(members)]
+    runs = {run: index for index, run in enumerate(dict.fromkeys(record.seed for record in learned))}
+    diagnosis = diagnose(
+        members,
+        [runs[record.seed] for record in learned],
+        [record.step for record in learned],
+        unpack_wrong([record.wrong or b"" for record in learned], about["test_images"]),
+        artifacts["generator"].manifest().info,
+    )
     summary = summarize(
-        store.records(ids), about["test_images"], about["num_classes"], *spreads, groups_of(config), metrics_of(config)
+        records,
+        about["test_images"],
+        about["num_classes"],
+        novelty,
+        diagnosis,
+        groups_of(config),
+        metrics_of(config),
+        seed,
+        about["validation_images"],
     )
     parts = store.manifest_entries(ids)
     sharing, counts, seconds = _taken(store, parts)
