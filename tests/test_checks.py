@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.config.schema import SubsetRule
+from pdiff_ray.evaluation.metrics import JudgedGroup
 from pdiff_ray.evaluation.summary import by_title as groups_by_title
 from pdiff_ray.networks.subset import Subset, resolve
 from pdiff_ray.running.results import Result
@@ -386,7 +387,7 @@ def test_one_number_per_network(judged):
     best = {group["group"]: group["best_id"] for group in load_summary(artifacts)["groups"]}
     for line, name in (("original", "original"), ("generated", "generated")):
         group = [record for record in records if record.group == name]
-        chosen = max(group, key=lambda r: (r.train_accuracy, -r.train_loss))
+        chosen = JudgedGroup(group, (), 1, 1).best
         assert best.pop(line) == chosen.number == group.index(chosen)
     assert set(best.values()) == {None}, "baselines are not kept"
     networks = Result("mixed", artifacts).networks().to_pylist()
@@ -400,7 +401,7 @@ def test_numbers_of_earlier_versions_are_translated(judged, tmp_path):
     by_title, old = groups_by_title(store.records()), Artifact(Storage(str(tmp_path)), "evaluation", {}, {})
     for group in summary["groups"]:
         records = by_title[group["group"]]
-        group["best_id"] = max(records, key=lambda r: (r.train_accuracy, -r.train_loss)).id
+        group["best_id"] = JudgedGroup(records, (), 1, 1).best.id
     assert [group["best_id"] for group in summary["groups"]] != now
     ParameterStore(old).append(store.records(), store.subset())
     parts = ParameterStore(old).manifest_entries(store.ids)

@@ -335,10 +335,9 @@ def test_distances_of_close_vectors():
 
 def make_record(id_, group, train, test, wrong, **fields):
     packed = np.packbits(np.isin(np.arange(10), wrong)).tobytes()
-    losses = {"train_loss": 1 - train, "validation_loss": 0.1, "test_loss": 1 - test} | fields
-    return Record(
-        id_, group, train_accuracy=train, validation_accuracy=test, test_accuracy=test, wrong=packed, **losses
-    )
+    losses = {"train_loss": 1 - train, "validation_loss": 0.1, "test_loss": 1 - test}
+    judged = {"train_accuracy": train, "validation_accuracy": test, "test_accuracy": test, **losses}
+    return Record(id_, group, wrong=packed, **{**judged, **fields})
 
 
 def summary_of(generated, **novelty):
@@ -368,6 +367,46 @@ def test_best_is_chosen_on_training_data():
     assert line["median"] == 0.6
     assert line["std"] == pytest.approx(np.std([0.9, 0.5, 0.6]))
     assert line["networks"] == 3
+
+
+def test_where_all_fit_the_training_images_held_out_ones_choose():
+    """Networks that fit the training images worse are not chosen, whatever validation images say."""
+    generated = [
+        make_record(3, "generated", 1.0, 0.9, [3], parent=0, train_loss=0.1, validation_loss=0.3),
+        make_record(4, "generated", 1.0, 0.8, [3, 4], parent=1, train_loss=0.3, validation_loss=0.1),
+        make_record(5, "generated", 0.9995, 0.9, [3], parent=2, train_loss=0.2, validation_loss=0.2),
+        make_record(6, "generated", 0.95, 1.0, [], parent=3, train_loss=0.2, validation_loss=0.2),
+    ]
+    generated = [replace_distance(record) for record in generated]
+    line = groups_of(summary_of(generated))["generated"]
+    assert (line["best_id"], line["chosen_on"]) == (2, "validation")
+    assert groups_of(summary_of(generated))["original"]["chosen_on"] == "training"
+    # Shuffled test labels choose the same.
+    wrong = [np.packbits(np.arange(10) > number).tobytes() for number in range(4)]
+    shuffled = [
+        replace(r, wrong=bits, test_accuracy=number / 10, test_loss=1.0)
+        for number, (r, bits) in enumerate(zip(generated, wrong, strict=True), 1)
+    ]
+    again = groups_of(summary_of(shuffled))["generated"]
+    assert (again["best_id"], again["chosen_on"], again["best"]) == (2, "validation", 0.3)
+
+
+def test_correlation_of_what_chooses_with_test_accuracy():
+    def correlation(accuracies, **fields):
+        generated = [
+            make_record(number, "generated", train, test, [], **fields)
+            for number, (train, test) in enumerate(accuracies)
+        ]
+        return groups_of(summary_of([replace_distance(record) for record in generated]))["generated"]
+
+    line = correlation([(0.5, 0.1), (0.6, 0.2), (0.7, 0.9)])
+    assert (line["selection_correlation"], line["chosen_on"]) == (pytest.approx(1), "training")
+    assert correlation([(0.5, 0.9), (0.6, 0.2), (0.7, 0.1)])["selection_correlation"] == pytest.approx(-1)
+    # 1, 2.5, 2.5, 4 against 2, 1, 3, 4: equals share their ranks.
+    line = correlation([(0.5, 0.2), (0.6, 0.1), (0.6, 0.3), (0.7, 0.4)], train_loss=0.1)
+    assert line["selection_correlation"] == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [2, 1, 3, 4])[0, 1])
+    assert correlation([(0.5, 0.2), (0.6, 0.2)])["selection_correlation"] is None
+    assert correlation([(0.5, 0.1), (0.5, 0.2)], validation_accuracy=0.5)["selection_correlation"] is None
 
 
 def test_similarities_of_groups():

@@ -7,7 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import EVALUATED, build, build_missing, context, interrupted_zoo, tiny, with_vectors
+from helpers import (
+    EVALUATED,
+    build,
+    build_missing,
+    context,
+    interrupted_zoo,
+    pixels,
+    tiny,
+    with_vectors,
+    write_parquet,
+)
 
 from pdiff_ray.cli import printing
 from pdiff_ray.common.errors import ConfigError, PdiffError, StorageError
@@ -40,6 +50,33 @@ def test_same_seed_same_table_whatever_the_tasks(done, tmp_path):
     build(experiment, artifacts)
     assert table_rows(load_summary(artifacts)) == table_rows(load_summary(done[1]))
     np.testing.assert_array_equal(ParameterStore(artifacts["zoo"]).vectors(), ParameterStore(done[1]["zoo"]).vectors())
+
+
+def test_test_labels_choose_nothing(tmp_path):
+    """With other test labels everything is the same but what is said of test images."""
+    summaries, rows, drawn = [], [], []
+    train, test, labels = pixels(300), pixels(60, seed=1), np.arange(300) % 3
+    train[np.arange(300), labels, labels] = 255  # something to learn
+    for name, of_test in {"one": np.arange(60) % 3, "other": np.random.default_rng(0).integers(0, 3, 60)}.items():
+        write_parquet(tmp_path / name / "train.parquet", train, labels)
+        write_parquet(tmp_path / name / "test.parquet", test, of_test)
+        data = {"name": "custom", "source": "parquet", "root": str(tmp_path / name), "train_noise": 0.3}
+        experiment, artifacts = tiny(tmp_path / f"storage-{name}", f"data={json.dumps(data)}")
+        build(experiment, artifacts)
+        summaries.append(load_summary(artifacts))
+        rows.append(ParameterStore(artifacts["evaluation"]).records())
+        drawn.append([ParameterStore(artifacts[stage]).vectors() for stage in ("zoo", "samples")])
+        drawn[-1].append(artifacts["generator"].manifest().info)
+    for one, other in zip(*rows, strict=True):
+        made = {"test_accuracy": None, "test_loss": None, "wrong": None, "created_at": None, "worker": None}
+        assert replace(one, **made) == replace(other, **made)
+    assert [row.wrong for row in rows[0]] != [row.wrong for row in rows[1]]
+    for one, other in zip(drawn[0][:2], drawn[1][:2], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert drawn[0][2]["gate"] == drawn[1][2]["gate"]
+    for field in ("best_id", "chosen_on"):
+        assert [line[field] for line in summaries[0]["groups"]] == [line[field] for line in summaries[1]["groups"]]
+    assert [line["mean"] for line in summaries[0]["groups"]] != [line["mean"] for line in summaries[1]["groups"]]
 
 
 def test_another_seed_gives_other_networks(done, tmp_path):

@@ -41,8 +41,30 @@ class JudgedGroup:
 
     @functools.cached_property
     def best(self) -> Record:
-        """The network with the highest accuracy on the selection split (ties: lowest loss), not on test labels."""
-        return max(self.records, key=lambda r: (r.train_accuracy or 0, -(r.train_loss or 0)))
+        """The network with the highest of `scores`, in which no test label is."""
+        return self.records[max(range(len(self.records)), key=self.scores.__getitem__)]
+
+    @functools.cached_property
+    def chosen_on(self) -> Literal["training", "validation"]:
+        """The images that tell which network is best: held-out ones where half of the group fit the training images as
+        well as any does.
+        """
+        accuracies = [r.train_accuracy or 0.0 for r in self.records]
+        return "validation" if np.median(accuracies) >= max(accuracies) - SATURATED else "training"
+
+    @functools.cached_property
+    def scores(self) -> list[tuple[float, float, float]]:
+        """What the best network is chosen by, of each (n): accuracy on the selection split (ties: lowest loss).
+
+        If it is chosen on validation images, these decide among those that fit the training images equally well.
+        """
+        if self.chosen_on == "training":
+            return [(r.train_accuracy or 0.0, -(r.train_loss or 0.0), 0.0) for r in self.records]
+        equal = max(r.train_accuracy or 0.0 for r in self.records) - SATURATED
+        return [
+            (min(r.train_accuracy or 0.0, equal), r.validation_accuracy or 0.0, -(r.validation_loss or 0.0))
+            for r in self.records
+        ]
 
     @functools.cached_property
     def wrong(self) -> np.ndarray:
@@ -75,6 +97,23 @@ def failed(networks: JudgedGroup) -> float:
     return float(np.mean([(r.validation_accuracy or 0) < halfway for r in networks.records]))
 
 
+def selection_correlation(networks: JudgedGroup) -> float | None:
+    """Returns Spearman's rank correlation of the score that chooses the best with test accuracy; None if one is flat.
+
+    Where it is near 0, the best network is one of many: choosing has found nothing. Nothing is chosen by it.
+    """
+    scores, accuracies = (_ranks(np.array(values)) for values in (networks.scores, networks.values("test_accuracy")))
+    if len(scores) != len(accuracies) or not scores.std() or not accuracies.std():
+        return None
+    return float(np.corrcoef(scores, accuracies)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Returns the rank of each value, or row of values, by the first that differs; equals share their mean rank."""
+    _, places, counts = np.unique(values, axis=0, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[places.ravel()]
+
+
 def similarity_to_originals(networks: JudgedGroup) -> float | None:
     """Returns the mean IoU of wrong predictions with all originals but itself; None for a lone original."""
     known = networks.similarities
@@ -103,17 +142,18 @@ class Metric:
         function: gives it; None if it is unknown.
         name: that it is tracked under, after `<group>/`; None if it is not.
         heading: of its column in tables; empty if it has none.
-        unit: "percent" shows a fraction in percent, "share" likewise without decimals, "plain" as it is.
+        unit: "percent" shows a fraction in percent, "share" likewise without decimals, "signed" with its sign, "plain"
+            as it is.
         legend: says below tables what it is.
         tables: those that have the column.
         least: networks of a group without which tables do not show it.
     """
 
     field: str
-    function: Callable[[JudgedGroup], float | None] = _unknown
+    function: Callable[[JudgedGroup], float | str | None] = _unknown
     name: str | None = None
     heading: str = ""
-    unit: Literal["percent", "share", "plain"] = "plain"
+    unit: Literal["percent", "share", "signed", "plain"] = "plain"
     legend: str = ""
     tables: tuple[Table, ...] = ("experiment", "sweep")
     least: int = 1
@@ -129,6 +169,8 @@ class Metric:
             return "-"
         if self.unit == "share":
             return f"{100 * value:.0f}%"
+        if self.unit == "signed":
+            return f"{value:+.2f}" + ("" if std is None else f"±{std:.2f}")
         if isinstance(value, int):
             return str(value)
         scale, digits = (100, 2) if self.unit == "percent" else (1, 3)
@@ -143,7 +185,12 @@ def tidy(value: Any) -> Any:
     return rounded if len(repr(rounded)) < len(repr(value)) - 5 else value
 
 
-BEST = "*chosen on training images, reported on test images."
+SATURATED = 0.001  # training accuracies that differ by less tell nothing
+BEST = (
+    "*chosen on training images, or on validation images where half of the group fit the training images equally well; "
+    "reported on test images."
+)
+CORRELATION = "rank: correlation of ranks, over the group, of what the best is chosen by with test accuracy."
 IOU = "IoU: overlap of wrong test predictions within the group, with the originals, and with the most similar original."
 DISTANCE = "distance: to the nearest member in weight space, relative to the mean distance among members."
 
@@ -151,6 +198,17 @@ _METRICS = (  # in the order of columns
     Metric("networks", lambda group: len(group.records), None, "n", tables=("experiment",)),
     Metric("best", lambda group: group.best.test_accuracy, "best_test_accuracy", "best*", "percent", BEST),
     Metric("best_id", lambda group: group.best.number),
+    Metric("chosen_on", lambda group: group.chosen_on),
+    Metric(
+        "selection_correlation",
+        selection_correlation,
+        "selection_correlation",
+        "rank",
+        "signed",
+        CORRELATION,
+        ("experiment",),
+        3,
+    ),
     Metric("mean", _of("test_accuracy"), "mean_test_accuracy", "mean", "percent"),
     Metric("median", _of("test_accuracy", np.median), "median_test_accuracy", "median", "percent"),
     Metric("std", _of("test_accuracy", np.std), "std_test_accuracy", "std", "percent", tables=("experiment",), least=2),

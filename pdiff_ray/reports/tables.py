@@ -20,13 +20,14 @@ def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     columns = [metric for metric in described(summary).values() if metric.heading and "experiment" in metric.tables]
     rows = [["group", *(metric.heading for metric in columns)]]
     for group in summary["groups"]:
-        shown = (group[metric.field] if group["networks"] >= metric.least else None for metric in columns)
+        # An earlier version's summary lacks what has come since.
+        shown = (group.get(metric.field) if group["networks"] >= metric.least else None for metric in columns)
         rows.append([group["group"], *(metric.text(value) for metric, value in zip(columns, shown, strict=True))])
     return rows
 
 
 def paper_row(summary: Mapping[str, Any]) -> str:
-    """Returns original / ensemble / p-diff, each the best as selected on training images: Table 1 of the paper."""
+    """Returns original / ensemble / p-diff, each the best as `best*` of the table is: Table 1 of the paper."""
     groups = {g["group"]: g for g in summary["groups"]}
     return " / ".join(f"{100 * groups[name]['best']:.1f}" for name in ("original", "ensemble", "generated"))
 

@@ -41,7 +41,7 @@ from pdiff_ray.sweeps.trial import Trial
 
 REPORT_FILE, SUMMARY_FILE, TRIALS_FILE, TABLE_FILE = "report.html", "summary.csv", "trials.csv", "summary.md"
 CAPTIONS = {
-    "accuracy": "Test accuracy of the generated networks: best (chosen on training images), average and median. Error "
+    "accuracy": "Test accuracy of the generated networks: best (chosen without test images), average and median. Error "
     "bars: standard deviation over seeds.",
     "similarity": "Largest similarity (IoU of wrong test predictions) of a generated network with an original: range "
     "over all seeds and networks, average, and its standard deviation over seeds.",
