@@ -242,4 +242,4 @@ def test_points_are_said_in_words():
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(1e9, 1.960), (30, 2.042), (10, 2.228), (5, 2.571), (3, 3.182)])
 def test_quantiles_of_student(freedom, quantile):
-    assert comparison._student(freedom) == pytest.approx(quantile, rel=0.01)
+    assert comparison.student(freedom) == pytest.approx(quantile, rel=0.01)

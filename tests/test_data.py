@@ -12,6 +12,7 @@ import torch
 from helpers import images_of, pixels, with_, write_parquet
 
 from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.common.seeds import rng
 from pdiff_ray.config.schema import Data
 from pdiff_ray.data import dataset as data
 
@@ -244,7 +245,7 @@ def test_ranks_partition_the_batch(tmp_path):
         assert torch.equal(part_labels, labels[rank::3])
 
 
-@pytest.mark.parametrize("augment", ["none", "flip", "crop_flip"])
+@pytest.mark.parametrize("augment", ["none", "flip", "crop_flip", "resized_crop_flip"])
 @pytest.mark.parametrize("train_noise", [0.0, 0.5])
 def test_augmentation_keeps_shape_and_memory_format(tmp_path, augment, train_noise):
     dataset = data.load(Data(augment=augment, train_noise=train_noise, channels=3), tmp_path)
@@ -278,6 +279,27 @@ def test_crops_and_flips_are_those_of_a_loop(tmp_path):
         used.add(matching[0])
     assert {flip for flip, _, _ in used} == {0, 1}
     assert len(used) > 10
+
+
+def test_resized_crops_are_parts_of_any_size_within_the_image():
+    """Of an image whose values are coordinates, a part has the coordinates of a rectangle, at even distances."""
+    size = 16
+    steps = (torch.arange(size) + 0.5) / size
+    ramps = torch.stack([steps.expand(size, size), steps.view(-1, 1).expand(size, size)])
+    parts = data._resized_crops(ramps.expand(500, 2, size, size), rng(CPU, 0))
+    assert not parts.isnan().any()
+    edges = steps[0], steps[-1]
+    assert edges[0] <= parts.min() < edges[0] + 0.01
+    assert edges[1] - 0.01 < parts.max() <= edges[1]
+    across, down = parts[:, 0, 0].diff(), parts[:, 1, :, 0].diff()  # but at the image's border, where they stay
+    width, height = across[:, 3:-3].mean(1) * size, down[:, 3:-3].mean(1) * size
+    torch.testing.assert_close(across[:, 3:-3] * size, width[:, None].expand(-1, size - 7), atol=1e-4, rtol=0)
+    torch.testing.assert_close(parts[:, 0, 0], parts[:, 0, -1])
+    area, ratio = width * height, width / height
+    assert 0.08 - 1e-3 < area.min() < 0.1
+    assert 0.45 < area.mean() < 0.56
+    assert 3 / 4 - 1e-3 < ratio.min() < 0.78
+    assert 1.28 < ratio.max() < 4 / 3 + 1e-3
 
 
 def test_augmentation_is_seeded(augmented):

@@ -1,19 +1,23 @@
-"""Commands that take an experiment file: init, sweep, run, import, log, doctor."""
+"""Commands that take an experiment file: init, sweep, reproduce, run, import, log, doctor."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pdiff_ray.cli.options import (
+    DEFAULT_STORAGE,
     Stage,
     experiment_options,
     in_process_option,
     json_option,
     load,
     load_experiment,
+    override_options,
+    overrides_of,
     print_json,
     standard_output_for,
 )
@@ -69,6 +73,56 @@ def sweep(file: str, dry_run: bool, in_process: bool, as_json: bool, **options: 
             printing.print_start(plan)
             experiments.run(plan, in_process=in_process, track=True)
             printing.print_result(Result(loaded.name, plan.artifacts), as_json)
+    return None
+
+
+@click.command()
+@click.argument("names", metavar="[CELL]...", nargs=-1)
+@override_options
+@click.option("--list", "only_list", is_flag=True, help="Print the cells, default all, with our results so far; stop.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option(
+    "--sweeps",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="sweeps",
+    show_default=True,
+    help="Folder of the project's sweeps.",
+)
+@in_process_option
+def reproduce(
+    names: tuple[str, ...], only_list: bool, dry_run: bool, folder: Path, in_process: bool, **options: Any
+) -> str | None:
+    """Run CELLs of the paper's tables, such as v1/mnist/s-2 or "final/cifar10/*", and compare ours with the published.
+
+    A cell is a trial, with its seeds, of one of the project's sweeps of the paper's networks. What is there is used
+    again.
+    """
+    from pdiff_ray.running import reproduce
+
+    if not names and not only_list:
+        raise click.UsageError("name CELLs; `pdiff reproduce --list` shows them")
+    cells, overrides = reproduce.choose(names or ["*"]), overrides_of(in_process=in_process, **options)
+    files = [] if only_list else reproduce.load(folder, cells, overrides)  # before the imports that take longer
+    from pdiff_ray.cli import printing
+    from pdiff_ray.storage.files import Storage
+    from pdiff_ray.sweeps.ledger import Ledger
+
+    if only_list:
+        uri = options["storage"] or os.environ.get("PDIFF_STORAGE") or DEFAULT_STORAGE
+        printing.print_cells(reproduce.lines(Storage(uri), cells))
+        return None
+    if dry_run:
+        for file in files:
+            printing.print_sweep_plan(Ledger(file))
+        return PLANNED
+    failed = []
+    for file, plain in zip(files, reproduce.load(folder, cells, ()), strict=True):
+        failed += reproduce.run(file, plain, in_process=in_process)
+    storage = Storage(files[0].experiment.storage_uri)
+    printing.print_cells(reproduce.lines(storage, cells), reproduce.write_page(storage))
+    if failed:
+        raise PdiffError(f"trials failed: {'; '.join(f'{trial.text}: {trial.reason}' for trial in failed)}")
     return None
 
 

@@ -73,6 +73,7 @@ def completion(shell: str) -> None:
 for command in (
     experiments.init,
     experiments.sweep,
+    experiments.reproduce,
     experiments.run,
     experiments.import_command,
     experiments.log_command,

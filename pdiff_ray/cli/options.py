@@ -59,20 +59,29 @@ def _complete_key(ctx: click.Context, param: click.Parameter, incomplete: str) -
     return [key for key in keys if key.startswith(incomplete)]
 
 
+def override_options(function: Any) -> Any:
+    """Adds the options that override fields of experiments."""
+    for decorate in (
+        click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a field; repeatable."),
+        click.option("--storage", metavar="URI", help="Folder or URI of results (field storage)."),
+        click.option("--tracking-uri", metavar="URI", help="MLflow (field tracking.uri)."),
+        click.option("--address", metavar="ADDRESS", help="Ray cluster (field resources.address)."),
+    )[::-1]:
+        function = decorate(function)
+    return function
+
+
 def experiment_options(function: Any) -> Any:
     """Adds the argument and the options of every command that reads an experiment file."""
     for decorate in (
         click.argument("file", type=click.Path()),
-        click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a field; repeatable."),
         click.option(
             "--preset",
             metavar="NAME",
             shell_complete=_complete_preset,
             help="Lay one of the file's presets over it, for example small.",
         ),
-        click.option("--storage", metavar="URI", help="Folder or URI of results (field storage)."),
-        click.option("--tracking-uri", metavar="URI", help="MLflow (field tracking.uri)."),
-        click.option("--address", metavar="ADDRESS", help="Ray cluster (field resources.address)."),
+        override_options,
     )[::-1]:
         function = decorate(function)
     return function
@@ -120,17 +129,18 @@ def load(file: str, **options: Any) -> Experiment | SweepFile:
     """Loads a file as a sweep, or as an experiment if it has no section `sweep`."""
     from pdiff_ray.config import sweep
 
-    return sweep.load(file, _overrides(**options), options["preset"])
+    return sweep.load(file, overrides_of(**options), options["preset"])
 
 
 def load_experiment(file: str, **options: Any) -> Experiment:
     """Loads the experiment of a file; a sweep in the file is ignored."""
     from pdiff_ray.config import loading
 
-    return loading.load(file, _overrides(**options), options["preset"])
+    return loading.load(file, overrides_of(**options), options["preset"])
 
 
-def _overrides(
+def overrides_of(
+    *,
     overrides: tuple[str, ...],
     storage: str | None,
     tracking_uri: str | None,
@@ -138,6 +148,7 @@ def _overrides(
     in_process: bool = False,
     **_: Any,
 ) -> list[str]:
+    """Returns the overrides that a command's options stand for, as `--set` takes them."""
     given = {
         "storage": storage,
         "tracking.uri": tracking_uri,

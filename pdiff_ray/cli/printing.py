@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,9 @@ from pdiff_ray.config.sweep import Parameter, as_value, format_value
 from pdiff_ray.data import sources
 from pdiff_ray.evaluation.metrics import described
 from pdiff_ray.reports import tables
+from pdiff_ray.running import reproduce
 from pdiff_ray.running.experiment import Plan
+from pdiff_ray.running.reproduce import Line
 from pdiff_ray.running.results import Result
 from pdiff_ray.running.sweep import SweepResult
 from pdiff_ray.stages.table import STAGES
@@ -324,6 +326,23 @@ def print_sweep(result: SweepResult, as_json: bool = False) -> None:
     _print_ui(ledger.storage)
     for trial in result.failed:
         console.print("[bold red]failed[/]:", Text(f"trial {trial.number} ({trial.text}): {trial.reason}"))
+
+
+def print_cells(found: Sequence[Line], page: str | None = None) -> None:
+    """Prints cells of the paper's tables beside ours, and where the page is that has all of them."""
+    head, *body = reproduce.table(found)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for column in head:
+        table.add_column(column, justify="left" if column in ("cell", "verdict", "digits") else "right")
+    for line, row in zip(found, body, strict=True):
+        table.add_row(*map(Text, row), style=None if line.results else "dim")
+    console.print(table)
+    console.print(f"\n{reproduce.LEGEND}", style="dim")
+    for line in found:
+        if line.settings:
+            console.print(f"{line.cell.name}: with {', '.join(line.settings)}", markup=False)
+    if page:
+        console.print(f"\nreport     {page}")
 
 
 def _print_ui(storage: Storage) -> None:

@@ -114,6 +114,7 @@ def show_artifact(key: str, storage_uri: str, as_json: bool) -> None:
 @json_option
 def verify_artifacts(keys: tuple[str, ...], storage_uri: str, as_json: bool) -> None:
     """Compare all that storage holds of the artifacts KEYS (default: of all artifacts and sweeps) with its digests."""
+    from pdiff_ray.running import reproduce
     from pdiff_ray.storage.artifacts import find
     from pdiff_ray.storage.checks import folders, verify
     from pdiff_ray.storage.files import Storage
@@ -124,6 +125,8 @@ def verify_artifacts(keys: tuple[str, ...], storage_uri: str, as_json: bool) -> 
         checks = {find(storage, key).folder: verify for key in keys}
     else:
         checks = dict.fromkeys(folders(storage), verify) | dict.fromkeys(storage.list("sweeps"), verify_sweep)
+        if storage.list(reproduce.FOLDER):
+            checks[reproduce.FOLDER] = reproduce.verify
     problems, notes = dict[str, list[str]](), dict[str, list[str]]()
     for folder, check in checks.items():
         found = check(storage, folder)

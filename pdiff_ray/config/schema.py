@@ -40,7 +40,9 @@ class Data(Section):
     validation_fraction: float = Field(0.1, gt=0, lt=0.9, description="share of the training data kept for validation")
     selection_images: int = Field(10_000, ge=1, description="training images on which the best network is selected")
     pixel_noise: float = Field(0.0, ge=0, description="fixed noise on every image, in standard deviations")
-    augment: Literal["none", "flip", "crop_flip"] = Field("none", description="augmentation of training batches")
+    augment: Literal["none", "flip", "crop_flip", "resized_crop_flip"] = Field(
+        "none", description="augmentation of training batches: flips, crops shifted by an eighth, parts of any size"
+    )
     train_noise: float = Field(0.0, ge=0, description="fresh noise on training batches, in standard deviations")
     seed: int = Field(0, description="seed of the validation and selection splits and of pixel_noise")
     max_cache_gib: float = Field(32.0, ge=0, description="decoded images beyond this size stream through a DataLoader")

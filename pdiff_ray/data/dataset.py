@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.common.seeds import derive_seed, rng
@@ -122,16 +123,33 @@ class Dataset:
             images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
         if self.config.augment == "crop_flip":
             size, margin = images.shape[-1], max(1, images.shape[-1] // 8)
-            padded = torch.nn.functional.pad(images, [margin] * 4, mode="reflect")
+            padded = functional.pad(images, [margin] * 4, mode="reflect")
             top, left = torch.randint(0, 2 * margin + 1, (2, count, 1, 1), generator=random, device=device)
             pixels = torch.arange(size, device=device)
             rows, columns = top + pixels.view(1, -1, 1), left + pixels.view(1, 1, -1)
             # Advanced indices around a slice give (B, S, S, C), so the images are channels last in memory already.
             images = padded[torch.arange(count, device=device).view(-1, 1, 1), :, rows, columns].permute(0, 3, 1, 2)
+        if self.config.augment == "resized_crop_flip":
+            images = _resized_crops(images, random)
         if self.config.train_noise:
             noise = torch.randn(images.shape, generator=random, device=device)
             images = images + self.config.train_noise * noise
         return images
+
+
+def _resized_crops(images: Tensor, random: torch.Generator) -> Tensor:
+    """Returns a random part of each image (B, C, S, S), resized to the whole (Szegedy et al. 2015).
+
+    Its area is 8 % to 100 % of the image's, and its width 3/4 to 4/3 of its height where the image allows.
+    """
+    area, ratio, *place = torch.rand(4, len(images), generator=random, device=images.device)
+    root, shape = (0.08 + 0.92 * area).sqrt(), (4 / 3) ** (ratio - 0.5)
+    sides = torch.stack([root * shape, root / shape], 1).clamp(max=1)  # of 1: width and height, then the centre's
+    centres = (torch.stack(place, 1) * 2 - 1) * (1 - sides)
+    transforms = torch.cat([torch.diag_embed(sides), centres.unsqueeze(2)], 2)
+    grid = functional.affine_grid(transforms, list(images.shape), align_corners=False)
+    parts = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return parts.contiguous(memory_format=torch.channels_last)
 
 
 @functools.cache

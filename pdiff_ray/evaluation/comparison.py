@@ -275,7 +275,7 @@ def _contrast(signs: Mapping[str, int], groups: Mapping[str, _Group], drawn: Map
     deviations = np.sum([sign * drawn[name] for name, sign in signs.items()], 0)
     found = float(deviations.var())
     if found > 0 and variance > 0:
-        deviations = deviations * math.sqrt(variance / found) * _student(variance**2 / sum(spread)) / Z
+        deviations = deviations * math.sqrt(variance / found) * student(variance**2 / sum(spread)) / Z
     lower, upper = estimate + np.quantile(deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     interval = Interval(len(chosen[-1].networks), estimate, float(lower), float(upper))
     return _Contrast(interval, deviations, networks, images, both)
@@ -309,7 +309,7 @@ def _needed(margin: float, parts: _Contrast, group: _Group) -> dict[str, int]:
     return {"networks": math.ceil(times * networks), "images": math.ceil(times * images)} if times < math.inf else {}
 
 
-def _student(freedom: float) -> float:
+def student(freedom: float) -> float:
     """Returns the 97.5 % quantile of Student's t, by its expansion around the normal's (Abramowitz, Stegun, 26.7.5)."""
     freedom = max(1.0, freedom)
     terms = (
