@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ BENCHMARKS = {
     "store": "core",
     "searching": "searching",
     "growth": "judging",
+    "verdict": "verdict",
     "actors": "cluster",
     "ray_overhead": "cluster",
     "trial_overhead": "cluster",
@@ -35,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as a list of objects")
+    parser.add_argument("--seeds", type=int, metavar="N", help="of those that are repeated over seeds")
     parser.add_argument("--threads", type=int, default=1, help="of both ways; default: 1, as an actor or worker has")
     options = parser.parse_args(arguments)
     for name in options.names:
@@ -46,7 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
     header = ("name", "ours", "other", "ratio", "(spread)", "n", "target", "limit", "MiB")
     print(COLUMNS.format(*header, "ours against other"))
     for name in options.names or BENCHMARKS:
-        for result in getattr(importlib.import_module(f"benchmarks.{BENCHMARKS[name]}"), name)():
+        benchmark = getattr(importlib.import_module(f"benchmarks.{BENCHMARKS[name]}"), name)
+        repeated = options.seeds and "seeds" in inspect.signature(benchmark).parameters
+        for result in benchmark(**({"seeds": options.seeds} if repeated else {})):
             results.append(result)
             print(row(result), flush=True)
             if options.json:  # what is done is kept

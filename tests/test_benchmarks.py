@@ -7,7 +7,7 @@ import pytest
 from test_partition import CONVNET, LAST_NORMS
 
 from benchmarks import __main__ as command
-from benchmarks import cluster, core, judging, searching
+from benchmarks import cluster, core, judging, searching, verdict
 from pdiff_ray.config import loading
 from pdiff_ray.estimates.estimate import Estimator
 from pdiff_ray.running.experiment import make_plan
@@ -23,6 +23,7 @@ RUNS = {
     "store": lambda: core.store(count=60, k=10, dimension=32),
     "growth": lambda: judging.growth((2, 4, 8), (20, 40, 60), (LAST_NORMS,)),
 }
+BRIEF_ZOO = {"training": {"epochs": 2}, "zoo": {"members": 50, "steps_per_member": 2}}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -34,6 +35,20 @@ def test_it_runs(name):
         assert 0 < result.spread[0] <= result.ratio <= result.spread[1]
         assert result.n >= 1
         assert command.row(result).startswith(name)
+
+
+def test_the_verdict_is_asked_for_over_seeds(tmp_path):
+    (found,) = verdict.verdict(1, ["trajectory"], storage=str(tmp_path), **BRIEF_ZOO)
+    assert (found.ours_s, found.other_s) == (pytest.approx(18, abs=4), 18)
+    assert "| members | 1 |" in found.note
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", verdict.KINDS)
+def test_the_verdict_is_right_on_known_kinds(kind, tmp_path):
+    """Of each sort of zoo one seed; `docs/method.md` has ten."""
+    (found,) = verdict.verdict(1, [kind], storage=str(tmp_path))
+    assert found.ours_s / found.other_s > 0.9, found.note
 
 
 def test_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):

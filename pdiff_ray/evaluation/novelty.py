@@ -26,8 +26,10 @@ WORDS = {
     "noise": "members with so much noise that they are farther from every member than members are from each other",
     "new": "networks of the kind of those that no generator has seen",
 }
+SIGMAS = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0)  # of noise, at which replicas are known
 MAJORITY = 0.7  # the share from which on a word holds for the whole; below, samples are a mixture
 NOTICED = 0.1  # the share from which on another word is a part of a mixture
+SHOWN = 0.02  # the share from which on sentences name a word or a kind
 COLLAPSED = 0.1  # of the members' mean distance: samples whose median distance is less are all alike
 MIN_VECTORS = 10  # of a kind, below which it is not known how it lies
 TOLD = 0.8  # the posterior from which on a sample's word is certain
@@ -42,11 +44,44 @@ MAX_CELLS = 10
 Z95 = 1.96
 
 
+class Recipe(NamedTuple):
+    """A known way of making vectors from members.
+
+    Attributes:
+        word: of `WORDS`; see `Family`.
+        generator: the section `generator` of what draws them.
+        of: what is interpolated, for sentences.
+    """
+
+    word: str
+    generator: Mapping[str, Any]
+    of: str = ""
+
+
+def recipes(geometry: Geometry) -> dict[str, Recipe]:
+    """Returns the known ways of making vectors from the members, by name: draws of each are families for `Known`."""
+    rank = len(geometry.variances)
+    ranks = sorted({k for k in (5, 10, 20, rank // 4, rank // 2) if 0 < k < rank})
+    return {
+        "copies": Recipe("replica", {"name": "average", "count": 1}, "copies"),
+        **{f"noise {sigma:g}": Recipe("replica", {"name": "noise", "sigma": sigma}) for sigma in SIGMAS},
+        "average 2": Recipe("interpolation", {"name": "average", "count": 2}, "pairs"),
+        "between": Recipe("interpolation", {"name": "interpolation"}, "pairs"),
+        "average 4": Recipe("interpolation", {"name": "average", "count": 4}, "averages of a few"),
+        "average 16": Recipe("interpolation", {"name": "average", "count": 16}, "the mean"),
+        **{
+            f"{k} components": Recipe("interpolation", {"name": "gaussian_pca", "rank": k}, "a subspace") for k in ranks
+        },
+        "gaussian per value": Recipe("gaussian-like", {"name": "gaussian_diagonal"}),
+        "gaussian": Recipe("gaussian-like", {"name": "gaussian"}),
+    }
+
+
 class Family(NamedTuple):
     """Vectors of a known kind.
 
     Attributes:
-        word: of `WORDS`. Replicas farther from the members than these are from each other become noise.
+        word: of `WORDS`; that of members with noise is "replica" however much noise it is.
         vectors: draws (m, D), or a function that makes them, so that one family is in memory at a time.
         of: what is interpolated, such as "pairs", "the mean", "the subspace"; for sentences.
     """
@@ -201,12 +236,12 @@ class Known:
             return
         for name, family in families.items():
             drawn = geometry.place(family.vectors() if callable(family.vectors) else family.vectors)
-            far = family.word == "replica" and float(drawn.nearest.median()) >= geometry.mean_distance
             if len(drawn.squares) >= MIN_VECTORS:
-                self.kinds[name] = _Kind("noise" if far else family.word, geometry.features_of(drawn), family.of)
+                self.kinds[name] = _Kind(family.word, geometry.features_of(drawn), family.of)
         for name, place in self.yardsticks.items():
             if len(place.squares) >= MIN_VECTORS:
-                self.kinds[name] = _Kind("new", geometry.features_of(place))
+                worth = effective_number(place.nearest)
+                self.kinds[name] = _Kind("new", geometry.features_of(place), worth=worth)
             else:
                 question = f"whether samples lie as the {spoken(name)} does"
                 self.undecided.append(Undecided(question, f"it has {len(place.squares)} vectors", MIN_VECTORS))
@@ -218,19 +253,28 @@ class Known:
         """How surely weights tell the kinds' own vectors, by word, if every kind is as likely."""
         found: dict[str, list[Tensor]] = {}
         for kind in self.kinds.values():
-            of_words = dict(zip(WORDS, self.by_word(torch.softmax(self.densities(kind.features), 0)), strict=True))
-            found.setdefault(kind.word, []).append(of_words[kind.word])
-        return {word: float(torch.cat(values).mean()) for word, values in found.items()}
+            posterior = torch.softmax(self.densities(kind.features), 0)
+            same = torch.tensor([other.word == kind.word for other in self.kinds.values()], device=posterior.device)
+            found.setdefault(kind.word, []).append(posterior[same].sum(0))
+        certain = {word: float(torch.cat(values).mean()) for word, values in found.items()}
+        return certain | ({"noise": certain["replica"]} if "replica" in certain else {})
 
     def densities(self, features: Tensor) -> Tensor:
         """Returns the log density of each kind (kinds, n) at features (n, F)."""
         return torch.stack([kind.log_density(features) for kind in self.kinds.values()])
 
-    def by_word(self, posterior: Tensor) -> Tensor:
-        """Returns the posterior of each word (words, n) from those of kinds (kinds, n)."""
-        found = posterior.new_zeros(len(WORDS), posterior.shape[1])
-        for row, kind in zip(posterior, self.kinds.values(), strict=True):
-            found[list(WORDS).index(kind.word)] += row
+    def words_of(self, posterior: Tensor, place: Place) -> dict[str, dict[str, Tensor]]:
+        """Returns the posterior (n,) of each kind by word and name, from those of kinds (kinds, n).
+
+        A member with noise is a replica up to the distance that members have from each other; beyond, it is noise.
+        """
+        found: dict[str, dict[str, Tensor]] = {word: {} for word in WORDS}
+        far = place.nearest >= self.geometry.mean_distance
+        for row, (name, kind) in zip(posterior, self.kinds.items(), strict=True):
+            if kind.word == "replica":
+                found["replica"][name], found["noise"][name] = row * ~far, row * far
+            else:
+                found[kind.word][name] = row
         return found
 
     def assess(self, samples: Tensor, losses: Tensor | None = None) -> Novelty:
@@ -254,7 +298,7 @@ class Known:
             rows = list(of_losses)
             mass, told = posterior[rows].sum(0), True
             posterior[rows] = mass * _mixture(densities[rows] + torch.stack([*of_losses.values()]), mass)
-        return self._verdict(facts, features, posterior, undecided, told)
+        return self._verdict(facts, features, self.words_of(posterior, place), undecided, told)
 
     def _of_losses(self, losses: Tensor) -> dict[int, Tensor]:
         """Returns the log density (n,) of samples' losses for each kind, by its row, that losses tell from others.
@@ -297,25 +341,35 @@ class Known:
         return facts
 
     def _verdict(
-        self, facts: Mapping[str, Any], features: Tensor, posterior: Tensor, undecided: Sequence[Undecided], told: bool
+        self,
+        facts: Mapping[str, Any],
+        features: Tensor,
+        posterior: Mapping[str, Mapping[str, Tensor]],
+        undecided: Sequence[Undecided],
+        told: bool,
     ) -> Novelty:
         """Puts shares, words and facts into one verdict.
 
         Args:
+            posterior: of each kind for each sample (n,), by word and name.
             told: whether losses have told new samples from Gaussian-like ones.
         """
-        of_words = self.by_word(posterior)
+        nothing = torch.zeros_like(features[:, 0])
+        of_words = torch.stack([sum(kinds.values(), start=nothing) for kinds in posterior.values()])
+        of_kinds = torch.stack(
+            [sum((kinds[name] for kinds in posterior.values() if name in kinds), start=nothing) for name in self.kinds]
+        )
         shares = dict(zip(WORDS, of_words.mean(1).tolist(), strict=True))
-        families = dict(zip(self.kinds, posterior.mean(1).tolist(), strict=True))
+        families = dict(zip(self.kinds, of_kinds.mean(1).tolist(), strict=True))
         best = of_words.max(0)
         reach = torch.stack([kind.squares(features) / kind.reach for kind in self.kinds.values()])
-        far = float((reach.gather(0, posterior.argmax(0)[None]) > FAR**2).double().mean())
+        far = float((reach.gather(0, of_kinds.argmax(0)[None]) > FAR**2).double().mean())
         first, second = sorted(shares, key=lambda word: -shares[word])[:2]
         word = first if shares[first] >= MAJORITY else "mixture"
         undecided = [*undecided, *self._open(shares, first, second, len(features), facts["copying"], told)]
         strange = f"{far:.0%} of the samples are far from every known kind; their word is that of the nearest."
         sentences = [
-            f"{word}: {self._listed(shares, families)} of {len(features)} samples.",
+            f"{word}: {self._listed(posterior)} of {len(features)} samples.",
             *_described(facts),
             *([strange] if far else []),
             *map(str, undecided),
@@ -361,26 +415,35 @@ class Known:
                 needed = math.ceil(MIN_VECTORS * one.num / one.effective)
                 yield Undecided(f"whether samples are nearer to the members than the {spoken(name)}", remedy, needed)
 
-    def _listed(self, shares: Mapping[str, float], families: Mapping[str, float]) -> str:
-        """Returns the words that have a share, largest first, each with the families behind it."""
+    def _listed(self, posterior: Mapping[str, Mapping[str, Tensor]]) -> str:
+        """Returns the words that have a share, largest first, each with the kinds behind it."""
+        shares = {
+            word: {name: float(one.mean()) for name, one in kinds.items()} for word, kinds in posterior.items() if kinds
+        }
         parts = []
-        for word in sorted(shares, key=lambda word: -shares[word]):
-            if shares[word] >= 0.005:
-                own = {n: share for n, share in families.items() if self.kinds[n].word == word and share >= 0.05}
-                names = sorted(own, key=lambda name: -own[name])
+        for word in sorted(shares, key=lambda word: -sum(shares[word].values())):
+            if (share := sum(shares[word].values())) >= SHOWN:
+                names = sorted((n for n, one in shares[word].items() if one >= SHOWN), key=lambda n: -shares[word][n])
                 titles = dict.fromkeys(self.kinds[name].of or spoken(name) for name in names)
-                parts.append(f"{shares[word]:.0%} {word}" + (f" ({', '.join(titles)})" if titles else ""))
+                parts.append(f"{share:.0%} {word}" + (f" ({', '.join(titles)})" if titles else ""))
         return ", ".join(parts)
 
 
 class _Kind:
-    """A kind of vectors and its density of features: a multivariate t with a shrunk covariance."""
+    """A kind of vectors and its density of features: a multivariate t with a shrunk covariance.
 
-    def __init__(self, word: str, features: Tensor, of: str = "") -> None:
+    Args:
+        worth: how many independent vectors these are worth; default: their number. A new vector of the kind varies more
+            about the mean of few than these do.
+    """
+
+    def __init__(self, word: str, features: Tensor, of: str = "", worth: float | None = None) -> None:
         self.word, self.features, self.of = word, features, of
         self.mean = features.mean(0)
         centred = features - self.mean
-        covariance = centred.T @ centred / max(1, len(features) - 1)
+        covariance = centred.T @ centred / len(features)
+        count = max(2.0, worth or len(features))
+        covariance *= (count + 1) / (count - 1)
         shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * torch.diag(covariance.diagonal())
         self.factor = torch.linalg.cholesky(shrunk + MIN_SPREAD**2 * torch.eye(len(shrunk)).to(shrunk))
         self.reach = float(self.squares(features).max())  # of its own vectors
