@@ -121,7 +121,9 @@ def test_intervals_are_the_wider_ones_of_seeds_and_runs():
 
 
 def test_verdicts_of_all_seeds_are_told():
-    assert line(ABOVE, result(0.8, 0.8), result(0.8, 0.8, word="replica"), result(0.8, 0.8)).verdict == "new, replica"
+    found = [result(0.8, 0.8), result(0.8, 0.8, word="replica"), result(0.8, 0.8)]
+    found[1].summary["verdict"]["accuracy"] = "worse"
+    assert line(ABOVE, *found).verdict == "new; replica, worse"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -261,8 +261,10 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """The word of each seed's verdict, or the one that all have."""
-        return ", ".join(dict.fromkeys(str(result.summary["verdict"]["word"]) for result in self.results))
+        """Of each seed, or of all: the verdict's word, and that for the accuracy beside the best simple baseline."""
+        found = [result.summary["verdict"] for result in self.results]
+        words = [[known["word"], known.get("accuracy")] for known in found]
+        return "; ".join(dict.fromkeys(", ".join(filter(None, pair)) for pair in words))
 
     @property
     def cells(self) -> list[str]:
