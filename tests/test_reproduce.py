@@ -7,6 +7,7 @@ import pytest
 from helpers import TINY
 from test_cli import pdiff
 
+from pdiff_ray.cli.options import complete_cell
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.config import sweep
 from pdiff_ray.running import reproduce
@@ -58,6 +59,10 @@ def test_cells_are_chosen_by_patterns():
         reproduce.choose(["v1/mnist/s-1", "v1/mnist/s-4"])
     with pytest.raises(ConfigError, match=r"no cell '\*/svhn/\*'; .*reproduce --list"):
         reproduce.choose(["*/svhn/*"])
+
+
+def test_a_shell_completes_cells():
+    assert complete_cell(None, None, "final/cifar10/c") == ["final/cifar10/convnet-mini", "final/cifar10/convnext-mini"]
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

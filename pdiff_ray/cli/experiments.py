@@ -11,6 +11,7 @@ import click
 from pdiff_ray.cli.options import (
     DEFAULT_STORAGE,
     Stage,
+    complete_cell,
     experiment_options,
     in_process_option,
     json_option,
@@ -77,7 +78,7 @@ def sweep(file: str, dry_run: bool, in_process: bool, as_json: bool, **options: 
 
 
 @click.command()
-@click.argument("names", metavar="[CELL]...", nargs=-1)
+@click.argument("names", metavar="[CELL]...", nargs=-1, shell_complete=complete_cell)
 @override_options
 @click.option("--list", "only_list", is_flag=True, help="Print the cells, default all, with our results so far; stop.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")

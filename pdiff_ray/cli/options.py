@@ -59,6 +59,13 @@ def _complete_key(ctx: click.Context, param: click.Parameter, incomplete: str) -
     return [key for key in keys if key.startswith(incomplete)]
 
 
+def complete_cell(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Returns the cells of the paper's tables that begin as what is typed."""
+    from pdiff_ray.running.reproduce import published
+
+    return [cell.name for cell in published() if cell.name.startswith(incomplete)]
+
+
 def override_options(function: Any) -> Any:
     """Adds the options that override fields of experiments."""
     for decorate in (
