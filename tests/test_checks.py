@@ -1,6 +1,10 @@
 """Networks whose numbers would not hold are refused before training; exported files are what was judged."""
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from torch.nn.utils import parametrizations
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.config.schema import SubsetRule
 from pdiff_ray.evaluation.metrics import JudgedGroup
+from pdiff_ray.evaluation.similarity import unpack_wrong
 from pdiff_ray.evaluation.summary import by_title as groups_by_title
 from pdiff_ray.networks.subset import Subset, resolve
 from pdiff_ray.running.results import Result
@@ -317,6 +322,23 @@ def test_exported_files_are_the_networks_that_were_judged(judged, tmp_path, stag
     parts = [load_file(file) for file in networks.export(tmp_path / "parts", subset_only=True)]
     assert parts[0].keys() == {name for entry in networks.subset.entries for name in entry.names}
     assert "note" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_exported_network_is_as_reported_in_a_plain_process(tmp_path):
+    """By the example in the documentation, which has nothing of the package."""
+    page = (Path(__file__).parents[1] / "docs/storage.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "timm" in block]
+    network = ("network.name=test_resnet", "network.source=timm", "network.args={}")
+    config, artifacts = tiny(tmp_path, *network, "training.epochs=3", "zoo.members=3", "evaluation.baseline_networks=0")
+    build(config, artifacts)
+    *_, file = Networks(artifacts["samples"]).export(tmp_path / "files")
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = next(r for r in ParameterStore(artifacts["evaluation"]).records() if r.group == "generated" and r.parent == 5)
+    wrong = unpack_wrong([row.wrong], 897)[0].nonzero()[0].tolist()
+    assert done.stdout.strip() == f"accuracy {row.test_accuracy:.6f}, wrong {wrong}"
+    assert 100 < len(wrong) < 800
 
 
 def test_tied_tensors_are_imported(judged, tmp_path):
