@@ -21,6 +21,7 @@ from pdiff_ray.config.sweep import Parameter, as_value, format_value
 from pdiff_ray.data import sources
 from pdiff_ray.evaluation.metrics import described
 from pdiff_ray.reports import tables
+from pdiff_ray.reports.answers import conclusion
 from pdiff_ray.running import reproduce
 from pdiff_ray.running.experiment import Plan
 from pdiff_ray.running.reproduce import Line
@@ -288,7 +289,8 @@ def print_result(result: Result, as_json: bool = False) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(tables.legend(described(result.summary)), style="dim")
-    console.print(f"verdict: {result.verdict}", markup=False)
+    for line in conclusion(result.summary):
+        console.print(line, markup=False)
     if sharing := result.sharing:
         console.print(f"shared: {sharing}", markup=False)
     console.print("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in result.seconds.items()))

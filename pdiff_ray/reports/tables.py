@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pdiff_ray.evaluation.metrics import Metric, described, tidy
+from pdiff_ray.reports.answers import points
+
+DIFFERENCE = "generated - group: difference of means in points, with its 95 % interval."
 
 
 def legend(metrics: Mapping[str, Metric]) -> str:
@@ -15,14 +18,22 @@ def legend(metrics: Mapping[str, Metric]) -> str:
     return " ".join(["Test accuracy in percent;", *(metric.legend for metric in metrics.values() if metric.legend)])
 
 
-def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Returns the result table as text, one row per group, headings first."""
+def table_rows(summary: Mapping[str, Any], differences: bool = False) -> list[list[str]]:
+    """Returns the result table as text, one row per group, headings first.
+
+    Args:
+        differences: adds how far the samples are from each group, if the summary knows.
+    """
     columns = [metric for metric in described(summary).values() if metric.heading and "experiment" in metric.tables]
     rows = [["group", *(metric.heading for metric in columns)]]
     for group in summary["groups"]:
         # An earlier version's summary lacks what has come since.
         shown = (group.get(metric.field) if group["networks"] >= metric.least else None for metric in columns)
         rows.append([group["group"], *(metric.text(value) for metric, value in zip(columns, shown, strict=True))])
+    if differences and (known := summary.get("comparison", {}).get("differences")):
+        rows[0] += ["generated - group", ""]
+        for row in rows[1:]:
+            row += [points(known[row[0]]), known[row[0]]["word"]] if row[0] in known else ["-", ""]
     return rows
 
 

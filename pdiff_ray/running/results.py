@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +12,7 @@ import pyarrow as pa
 from pdiff_ray.common.errors import PdiffError, StorageError
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.reports import tables
+from pdiff_ray.reports.answers import Answer, answers, conclusion
 from pdiff_ray.running.experiment import make_plan
 from pdiff_ray.stages import report
 from pdiff_ray.stages.stored import Networks, lineage
@@ -58,6 +59,11 @@ class Result:
         """The verdict, in words and numbers, on whether the samples are replicas, interpolations or new."""
         return str(self.summary["verdict"]["text"])
 
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """Whether it worked, is new, and is better than the simplest thing that works; empty if evaluated earlier."""
+        return answers(self.summary)
+
     def groups(self) -> pa.Table:
         """Returns the result table, with a row for each group of networks; accuracies are fractions."""
         return pa.Table.from_pylist(self.summary["groups"])
@@ -100,6 +106,7 @@ class Result:
         return {
             "name": self.name,
             **self.summary,
+            "answers": [asdict(answer) for answer in self.answers],
             "seconds": self.seconds,
             "report": self.report,
             "artifacts": {stage: artifact.location for stage, artifact in self.artifacts.items()},
@@ -109,7 +116,7 @@ class Result:
         rows = tables.table_rows(self.summary)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([f"{self.name}: {tables.paper_row(self.summary)}", *lines, f"verdict: {self.verdict}"])
+        return "\n".join([f"{self.name}: {tables.paper_row(self.summary)}", *lines, *conclusion(self.summary)])
 
 
 def open_result(experiment: Experiment) -> Result:

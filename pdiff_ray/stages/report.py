@@ -15,8 +15,9 @@ from pdiff_ray.config.schema import Experiment
 from pdiff_ray.evaluation.groups import groups_of
 from pdiff_ray.evaluation.metrics import described
 from pdiff_ray.reports import figures
+from pdiff_ray.reports.answers import answers, warnings
 from pdiff_ray.reports.pages import render
-from pdiff_ray.reports.tables import comma_separated, legend, markdown, paper_row, sharing_text, table_rows
+from pdiff_ray.reports.tables import DIFFERENCE, comma_separated, legend, markdown, paper_row, sharing_text, table_rows
 from pdiff_ray.stages.base import HISTORY_FILE
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.evaluation import SUMMARY_FILE
@@ -46,16 +47,17 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     samples = artifacts["samples"]
     latents = {k: v.numpy() for k, v in load_tree(samples.read(LATENTS_FILE), samples.location).items()}
     losses = {"base": load_history(artifacts["base"]).get("loss", [])} | load_history(artifacts["generator"])
+    differences = summary.get("comparison", {}).get("differences")
     pngs = {
-        "accuracy": figures.accuracy_by_group(records, groups, summary.get("comparison", {}).get("differences")),
-        "similarity": figures.similarity_matrix(records, num_test, groups),
         "accuracy_similarity": figures.accuracy_against_similarity(records, num_test, groups),
+        "accuracy": figures.accuracy_by_group(records, groups, differences),
+        "similarity": figures.similarity_matrix(records, num_test, groups),
         "latents": figures.latent_map(latents, experiment.seed),
     }
     if any(losses.values()):  # an imported base and simple generators have none
         pngs["losses"] = figures.loss_curves(losses)
     files = {f"{name}.png": png for name, png in pngs.items()}
-    files["table.md"] = markdown(table_rows(summary)).encode()
+    files["table.md"] = markdown(table_rows(summary, differences=True)).encode()
     files["table.csv"] = comma_separated(summary).encode()
     files[REPORT_FILE] = _page(experiment, artifacts, summary, pngs).encode()
     artifacts["report"].commit(files, {}, time.monotonic() - started)
@@ -113,9 +115,14 @@ def _page(
     return render(
         "report.html.jinja",
         name=experiment.name,
-        rows=table_rows(summary),
-        legend=legend(described(summary)),
+        answers=answers(summary),
+        warnings=warnings(summary),
         verdict=summary["verdict"]["text"],
+        rows=table_rows(summary, differences=True),
+        legend=f"{legend(described(summary))} {DIFFERENCE}",
+        zoo=summary.get("zoo"),
+        yardsticks=_yardsticks(summary.get("novelty", {})),
+        novelty=summary.get("novelty", {}).get("text"),
         paper=paper_row(summary),
         gate=manifests["generator"].info.get("gate"),
         spread=manifests["samples"].info["relative_latent_std"],
@@ -125,3 +132,13 @@ def _page(
         versions=manifests["evaluation"].versions,
         configuration=yaml.safe_dump(configuration, sort_keys=False),
     )
+
+
+def _yardsticks(novelty: Mapping[str, Any]) -> list[list[str]]:
+    """Returns how near samples and yardsticks are to the members, as a table with headings; empty if unknown."""
+    copying, rows = novelty.get("copying", {}), []
+    for name, found in novelty.get("distances", {}).items():
+        known = copying.get(name)
+        measured = [f"{known[part]:.1f}" for part in ("c_t", "z", "effective")] if known else ["-"] * 3
+        rows.append([name.replace("_", " "), f"{found['nearest']:.2f}", f"{found['cosine']:.2f}", *measured])
+    return [["networks", "nearest", "cosine", "C_T of samples", "z", "effective"], *rows] if rows else []

@@ -17,6 +17,7 @@ from typing import Any
 from pdiff_ray.common.secrets import without_secrets
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.evaluation.metrics import named_metrics, tidy
+from pdiff_ray.reports.answers import conclusion
 from pdiff_ray.stages.report import load_history, load_summary
 from pdiff_ray.stages.table import STAGES
 from pdiff_ray.storage.artifacts import Artifact, digest
@@ -235,7 +236,7 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Mlfl
         metrics=_in_percent(metrics) | metrics | seconds,
         curves={f"{name}/loss": list(enumerate(v)) for name, v in load_history(artifacts["generator"]).items()},
         files=files,
-        note=f"{files.get('table.md', b'').decode()}\n{summary['verdict']['text']}",
+        note="\n\n".join([*conclusion(summary), files.get("table.md", b"").decode()]),
         data=splits(experiment, artifacts["base"]),
         models=[Model(f"generated-{artifacts['samples'].key[:6]}", about, {"generated/best_test_accuracy": "test"})],
     )
