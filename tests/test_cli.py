@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,36 @@ def test_import_takes_what_its_options_say(storage, tmp_path):
     assert "members: 2, in the order of epoch in them: e2.pt, e1.pt" in text
     assert "under 'ema', without the prefix 'net.'" in text
     assert "left out: e0.pt: the first 2 are taken" in text
+
+
+def test_samples_of_another_tool_are_judged_and_exported(storage, tmp_path):
+    """Exported samples, brought in again, are judged and exported as the generated ones were."""
+    shutil.copytree(storage, tmp_path / "s")
+    its = tiny(tmp_path / "s")[1]
+    pdiff("export", its["samples"].key, tmp_path / "networks", "--storage", storage)
+    changes = ("generator.name=imported", "generator.label=theirs")
+    options = (TINY, "--storage", tmp_path / "s", *(part for change in changes for part in ("--set", change)))
+    assert "no samples 'theirs' have been brought in" in pdiff("sweep", *options, "--in-process", code=2)
+    text = pdiff("import", tmp_path / "networks", *options, "--as", "samples")
+    assert "samples: 6, in the order of their names: generated-0000.safetensors" in text
+    assert "verdict" in pdiff("sweep", *options, "--in-process")
+    artifacts = tiny(tmp_path / "s", *changes)[1]
+    found, expected = (ParameterStore(a["evaluation"]).records() for a in (artifacts, its))
+    assert {r.group for r in expected} - {r.group for r in found} == {"autoencoder", "decoded"}
+    found, expected = ([r for r in records if r.group == "generated"] for records in (found, expected))
+    assert [(r.wrong, r.nearest_distance) for r in found] == [(r.wrong, r.nearest_distance) for r in expected]
+    pdiff("export", artifacts["samples"].key, tmp_path / "again", "--storage", tmp_path / "s")
+    files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("networks", "again")]
+    assert files[0] == files[1]
+
+
+def test_samples_without_a_zoo(tmp_path):
+    np.save(tmp_path / "vectors.npy", np.ones((6, 16), np.float32))
+    chosen = ("--set", "generator.name=imported", "--set", "generator.label=x", "--storage", tmp_path / "s")
+    text = pdiff("import", tmp_path / "vectors.npy", TINY, *chosen, "--as", "samples", code=2)
+    assert "the samples' zoo is not there; make it with `pdiff run zoo" in text
+    text = pdiff("import", tmp_path / "vectors.npy", TINY, "--storage", tmp_path / "s", code=2)
+    assert "vectors.npy: is a file; the checkpoints of a zoo are in a folder" in text
 
 
 class Evil:

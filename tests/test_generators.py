@@ -290,7 +290,7 @@ def test_schedules():
 # --- whole generators -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [*({"name": name} for name in GENERATORS), RELEASED], ids=str)
+@pytest.mark.parametrize("changes", [*({"name": name} for name in GENERATORS if name != "imported"), RELEASED], ids=str)
 @pytest.mark.parametrize("count", [1, 40])
 def test_state_round_trip(changes, count):
     vectors = 3 + draw(count, 14) * torch.logspace(-3, 0, 14)

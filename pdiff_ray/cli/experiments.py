@@ -22,7 +22,7 @@ from pdiff_ray.cli.options import (
     print_json,
     standard_output_for,
 )
-from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.common.errors import ConfigError, PdiffError
 
 PLANNED = "planned"  # what a command returns that has printed a plan
 
@@ -146,8 +146,11 @@ def run(stage: str, file: str, in_process: bool, **options: Any) -> None:
 
 
 @click.command("import")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=click.Path(exists=True, path_type=Path))
 @experiment_options
+@click.option(
+    "--as", "kind", type=click.Choice(["zoo", "samples"]), default="zoo", show_default=True, help="What they are."
+)
 @click.option("--pattern", metavar="GLOB", help="Take the files of these names, or paths below FOLDER.")
 @click.option("--weights", metavar="KEY", help="Take the weights under this key of each file, for example ema.")
 @click.option("--prefix", metavar="PREFIX", help="Take the weights whose names begin so, for example model.")
@@ -160,6 +163,7 @@ def run(stage: str, file: str, in_process: bool, **options: Any) -> None:
 def import_command(
     folder: Path,
     file: str,
+    kind: str,
     pattern: str | None,
     weights: str | None,
     prefix: str | None,
@@ -170,14 +174,28 @@ def import_command(
     """Make the zoo of FILE (which names it in zoo.imported) from the checkpoints in FOLDER and below it.
 
     Files of torch.save (.pth, .pt, .ckpt, .bin, .pth.tar) and safetensors. Weights only: no code in them is run.
+
+    With --as samples they are another tool's samples for the zoo of FILE, which is there already, and are judged in
+    place of generated ones (generator.name: imported, generator.label). FOLDER may then be a file of vectors (n, D):
+    .npy, safetensors, torch.save's, or a Parquet file of a storage.
     """
     from pdiff_ray.common.progress import display
     from pdiff_ray.running.experiment import make_plan
-    from pdiff_ray.stages.checkpoints import Options, import_zoo
+    from pdiff_ray.stages.checkpoints import Options, import_samples, import_zoo
     from pdiff_ray.stages.checks import checked_subset
 
+    taken = Options(pattern, weights, prefix, order, base)
     plan = make_plan(load_experiment(file, **options), target="zoo")
     zoo = plan.artifacts["zoo"]
+    if kind == "samples":
+        if plan.missing:
+            raise ConfigError(f"{zoo.location}: the samples' zoo is not there; make it with `pdiff run zoo {file}`")
+        plan.storage.check_writable()
+        report: object = import_samples(folder, plan.experiment, plan.artifacts, taken)
+        click.echo(f"{report}\nsamples: {plan.artifacts['generator'].location}")
+        return
+    if folder.is_file():
+        raise ConfigError(f"{folder}: is a file; the checkpoints of a zoo are in a folder")
     if not plan.missing:
         origin = zoo.manifest().info.get("imported_from", "another folder")
         click.echo(
@@ -185,7 +203,6 @@ def import_command(
         )
         return
     plan.storage.check_writable()
-    taken = Options(pattern, weights, prefix, order, base)
     checked_subset(plan.experiment)
     with display() as progress:
         report = import_zoo(folder, plan.experiment, plan.artifacts, taken, progress)

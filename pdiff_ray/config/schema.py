@@ -242,6 +242,9 @@ class Generator(Choice):
     def check_dimension(self, dimension: int) -> None:
         """Raises ConfigError if the generator cannot learn vectors with this number of values."""
 
+    def check_fitting(self) -> None:
+        """Raises ConfigError if the generator is one that cannot be fitted."""
+
     @property
     def num_latents(self) -> int | None:
         """The number of values that a vector is encoded into, by a generator that decodes latents."""

@@ -12,6 +12,7 @@ from pdiff_ray.generators.baselines import (
     Noise,
     PrincipalGaussian,
 )
+from pdiff_ray.generators.imported import Imported
 from pdiff_ray.generators.interface import Generator
 from pdiff_ray.generators.latent_diffusion import LatentDiffusion
 from pdiff_ray.networks.subset import Subset
@@ -26,6 +27,7 @@ GENERATORS: Registry[type[Generator]] = Registry(
         "average": Average,
         "interpolation": Interpolation,
         "noise": Noise,
+        "imported": Imported,
     },
 )
 

@@ -103,6 +103,8 @@ def check_plan(plan: Plan) -> int:
             f"zoo.imported: no zoo {plan.experiment.zoo.imported!r} in {plan.storage.location('zoo')}; bring it in "
             "with `pdiff import FOLDER FILE`"
         )
+    if "generator" in plan.missing:
+        plan.experiment.generator.check_fitting()
     if plan.needs_ray:
         sources.check_data(plan.experiment.data)
         for warning in sources.inventory(plan.experiment.data).warnings:

@@ -1,4 +1,4 @@
-"""Zoos from checkpoint files that other code wrote. Weights only: no code is run."""
+"""Zoos and samples from files that other code wrote. Weights only: no code is run."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdiff_ray.common.errors import ConfigError, some_of
 from pdiff_ray.common.progress import Progress, silent
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.kept import default_cache
+from pdiff_ray.generators.imported import Imported, ImportedSettings
 from pdiff_ray.networks.subset import Subset, first_names
-from pdiff_ray.stages.base import describe_base, files_of, open_dataset, untrained_network
+from pdiff_ray.stages.base import describe_base, files_of, load_network, open_dataset, untrained_network
 from pdiff_ray.stages.context import Context
+from pdiff_ray.stages.generator import commit_generator
 from pdiff_ray.stages.zoo import commit, subset_of
 from pdiff_ray.storage import weights
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.matching import match
 from pdiff_ray.storage.parameters import PARTS, ParameterStore, Record, stamp
+from pdiff_ray.storage.vectors import read_vectors
 from pdiff_ray.storage.weights import Weight
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".pth.tar", ".pt.tar")
@@ -65,6 +68,7 @@ class Report:
     """What an import has taken and what not; files are named by their paths below the folder."""
 
     base: str = ""
+    what: str = "members"
     members: list[str] = field(default_factory=list)
     order: str = "their names"
     found: Counter[str] = field(default_factory=Counter)  # of members: where in them the weights were
@@ -77,12 +81,18 @@ class Report:
             by_reason.setdefault(reason, []).append(name)
         lines = [
             f"base: {self.base}" if self.base else "",
-            f"members: {len(self.members)}, in the order of {self.order}: {some_of(self.members)}",
+            f"{self.what}: {len(self.members)}, in the order of {self.order}: {some_of(self.members)}",
             *(f"weights: {how}, in {count} of them" for how, count in self.found.items()),
             *(f"ignored: {what}, in {count} of them" for what, count in self.ignored.items()),
             *(f"left out: {some_of(names)}: {reason}" for reason, names in by_reason.items()),
         ]
         return "\n".join(line for line in lines if line)
+
+    def take(self, checkpoint: Checkpoint) -> None:
+        self.members.append(checkpoint.name)
+        self.found[checkpoint.found] += 1
+        if checkpoint.ignored:
+            self.ignored[checkpoint.ignored] += 1
 
 
 @dataclass(frozen=True)
@@ -122,13 +132,9 @@ def import_zoo(
     if not experiment.zoo.imported:
         raise ConfigError("zoo.imported: name the zoo, for example --set zoo.imported=my-zoo")
     options, started, count = options or Options(), time.monotonic(), experiment.zoo.members
-    report, wanted = Report(), _Wanted(experiment, options)
-    checkpoints: Iterable[Checkpoint] = (
-        wanted.read(file, name) for name, file in find(folder, options.pattern, report).items()
-    )
-    if options.order:
-        report.order = f"{options.order} in them"
-        checkpoints = sorted(checkpoints, key=lambda checkpoint: _number(checkpoint, str(options.order)))
+    network = untrained_network(experiment)
+    report, wanted = Report(), _Wanted(experiment, options, network, subset_of(experiment, network))
+    checkpoints = wanted.checkpoints(folder, report)
     if options.base:
         report.base = f"{options.base} (--base)"
         wanted.take_base(wanted.read(options.base, options.base.name))
@@ -151,10 +157,7 @@ def import_zoo(
         vectors.append(vector)
         members.append(checkpoint)
     for checkpoint in members:
-        report.members.append(checkpoint.name)
-        report.found[checkpoint.found] += 1
-        if checkpoint.ignored:
-            report.ignored[checkpoint.ignored] += 1
+        report.take(checkpoint)
     if len(members) < count:
         raise ConfigError(
             f"{folder}: holds {len(members)} different checkpoints ({', '.join(SUFFIXES)}), but zoo.members is "
@@ -179,6 +182,61 @@ def import_zoo(
     commit(
         artifacts["zoo"], wanted.subset, experiment.zoo, seconds, {**origin, "files": said, "left_out": report.left_out}
     )
+    return report
+
+
+def import_samples(
+    source: Path, experiment: Experiment, artifacts: Mapping[str, Artifact], options: Options | None = None
+) -> Report:
+    """Makes the experiment's generator from samples that another tool has drawn for its zoo, all of them.
+
+    Args:
+        source: a folder of checkpoints, as for a zoo, which may hold the subset alone, or a file of vectors.
+
+    Raises:
+        ConfigError: naming the file and what is wrong with it, or other samples have this label. Nothing is stored.
+    """
+    options, started, settings, report = options or Options(), time.monotonic(), experiment.generator, Report()
+    if not isinstance(settings, ImportedSettings):
+        raise ConfigError(
+            f"generator.name is {settings.name}; name the samples, for example --set generator.name=imported --set "
+            "generator.label=my-samples"
+        )
+    if options.base:
+        raise ConfigError("--base is for zoos; samples stand beside the experiment's own base")
+    zoo = ParameterStore(artifacts["zoo"])
+    subset, report.what, files = zoo.subset(), "samples", list[dict[str, Any]]()
+    if source.is_dir():
+        wanted = _Wanted(experiment, options, load_network(experiment, artifacts), subset)
+        wanted.base = wanted.tensors
+        rows = []
+        for checkpoint in wanted.checkpoints(source, report):
+            rows.append(wanted.vector(checkpoint))
+            report.take(checkpoint)
+            files.append({"file": checkpoint.name, **checkpoint.numbers})
+        vectors = torch.stack(rows) if rows else torch.empty(0, subset.size)
+    elif odd := [name for name in ("pattern", "prefix", "order") if getattr(options, name) is not None]:
+        raise ConfigError(f"--{odd[0]} is for the checkpoints of a folder; {source} is a file of vectors")
+    else:
+        vectors = read_vectors(source, subset, options.weights)
+        report.members, report.order = [f"row {i}" for i in range(len(vectors))], "the file"
+    if len(vectors) < (count := experiment.sampling.samples):
+        raise ConfigError(
+            f"{source}: holds {len(vectors)} samples, but sampling.samples is {count}; lower it, or choose other files "
+            f"with --pattern\n{report}"
+        )
+    artifact, sha256 = artifacts["generator"], hashlib.sha256(vectors.numpy().data).hexdigest()
+    if artifact.exists():
+        if (info := artifact.manifest().info).get("sha256") != sha256:
+            raise ConfigError(
+                f"{source}: holds other samples than {info.get('imported_from')}, which the label {settings.label!r} "
+                "stands for; choose another one (generator.label)"
+            )
+        return report
+    generator = Imported(settings, subset)
+    generator.take(vectors, torch.from_numpy(zoo.vectors(experiment.split.learned)))
+    info = {"imported_from": str(source), "sha256": sha256, "files": files, "left_out": report.left_out}
+    commit_generator(artifact, generator, subset, {}, info, time.monotonic() - started)
     return report
 
 
@@ -243,13 +301,12 @@ class _Wanted:
     """The experiment's network, and what of it the files are to hold.
 
     Attributes:
-        network: filled with the base's tensors by `take_base`.
+        network: filled with the base's tensors by `take_base`, unless it has them.
         subset: of the network, in a member's vector.
     """
 
-    def __init__(self, experiment: Experiment, options: Options) -> None:
-        self.network, self.options = untrained_network(experiment), options
-        self.subset: Subset = subset_of(experiment, self.network)
+    def __init__(self, experiment: Experiment, options: Options, network: nn.Module, subset: Subset) -> None:
+        self.network, self.options, self.subset = network, options, subset
         self.parameters = [name for name, _ in self.network.named_parameters()]
         self.tensors: dict[str, Tensor] = dict(self.network.state_dict())
         self.statistics = {name for name in self.tensors if name.endswith(("running_mean", "running_var"))}
@@ -258,6 +315,14 @@ class _Wanted:
         # What is neither in the vector nor measured anew is the base's.
         others = set(self.parameters) | (self.statistics if experiment.zoo.batchnorm == "frozen" else set())
         self.others = {name for name, first in self.first.items() if first in others - set(self.subset.names)}
+
+    def checkpoints(self, folder: Path, report: Report) -> Iterable[Checkpoint]:
+        """Returns the checkpoints in a folder, in order; tells a report of it."""
+        found = (self.read(file, name) for name, file in find(folder, self.options.pattern, report).items())
+        if not (order := self.options.order):
+            return found
+        report.order = f"{order} in them"
+        return sorted(found, key=lambda checkpoint: _number(checkpoint, order))
 
     def read(self, file: Path, label: str) -> Checkpoint:
         """Reads what a file describes; no tensors yet.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.generators.interface import Fitting, Generator
 from pdiff_ray.generators.table import make_generator
+from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.base import HISTORY_FILE, load_state
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.judging import base_judge
@@ -57,13 +59,30 @@ def build(
     generator = make_generator(settings, subset)
     with enough_memory("training of the generator", settings.memory_fields):
         generator.fit(torch.from_numpy(zoo.vectors(experiment.split.learned)).to(context.device), fitting)
+    info = {**fitting.notes, "final_loss": {name: losses[-1] for name, losses in fitting.history.items()}}
+    commit_generator(artifact, generator, subset, fitting.history, info, time.monotonic() - started)
+
+
+def commit_generator(
+    artifact: Artifact,
+    generator: Generator,
+    subset: Subset,
+    history: Mapping[str, Sequence[float]],
+    info: Mapping[str, Any],
+    seconds: float,
+) -> None:
+    """Commits a generator.
+
+    Args:
+        history: losses per step, by model.
+        info: what the manifest says of it.
+    """
     files = {
         GENERATOR_FILE: save_tree(generator.state()),
-        HISTORY_FILE: save_tree({name: torch.tensor(losses) for name, losses in fitting.history.items()}),
+        HISTORY_FILE: save_tree({name: torch.tensor(losses) for name, losses in history.items()}),
         "subset.json": subset.to_json().encode(),
     }
-    info = {**fitting.notes, "final_loss": {name: losses[-1] for name, losses in fitting.history.items()}}
-    artifact.commit(files, info, time.monotonic() - started)
+    artifact.commit(files, dict(info), seconds)
 
 
 def load_generator(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Generator:

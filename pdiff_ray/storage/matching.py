@@ -92,7 +92,7 @@ def match(
     absent = next(name for name in parameters if name not in near.named())
     raise ConfigError(
         f"lacks {absent}{did_you_mean(absent, near.named())} ({count} of the network's {len(set(parameters))} "
-        f"parameters are there, {near}); if the files hold the subset alone, give the whole network with --base"
+        f"parameters are there, {near}); a file holds the whole network, or all of the subset (a zoo's: with --base)"
     )
 
 

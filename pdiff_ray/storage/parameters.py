@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ PART_BYTES = 2**26  # of vectors in a part, if there are several: to read one of
 METADATA_KEY = b"pdiff_ray"
 MAX_OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # of a store
 UNLIKE_ITS_NAME = "its content differs from the digest in its name; delete it and run again to make its networks anew"
+# What a file that is no such Parquet file causes.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, RecursionError)
 MAX_FETCHED = 2**29  # bytes of the parts that a store keeps of an object store's
 
 
@@ -125,20 +128,18 @@ class _Part:
     """An open part file that is the one its digest says, its footer parsed.
 
     Args:
-        sha256: the digest.
+        stream: of the file.
+        sha256: the digest; None: it has none.
         otherwise: what to say of a file with another one.
     """
 
-    def __init__(self, storage: Storage, name: str, sha256: str, otherwise: str) -> None:
-        self.stream: pa.NativeFile = storage.open(name)
-        self.size = self.stream.size()
-        if storage.local is None:  # which answers one large request sooner than many small ones
-            self.stream = pa.BufferReader(self.stream.read_buffer())
+    def __init__(self, stream: pa.NativeFile, sha256: str | None = None, otherwise: str = "") -> None:
+        self.stream, self.size = stream, stream.size()
         found = hashlib.sha256()
         while block := self.stream.read_buffer(2**20):
             found.update(block)
-        if found.hexdigest() != sha256:
-            raise StorageError(f"{storage.location(name)}: damaged Parquet file: {otherwise}")
+        if sha256 is not None and found.hexdigest() != sha256:
+            raise StorageError(otherwise)
         self.stream.seek(0)
         self.file = pq.ParquetFile(self.stream, page_checksum_verification=True, pre_buffer=False)
         self.num_rows, schema = self.file.metadata.num_rows, self.file.schema_arrow
@@ -325,8 +326,12 @@ class ParameterStore:
                 del self._opened[next(iter(self._opened))]
                 self._found.clear()  # which keeps files open
             entry = self._listed.get(part) or FileEntry(path=part, sha256=digest_in(part))
-            otherwise = self._differs(part)
-            self._opened[part] = _Part(self.storage, f"{self.artifact.folder}/{entry.path}", entry.sha256, otherwise)
+            name = f"{self.artifact.folder}/{entry.path}"
+            stream = self.storage.open(name)
+            if self.storage.local is None:  # which answers one large request sooner than many small ones
+                stream = pa.BufferReader(stream.read_buffer())
+            otherwise = f"{self.storage.location(name)}: damaged Parquet file: {self._differs(part)}"
+            self._opened[part] = _Part(stream, entry.sha256, otherwise)
         return self._opened[part]
 
     def _differs(self, part: str) -> str:
@@ -342,11 +347,25 @@ class ParameterStore:
             yield
         except StorageError:
             raise
-        except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        except _DAMAGE as error:
             raise StorageError(
                 f"{self.storage.location(f'{self.artifact.folder}/{part}')}: damaged Parquet file ({error}); delete "
                 f"{self.artifact.location} and run again to build it anew"
             ) from None
+
+
+def read_lone(file: Path) -> tuple[Subset, np.ndarray]:
+    """Returns the tensors that a part file outside of an artifact holds, and its vectors (n, D), row by row.
+
+    Raises:
+        StorageError: it is damaged, or no part file with vectors.
+    """
+    try:
+        part = _Part(pa.OSFile(str(file)))
+        about = json.loads(part.file.schema_arrow.metadata[METADATA_KEY])
+        return Subset.from_json(json.dumps(about["subset"])), _matrix(part.file.read(columns=["vector"]))
+    except _DAMAGE as error:
+        raise StorageError(f"{file}: no Parquet file of networks with vectors ({error!r})") from None
 
 
 def digest_in(part: str) -> str:
