@@ -156,6 +156,26 @@ def test_step_on_fixed_memory_is_the_same(monkeypatch, denoiser):
     torch.testing.assert_close(step.x, expected)
 
 
+def test_released_denoiser_has_the_released_layers():
+    """1 to 64, 128, 256 and 512 channels and back, by kernels of 7; what is 64, 128 and 256 wide is passed across."""
+    denoiser = Diffusion(LatentDiffusionSettings(recipe="released").diffusion, 128).denoiser.eval()
+    pairs = [(1, 64), (64, 128), (128, 256), (256, 512)]
+    down, up = sum(7 * a * b + 3 * b for a, b in pairs), sum(7 * a * b + 3 * a for a, b in pairs) - 2
+    assert sum(p.numel() for p in denoiser.parameters()) == down + up + (256 + 1) * 128 + (128 + 1) * 128
+    seen = []
+    for layer in denoiser.up:
+        layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    wide = []
+    for layer in [*denoiser.down, *denoiser.up]:
+        layer.register_forward_hook(lambda layer, inputs, output: wide.append(output))
+    time = denoiser.embedding(torch.tensor([3]))
+    assert denoiser(draw(2, 128), time).shape == (2, 128)
+    down, up = wide[:4], wide[4:]
+    assert torch.equal(seen[0], down[3] + time)
+    for before, across, found in zip(up, down[2::-1], seen[1:], strict=False):
+        assert torch.equal(found, before + across + time)
+
+
 class Replayed:
     """Does what a CUDA graph of a step would: writes the results of the next run to where the first one's were."""
 
@@ -213,13 +233,15 @@ def test_replays_train_as_single_steps_do(monkeypatch, way):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.filterwarnings("error")
-def test_graphs_compute_what_single_kernels_do(monkeypatch):
+@pytest.mark.parametrize("denoiser", ["mlp", "unet"])
+def test_graphs_compute_what_single_kernels_do(monkeypatch, denoiser):
     device = torch.device("cuda")
     diffusion = Diffusion(DiffusionSettings(width=64, num_timesteps=50), 4).to(device)
 
     def results():
         fitting = Fitting(device, 0)
-        make_generator(small(), SUBSET).fit(draw(60, 14).to(device), fitting)
+        settings = small(autoencoder={"batchnorm": denoiser == "unet"}, diffusion={"denoiser": denoiser})
+        make_generator(settings, SUBSET).fit(draw(60, 14).to(device), fitting)
         return samplers.sample(diffusion, 20, Sampling(seed=0), device), fitting.history
 
     def refused(*_):

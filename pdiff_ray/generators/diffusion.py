@@ -154,9 +154,9 @@ class UNetDenoiser(nn.Module):
         for layer in self.down:
             hidden = layer(hidden + time)
             widened.append(hidden)
-        for i, layer in enumerate(self.up):
+        for layer in self.up:
             wide = widened.pop()
-            hidden = layer(hidden + time if i == 0 else hidden + wide + time)
+            hidden = layer((hidden if wide is hidden else hidden + wide) + time)
         return hidden[:, 0]
 
 
