@@ -289,7 +289,7 @@ def test_branches_as_one_program_go_on_in_other_stacks(tmp_path, stack, then):
     experiment, artifacts = tiny(tmp_path / "stacked", *options, f"zoo.runs_per_program={stack}")
     build(experiment, artifacts, "base")
 
-    interrupted_zoo(experiment, artifacts, 6)
+    interrupted_zoo(experiment, artifacts, 2 * stack)
     saved = [artifacts["zoo"].load_work(f"run-{index}.safetensors") for index in range(3)]
     assert sum(state is not None for state in saved) == stack
     notes = []
