@@ -22,20 +22,17 @@ from pdiff_ray.common.errors import PdiffError, StorageError
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config import schema
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.evaluation.diagnostics import diagnose
 from pdiff_ray.evaluation.groups import GROUPS, Material, groups_of
 from pdiff_ray.evaluation.judge import Judge, judged
-from pdiff_ray.evaluation.metrics import metrics_of
-from pdiff_ray.evaluation.similarity import distances, unpack_wrong
-from pdiff_ray.evaluation.summary import summarize
+from pdiff_ray.evaluation.similarity import distances
 from pdiff_ray.generators.interface import Fitting, Generator
 from pdiff_ray.generators.table import make_generator
 from pdiff_ray.networks.frontier import Frontier
-from pdiff_ray.stages import kinds
 from pdiff_ray.stages.base import load_network
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.generator import load_generator
 from pdiff_ray.stages.judging import base_judge, describe_sharing
+from pdiff_ray.stages.verdict import summary_of
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.parameters import ParameterStore, Record, stamp
 from pdiff_ray.training.subset import SubsetTraining, training_frontier
@@ -76,50 +73,14 @@ def judge_missing(
 
 def commit(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context) -> None:
     """Commits the rows of all networks, which have been judged, with their summary."""
-    started, artifact, zoo = time.monotonic(), artifacts["evaluation"], ParameterStore(artifacts["zoo"])
-    store, split, config = ParameterStore(artifact), experiment.split, experiment.evaluation
-    about, seed = artifacts["base"].manifest().info, experiment.sampling.seed or 0
-    ids = [record.id for record in networks_to_judge(experiment, zoo)]
-    records = store.records(ids)
+    started, artifact = time.monotonic(), artifacts["evaluation"]
+    ids = [record.id for record in networks_to_judge(experiment, ParameterStore(artifacts["zoo"]))]
+    store, num_test = ParameterStore(artifact), artifacts["base"].manifest().info["test_images"]
     context.progress("evaluation", len(ids), len(ids), "verdict")
-    members = zoo.vectors(split.learned)
-    yardsticks = {"held_out": split.held_out, "second_run": split.second_run}
-
-    def on_device(vectors: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(vectors).to(context.device)
-
-    novelty = kinds.assess(
-        on_device(members),
-        zoo.subset(),
-        on_device(ParameterStore(artifacts["samples"]).vectors()),
-        {name: on_device(zoo.vectors(chosen)) for name, chosen in yardsticks.items() if chosen},
-        records,
-        load_generator(experiment, artifacts),
-        seed,
-    )
-    learned = records[: len(members)]
-    runs = {run: index for index, run in enumerate(dict.fromkeys(record.seed for record in learned))}
-    diagnosis = diagnose(
-        members,
-        [runs[record.seed] for record in learned],
-        [record.step for record in learned],
-        unpack_wrong([record.wrong or b"" for record in learned], about["test_images"]),
-        artifacts["generator"].manifest().info,
-    )
-    summary = summarize(
-        records,
-        about["test_images"],
-        about["num_classes"],
-        novelty,
-        diagnosis,
-        groups_of(config),
-        metrics_of(config),
-        seed,
-        about["validation_images"],
-    )
+    summary = summary_of(experiment, artifacts, store.records(ids), context.device)
     parts = store.manifest_entries(ids)
     sharing, counts, seconds = _taken(store, parts)
-    info = {"networks": len(ids), "test_images": about["test_images"], **sharing, **counts}
+    info = {"networks": len(ids), "test_images": num_test, **sharing, **counts}
     files = {SUMMARY_FILE: json.dumps(summary, indent=1).encode()}
     artifact.commit(files, info, seconds + time.monotonic() - started, parts)
 

@@ -1,0 +1,111 @@
+"""What is said of an evaluation: the samples beside vectors of known kinds, the groups, and the zoo."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdiff_ray.common.seeds import derive_seed, rng
+from pdiff_ray.config import schema
+from pdiff_ray.config.schema import Experiment
+from pdiff_ray.evaluation.diagnostics import diagnose
+from pdiff_ray.evaluation.geometry import Geometry
+from pdiff_ray.evaluation.groups import GROUPS, Drawn, groups_of
+from pdiff_ray.evaluation.metrics import metrics_of
+from pdiff_ray.evaluation.novelty import Family, Known, recipes
+from pdiff_ray.evaluation.similarity import unpack_wrong
+from pdiff_ray.evaluation.summary import summarize
+from pdiff_ray.generators.interface import Fitting, Generator
+from pdiff_ray.generators.table import make_generator
+from pdiff_ray.networks.subset import Subset
+from pdiff_ray.stages.generator import load_generator
+from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.parameters import ParameterStore, Record
+
+DRAWS = 200  # vectors of each kind
+NO_LOSS = 1e6  # stands for a loss that is no number
+
+
+def families(
+    members: Tensor, geometry: Geometry, subset: Subset, seed: int, fitted: Generator | None = None
+) -> dict[str, Family]:
+    """Returns the known ways of making vectors from members (K, D), each drawn when it is wanted.
+
+    Args:
+        seed: of the draws.
+        fitted: the generator that has drawn the samples; if it decodes latents, what the decoder makes of members and
+            of random latents is known as well.
+    """
+
+    def drawn(name: str, settings: Mapping[str, Any]) -> Tensor:
+        generator = make_generator(schema.Generator.model_validate(dict(settings)), subset)
+        generator.fit(members, Fitting(members.device, 0))
+        sampling = schema.Sampling(samples=DRAWS, seed=derive_seed(seed, "kinds", name))
+        return generator.sample(DRAWS, sampling, members.device)
+
+    found = {
+        name: Family(recipe.word, functools.partial(drawn, name, recipe.generator), recipe.of)
+        for name, recipe in recipes(geometry).items()
+    }
+    if fitted is not None and fitted.num_latents is not None:
+        random = rng(members.device, seed, "kinds", "latents")
+        latents = torch.randn(DRAWS, fitted.num_latents, generator=random, device=members.device)
+        found["decoded"] = Family("replica", lambda: fitted.decode(fitted.encode(members)), "decoded members")
+        found["autoencoder"] = Family("gaussian-like", lambda: fitted.decode(latents), "normal latents, decoded")
+    return found
+
+
+def summary_of(
+    experiment: Experiment, artifacts: Mapping[str, Artifact], records: Sequence[Record], device: torch.device
+) -> dict[str, Any]:
+    """Returns what is said of the judged networks, as JSON values: `evaluation.summary.summarize` has its parts."""
+    zoo, split, config = ParameterStore(artifacts["zoo"]), experiment.split, experiment.evaluation
+    about, seed = artifacts["base"].manifest().info, experiment.sampling.seed or 0
+    vectors = zoo.vectors(split.learned)
+    members = torch.from_numpy(vectors).to(device)
+    geometry = Geometry(members)
+    kept_back = {"held_out": split.held_out, "second_run": split.second_run}
+    yardsticks = {name: torch.from_numpy(zoo.vectors(ids)).to(device) for name, ids in kept_back.items() if ids}
+    losses = _losses(records, geometry)
+    fitted = load_generator(experiment, artifacts)
+    known = Known(geometry, families(members, geometry, zoo.subset(), seed, fitted), yardsticks, losses, seed)
+    samples = torch.from_numpy(ParameterStore(artifacts["samples"]).vectors()).to(device)
+    learned = [record for record in records if record.group == "original"]
+    runs = list(dict.fromkeys(record.seed for record in learned))
+    diagnosis = diagnose(
+        vectors,
+        [runs.index(record.seed) for record in learned],
+        [record.step for record in learned],
+        unpack_wrong([record.wrong or b"" for record in learned], about["test_images"]),
+        artifacts["generator"].manifest().info,
+    )
+    return summarize(
+        records,
+        about["test_images"],
+        about["num_classes"],
+        known.assess(samples, losses.get("generated")),
+        diagnosis,
+        groups_of(config),
+        metrics_of(config),
+        seed,
+        about["validation_images"],
+    )
+
+
+def _losses(records: Sequence[Record], geometry: Geometry) -> dict[str, Tensor]:
+    """Returns losses on validation images of each group, and of the known kinds that a group draws as well."""
+    rows: dict[str, list[float]] = {}
+    for record in records:
+        loss = NO_LOSS if record.validation_loss is None else record.validation_loss
+        rows.setdefault(record.group, []).append(loss)
+    found = {name: torch.tensor(values).double().nan_to_num(NO_LOSS, NO_LOSS) for name, values in rows.items()}
+    drawn = [group for group in GROUPS.values() if isinstance(group, Drawn) and group.name in found]
+    for name, recipe in recipes(geometry).items():
+        for group in drawn:
+            if group.settings == recipe.generator:
+                found[name] = found[group.name]
+    return found
