@@ -4,14 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from helpers import build
+from helpers import TINY, build
 
 import pdiff_ray as pd
-from pdiff_ray.evaluation.diagnostics import LEAST_MEMBERS, MEASURES, diagnose
-from pdiff_ray.evaluation.similarity import unpack_wrong
+from pdiff_ray.evaluation.diagnostics import LEAST_MEMBERS, MEASURES, diagnose, diagnose_members
 from pdiff_ray.stages.table import artifacts_of
 from pdiff_ray.storage.files import Storage
-from pdiff_ray.storage.parameters import ParameterStore
+from pdiff_ray.storage.parameters import ParameterStore, Record
 
 K, D = 200, 300
 ONE_RUN = np.zeros(K, int)
@@ -144,6 +143,25 @@ def test_advice_names_fields_that_there_are():
         assert bool(fields) == bool(measure.advice)
 
 
+def test_members_of_a_run_are_those_with_its_seed():
+    wrong, members = np.eye(K, 2 * K, dtype=bool), draw("walk")
+    rows = [Record(i, "original", seed=i % 2, step=K - i, wrong=np.packbits(wrong[i]).tobytes()) for i in range(K)]
+    steps = [row.step for row in rows]
+    assert diagnose_members(members, rows) == diagnose(members, np.arange(K) % 2, steps, wrong)
+    imported = [Record(i, "original") for i in range(K)]
+    assert diagnose_members(members, imported) == diagnose(members, ONE_RUN)
+
+
+def test_a_zoo_says_what_is_wrong_with_it_before_a_generator_is_fitted(tmp_path, capsys):
+    settings = {"members": 20, "optimizer": {"name": "sgd", "lr": 1e-4}}
+    experiment = pd.load_experiment(TINY, storage=str(tmp_path), zoo=settings, generator={"members": None})
+    pd.run(experiment, in_process=True, track=False)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    place = lines.index(next(line for line in lines if line.startswith("warning: effective rank")))
+    stages = [next(i for i, line in enumerate(lines) if line.startswith(f"{s}: done")) for s in ("zoo", "generator")]
+    assert stages[0] < place < stages[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "expected"),
@@ -167,10 +185,9 @@ def test_trained_zoos_are_judged_as_they_were_trained(tmp_path_factory, changes,
     experiment = pd.load_experiment("sweeps/quickstart.yaml", storage=storage, **settings)
     artifacts = artifacts_of(experiment, Storage(storage))
     build(experiment, artifacts, "base", "zoo", "generator")
-    store, num_test = ParameterStore(artifacts["zoo"]), artifacts["base"].manifest().info["test_images"]
-    records = store.records()
-    runs = np.arange(len(records)) % (experiment.zoo.branches if experiment.zoo.regime == "branches" else 1)
-    wrong = unpack_wrong([record.wrong for record in records], num_test)
+    store, ids = ParameterStore(artifacts["zoo"]), range(experiment.zoo.members)
     notes = artifacts["generator"].manifest().info
-    found = diagnose(store.vectors(), runs, [record.step for record in records], wrong, notes)
+    found = diagnose_members(store.vectors(ids), store.records(ids), notes)
     assert names(found.bad) == expected, found.values
+    told = [one["name"] for one in artifacts["zoo"].manifest().info["diagnosis"] if one["good"] is False]
+    assert set(told) == expected - {"unexplained_variance"}

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pdiff_ray.evaluation.similarity import CHUNK_VALUES, mean_within
+from pdiff_ray.evaluation.similarity import CHUNK_VALUES, mean_within, unpack_wrong
+from pdiff_ray.storage.parameters import Record
 
 LEAST_MEMBERS = 20  # below, ranks and autocorrelations say more of K than of the zoo, and are not judged
 
@@ -171,6 +172,17 @@ def diagnose(
             advice = measure.advice if good is False else ""
             findings.append(Finding(name, value, good, shown, measure.about, advice))
     return Diagnosis(tuple(findings))
+
+
+def diagnose_members(
+    vectors: np.ndarray, records: Sequence[Record], notes: Mapping[str, Any] | None = None
+) -> Diagnosis:
+    """Measures a zoo by its members' vectors (K, D) and rows (K), of which those of a run have its seed."""
+    places = {seed: place for place, seed in enumerate(dict.fromkeys(record.seed for record in records))}
+    packed = [record.wrong for record in records if record.wrong is not None]
+    wrong = unpack_wrong(packed, 8 * len(packed[0])) if len(packed) == len(records) > 0 else None
+    runs, steps = [places[record.seed] for record in records], [record.step for record in records]
+    return diagnose(vectors, runs, steps, wrong, notes)
 
 
 def in_runs(runs: Sequence[int], steps: Sequence[int | None] | None = None) -> list[np.ndarray]:

@@ -18,8 +18,10 @@ from pdiff_ray.common.progress import Display, Progress, console, display
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data import sources
 from pdiff_ray.data.kept import default_cache
+from pdiff_ray.evaluation.diagnostics import diagnose
 from pdiff_ray.evaluation.groups import groups_of
 from pdiff_ray.evaluation.metrics import metrics_of
+from pdiff_ray.reports.answers import warnings
 from pdiff_ray.stages import evaluation
 from pdiff_ray.stages.checks import checked_subset
 from pdiff_ray.stages.context import Context
@@ -185,10 +187,8 @@ def _announce(plan: Plan, *stages: str) -> None:
     for stage in stages:
         manifest = plan.artifacts[stage].manifest()
         console.print(f"  {stage}: done in {manifest.seconds:.1f} s, {plan.artifacts[stage].location}")
-        gate = manifest.info.get("gate") if stage == "generator" else None
-        if gate and not gate["passed"]:
-            console.print(
-                f"  [bold red]WARNING[/]: the autoencoder loses accuracy: members {gate['validation_accuracy']:.1%}, "
-                f"decoded {gate['decoded_validation_accuracy']:.1%} on validation images. The samples cannot be "
-                "better; raise generator.autoencoder.steps or latent_dim."
-            )
+        found = manifest.info.get("diagnosis", [])  # of a zoo
+        if stage == "generator":
+            found = diagnose(None, (), notes=manifest.info).to_list()
+        for text in warnings({"zoo": found}):
+            console.print(f"  [bold yellow]warning:[/] {escape(text)}")

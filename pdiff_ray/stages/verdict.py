@@ -12,12 +12,11 @@ from torch import Tensor
 from pdiff_ray.common.seeds import derive_seed, rng
 from pdiff_ray.config import schema
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.evaluation.diagnostics import diagnose
+from pdiff_ray.evaluation.diagnostics import diagnose_members
 from pdiff_ray.evaluation.geometry import Geometry
 from pdiff_ray.evaluation.groups import GROUPS, Drawn, groups_of
 from pdiff_ray.evaluation.metrics import metrics_of
 from pdiff_ray.evaluation.novelty import Family, Known, recipes
-from pdiff_ray.evaluation.similarity import unpack_wrong
 from pdiff_ray.evaluation.summary import summarize
 from pdiff_ray.generators.interface import Fitting, Generator
 from pdiff_ray.generators.table import make_generator
@@ -75,14 +74,7 @@ def summary_of(
     known = Known(geometry, families(members, geometry, zoo.subset(), seed, fitted), yardsticks, losses, seed)
     samples = torch.from_numpy(ParameterStore(artifacts["samples"]).vectors()).to(device)
     learned = [record for record in records if record.group == "original"]
-    runs = list(dict.fromkeys(record.seed for record in learned))
-    diagnosis = diagnose(
-        vectors,
-        [runs.index(record.seed) for record in learned],
-        [record.step for record in learned],
-        unpack_wrong([record.wrong or b"" for record in learned], about["test_images"]),
-        artifacts["generator"].manifest().info,
-    )
+    diagnosis = diagnose_members(vectors, learned, artifacts["generator"].manifest().info)
     return summarize(
         records,
         about["test_images"],

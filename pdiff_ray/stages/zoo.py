@@ -23,6 +23,7 @@ from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config.schema import Experiment, Zoo
 from pdiff_ray.data.dataset import steps_per_epoch
 from pdiff_ray.data.sources import describe
+from pdiff_ray.evaluation.diagnostics import diagnose_members
 from pdiff_ray.evaluation.judge import Judge, judged
 from pdiff_ray.networks.build import blank_images
 from pdiff_ray.networks.frontier import Kept
@@ -37,6 +38,7 @@ from pdiff_ray.storage.trees import save_tree
 from pdiff_ray.training.subset import SubsetTraining, training_frontier
 
 SHARING_FILE = "sharing.json"
+DIAGNOSED_VALUES = 2**29  # of a zoo that is diagnosed by the worker that completes it; the evaluation reads all anyway
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def commit(
     info |= about or {}
     if len(accuracies):
         info |= {"mean_test_accuracy": float(accuracies.mean()), "std_test_accuracy": float(accuracies.std())}
+    if config.members * subset.size <= DIAGNOSED_VALUES:
+        info["diagnosis"] = diagnose_members(store.vectors(range(config.members)), records[: config.members]).to_list()
     artifact.commit({"subset.json": subset.to_json().encode()}, info, seconds, store.manifest_entries(ids))
 
 
