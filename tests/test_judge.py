@@ -16,6 +16,7 @@ from pdiff_ray.evaluation import recalibration
 from pdiff_ray.evaluation.diagnostics import diagnose
 from pdiff_ray.evaluation.geometry import Geometry
 from pdiff_ray.evaluation.judge import Judge, Judgement, judged
+from pdiff_ray.evaluation.metrics import METRICS, named_metrics, verdict_words
 from pdiff_ray.evaluation.novelty import assess
 from pdiff_ray.evaluation.similarity import distances, iou, mean_within, unpack_wrong
 from pdiff_ray.evaluation.summary import summarize
@@ -407,6 +408,30 @@ def test_correlation_of_what_chooses_with_test_accuracy():
     assert line["selection_correlation"] == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [2, 1, 3, 4])[0, 1])
     assert correlation([(0.5, 0.2), (0.6, 0.2)])["selection_correlation"] is None
     assert correlation([(0.5, 0.1), (0.5, 0.2)], validation_accuracy=0.5)["selection_correlation"] is None
+
+
+def test_lines_have_intervals_and_leads():
+    """The samples' own lead is that over the best baseline, which validation images choose."""
+    generated = [
+        replace_distance(make_record(number, "generated", 0.8, 0.8, [number, number + 1], parent=number))
+        for number in range(3)
+    ]
+    others = [
+        make_record(3, "ensemble", 0.9, 0.9, [0], validation_accuracy=0.8),
+        make_record(4, "noise_added", 0.9, 0.3, range(7), sigma=0.5, validation_accuracy=0.9),
+    ]
+    summary = summary_of([*map(replace_distance, others), *generated])
+    lines, names = groups_of(summary), named_metrics(summary)
+    assert lines["original"]["mean_lower"] <= lines["original"]["mean"] <= lines["original"]["mean_upper"]
+    assert lines["original"]["lead"] == pytest.approx(0.8 - np.mean([0.8, 0.7, 0.7]))
+    assert lines["ensemble"]["lead"] == pytest.approx(-0.1)
+    assert lines["generated"]["lead"] == lines["noise-added 0.5"]["lead"] == pytest.approx(0.5)
+    assert names["generated/samples_lead_lower"] == lines["generated"]["lead_lower"] < 0.5
+    assert METRICS["lead"].text(0.0123, 0.01) == "+1.23±1.00"
+    words = verdict_words(summary)
+    assert (words["baseline"], words["accuracy"]) == ("noise-added 0.5", summary["comparison"]["word"])
+    assert verdict_words({"verdict": {"word": "new", "text": ""}}) == {"verdict": "new"}  # of an earlier version
+    assert "generated/samples_lead" not in named_metrics(summary_of(generated))  # without baselines
 
 
 def test_similarities_of_groups():

@@ -76,6 +76,7 @@ def test_test_labels_choose_nothing(tmp_path):
     assert drawn[0][2]["gate"] == drawn[1][2]["gate"]
     for field in ("best_id", "chosen_on"):
         assert [line[field] for line in summaries[0]["groups"]] == [line[field] for line in summaries[1]["groups"]]
+    assert summaries[0]["comparison"]["best"] == summaries[1]["comparison"]["best"]
     assert [line["mean"] for line in summaries[0]["groups"]] != [line["mean"] for line in summaries[1]["groups"]]
 
 

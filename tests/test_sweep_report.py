@@ -104,6 +104,27 @@ def test_rows_are_means_and_deviations_over_seeds(grid):
         assert text in sweep_table.cells(grid, [row])[1]
 
 
+def test_words_of_a_row_are_those_of_most_seeds(grid):
+    assert sweep_table.common([]) is None
+    assert sweep_table.common(["worse"] * 3) == "worse"
+    assert sweep_table.common(["equal", "worse", "worse"]) == "worse 2/3"
+    row = sweep_table.table(grid)[0]
+    verdicts = [load_summary(result.artifacts)["verdict"] for result in row.results]
+    assert [result.words["accuracy"] for result in row.results] == [verdict["accuracy"] for verdict in verdicts]
+    head, cells = sweep_table.cells(grid, [row])
+    assert cells[head.index("baseline")] == row.word("accuracy") == lines_of(grid)[0]["accuracy"]
+    assert cells[head.index("verdict")] == row.word("verdict")
+    other = replace(row.results[0], words={"verdict": "new", "accuracy": "better"})
+    assert replace(row, results=[other]).word("verdict") == "new"
+    assert replace(row, results=[replace(other, words={})]).word("verdict") is None
+    assert "lead" in head
+
+
+def lines_of(ledger):
+    sweep_report.write(ledger)
+    return lines(ledger, "summary.csv")
+
+
 def test_csv_has_full_paths_and_full_numbers(grid):
     sweep_report.write(grid)
     summary, trials = lines(grid, "summary.csv"), lines(grid, "trials.csv")

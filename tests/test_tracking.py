@@ -35,6 +35,7 @@ from pdiff_ray.tracking.database import prepare_database
 from pdiff_ray.tracking.inputs import splits
 from pdiff_ray.tracking.runs import MlflowRun, accepted, write
 from pdiff_ray.tracking.server import connect
+from pdiff_ray.tracking.trials import VERDICT
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,8 @@ def test_a_run_per_zoo_and_per_trial(recorded):
     assert trial.params["zoo.members"] == "12"
     assert trial.params["generator.autoencoder.latent_dim"] == "4"
     assert trial.tags["pdiff.key"] == artifacts["report"].key
+    verdict = report.load_summary(artifacts)["verdict"]
+    assert [trial.tags[name] for name in VERDICT] == [verdict[name] for name in ("word", "accuracy", "baseline")]
     curve = client.get_metric_history(found["trial"].info.run_id, "diffusion/loss")
     assert [m.step for m in sorted(curve, key=lambda m: m.step)] == list(range(40))
     names = {a.path for a in client.list_artifacts(found["trial"].info.run_id)}

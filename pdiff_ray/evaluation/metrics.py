@@ -16,6 +16,7 @@ import numpy as np
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.common.registry import imported
 from pdiff_ray.config.schema import Evaluation
+from pdiff_ray.evaluation.comparison import Difference, Interval
 from pdiff_ray.evaluation.similarity import iou, mean_within, unpack_wrong
 from pdiff_ray.storage.parameters import Record
 
@@ -28,12 +29,16 @@ class JudgedGroup:
         records: the group's rows (n).
         originals: the rows of the originals (K), in the order of their ids.
         num_test, num_classes: of the data set.
+        accuracy: the mean test accuracy with its interval.
+        lead: of the generated networks over the group; of themselves, over the best baseline.
     """
 
     records: Sequence[Record]
     originals: Sequence[Record]
     num_test: int
     num_classes: int
+    accuracy: Interval | None = None
+    lead: Difference | None = None
 
     def values(self, field: str) -> np.ndarray:
         """Returns a field of each network (n,), such as "test_accuracy"; networks without it are left out."""
@@ -90,6 +95,11 @@ def _of(field: str, statistic: Callable[[np.ndarray], Any] = np.mean) -> Callabl
     return metric
 
 
+def _bound(interval: str, bound: str) -> Callable[[JudgedGroup], Any]:
+    """Returns the metric that is the estimate, or a bound, of the group's accuracy or lead; None if it is unknown."""
+    return lambda networks: getattr(getattr(networks, interval), bound, None)
+
+
 def failed(networks: JudgedGroup) -> float:
     """Returns the share of networks whose validation accuracy is nearer to chance than to the originals'."""
     usual = float(np.mean([r.validation_accuracy for r in networks.originals]))
@@ -142,8 +152,8 @@ class Metric:
         function: gives it; None if it is unknown.
         name: that it is tracked under, after `<group>/`; None if it is not.
         heading: of its column in tables; empty if it has none.
-        unit: "percent" shows a fraction in percent, "share" likewise without decimals, "signed" with its sign, "plain"
-            as it is.
+        unit: "percent" shows a fraction in percent, "points" likewise with its sign, "share" without decimals, "signed"
+            shows a number with its sign, "plain" as it is.
         legend: says below tables what it is.
         tables: those that have the column.
         least: networks of a group without which tables do not show it.
@@ -153,7 +163,7 @@ class Metric:
     function: Callable[[JudgedGroup], float | str | None] = _unknown
     name: str | None = None
     heading: str = ""
-    unit: Literal["percent", "share", "signed", "plain"] = "plain"
+    unit: Literal["percent", "points", "share", "signed", "plain"] = "plain"
     legend: str = ""
     tables: tuple[Table, ...] = ("experiment", "sweep")
     least: int = 1
@@ -169,12 +179,11 @@ class Metric:
             return "-"
         if self.unit == "share":
             return f"{100 * value:.0f}%"
-        if self.unit == "signed":
-            return f"{value:+.2f}" + ("" if std is None else f"±{std:.2f}")
         if isinstance(value, int):
             return str(value)
-        scale, digits = (100, 2) if self.unit == "percent" else (1, 3)
-        return f"{scale * value:.{digits}f}" + ("" if std is None else f"±{scale * std:.{digits}f}")
+        scale = 100 if self.unit in ("percent", "points") else 1
+        digits, sign = 3 if self.unit == "plain" else 2, "+" if self.unit in ("points", "signed") else ""
+        return f"{scale * value:{sign}.{digits}f}" + ("" if std is None else f"±{scale * std:.{digits}f}")
 
 
 def tidy(value: Any) -> Any:
@@ -191,6 +200,7 @@ BEST = (
     "reported on test images."
 )
 CORRELATION = "rank: correlation of ranks, over the group, of what the best is chosen by with test accuracy."
+LEAD = "lead: points of their mean above that of the best simple baseline."
 IOU = "IoU: overlap of wrong test predictions within the group, with the originals, and with the most similar original."
 DISTANCE = "distance: to the nearest member in weight space, relative to the mean distance among members."
 
@@ -210,6 +220,11 @@ _METRICS = (  # in the order of columns
         3,
     ),
     Metric("mean", _of("test_accuracy"), "mean_test_accuracy", "mean", "percent"),
+    Metric("mean_lower", _bound("accuracy", "lower"), "mean_test_accuracy_lower", unit="percent"),
+    Metric("mean_upper", _bound("accuracy", "upper"), "mean_test_accuracy_upper", unit="percent"),
+    Metric("lead", _bound("lead", "estimate"), "samples_lead", "lead", "points", LEAD, ("sweep",)),
+    Metric("lead_lower", _bound("lead", "lower"), "samples_lead_lower", unit="points"),
+    Metric("lead_upper", _bound("lead", "upper"), "samples_lead_upper", unit="points"),
     Metric("median", _of("test_accuracy", np.median), "median_test_accuracy", "median", "percent"),
     Metric("std", _of("test_accuracy", np.std), "std_test_accuracy", "std", "percent", tables=("experiment",), least=2),
     Metric("failed", failed, "failed", "failed", "share", tables=("sweep",)),
@@ -257,9 +272,17 @@ def described(summary: Mapping[str, Any]) -> dict[str, Metric]:
 def named_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     """Returns the numbers of a summary that are known, by name, such as `generated/best_test_accuracy`."""
     metrics = described(summary)
-    return {
+    numbers = {
         f"{group['group'].replace(' ', '_')}/{metric.name}": group[field]
         for group in summary["groups"]
         for field, metric in metrics.items()
         if metric.name and group.get(field) is not None
     }
+    shares = summary["verdict"].get("shares", {})
+    return numbers | {f"generated/share_{word.replace('-', '_')}": share for word, share in shares.items()}
+
+
+def verdict_words(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what a summary says in single words: the verdict, and how accurate samples are beside which baseline."""
+    known = {"verdict": "word", "accuracy": "accuracy", "baseline": "baseline"}  # an earlier version has the first
+    return {name: word for name, field in known.items() if (word := summary["verdict"].get(field))}

@@ -51,11 +51,7 @@ def summarize(
         num_validation: validation images.
     """
     originals = [record for record in records if record.group == "original"]
-    lines: list[dict[str, Any]] = []
     titles = by_title(records, groups)
-    judged = {name: JudgedGroup(members, originals, num_test, num_classes) for name, members in titles.items()}
-    for name, networks in judged.items():
-        lines.append({"group": name, **{field: metric.function(networks) for field, metric in metrics.items()}})
     baselines = [name for name, members in titles.items() if members[0].group not in (*MEMBER_GROUPS, "generated")]
     comparison = compare(
         {name: [record.wrong or b"" for record in members] for name, members in titles.items()},
@@ -65,6 +61,17 @@ def summarize(
         seed=seed,
         num_validation=num_validation,
     )
+    leads = dict(comparison.differences)
+    if comparison.best:
+        leads["generated"] = leads[comparison.best]
+    judged = {
+        name: JudgedGroup(members, originals, num_test, num_classes, comparison.means[name], leads.get(name))
+        for name, members in titles.items()
+    }
+    lines = [
+        {"group": name, **{field: metric.function(networks) for field, metric in metrics.items()}}
+        for name, networks in judged.items()
+    ]
     own = [metric.about for field, metric in metrics.items() if field not in METRICS]
     return {
         "groups": lines,

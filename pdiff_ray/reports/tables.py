@@ -7,15 +7,16 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pdiff_ray.evaluation.metrics import Metric, described, tidy
+from pdiff_ray.evaluation.metrics import Metric, Table, described, tidy
 from pdiff_ray.reports.answers import points
 
 DIFFERENCE = "generated - group: difference of means in points, with its 95 % interval."
 
 
-def legend(metrics: Mapping[str, Metric]) -> str:
-    """Returns the sentences that explain the columns of `table_rows`."""
-    return " ".join(["Test accuracy in percent;", *(metric.legend for metric in metrics.values() if metric.legend)])
+def legend(metrics: Mapping[str, Metric], table: Table = "experiment") -> str:
+    """Returns the sentences that explain the columns of a table."""
+    shown = (metric.legend for metric in metrics.values() if metric.legend and table in metric.tables)
+    return " ".join(["Test accuracy in percent;", *shown])
 
 
 def table_rows(summary: Mapping[str, Any], differences: bool = False) -> list[list[str]]:

@@ -24,6 +24,7 @@ from pdiff_ray.sweeps.ledger import AS_IN_THE_FILE, Ledger
 from pdiff_ray.sweeps.table import (
     HIGHEST,
     LOWEST,
+    WORDS,
     Result,
     Row,
     Statistic,
@@ -252,6 +253,7 @@ def summary_lines(ledger: Ledger, rows: Sequence[Row]) -> list[dict[str, Any]]:
 def _summary_line(ledger: Ledger, row: Row) -> dict[str, Any]:
     line: dict[str, Any] = {"trial": row.name} if row.name else {}
     line |= _settings(ledger, row.assignment) | {"seeds": row.seeds, "evaluated": row.evaluated, "state": row.state}
+    line |= {name: row.word(name) for name in WORDS}
     statistics = {"objective": row.objective(ledger.sweep.metric)}
     statistics |= {name: row.statistic(name) for name in dict.fromkeys(n for r in row.results for n in r.metrics)}
     for name, found in statistics.items():
@@ -271,6 +273,7 @@ def _trial_line(ledger: Ledger, row: Row, result: Result) -> dict[str, Any]:
         "seconds": trial.seconds,
         "objective": result.metrics.get(ledger.sweep.metric, trial.objective),
         **{stage: artifact.key for stage, artifact in result.artifacts.items()},
+        **{name: result.words.get(name) for name in WORDS},
         **result.metrics,
     }
 

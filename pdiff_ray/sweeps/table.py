@@ -15,7 +15,7 @@ from rich.text import Text
 from pdiff_ray.common.errors import StorageError
 from pdiff_ray.common.progress import console
 from pdiff_ray.config.sweep import Assignment, format_value, parts_of
-from pdiff_ray.evaluation.metrics import METRICS, Metric, metrics_of, named_metrics
+from pdiff_ray.evaluation.metrics import METRICS, Metric, metrics_of, named_metrics, verdict_words
 from pdiff_ray.evaluation.similarity import iou, unpack_wrong
 from pdiff_ray.reports import tables
 from pdiff_ray.stages import report
@@ -24,12 +24,14 @@ from pdiff_ray.storage.parameters import ParameterStore
 from pdiff_ray.sweeps.ledger import AS_IN_THE_FILE, Ledger
 from pdiff_ray.sweeps.trial import Trial
 
-SECONDARY = ("ensemble", "IoU", "IoU orig.", "distance")  # columns that a narrow table leaves out
+SECONDARY = ("ensemble", "lead", "verdict", "IoU", "IoU orig.", "distance")  # columns that a narrow table leaves out
 PRIMARY = ("best*", "mean", "objective")  # those that a very narrow one keeps
 LEGEND = (
     "Mean ± standard deviation over n seeds. original: mean of the originals; best*, mean, median: of the generated "
-    "networks; failed: their share nearer to chance than to the originals. "
+    "networks; failed: their share nearer to chance than to the originals; verdict: what they are; baseline: whether "
+    "they are better than the best simple one, equal or worse, by the 95 % interval of each result. "
 )
+WORDS = {"verdict": "verdict", "accuracy": "baseline"}  # headings of what `Row.word` gives
 LOWEST, HIGHEST = "generated/lowest_max_similarity", "generated/highest_max_similarity"
 
 
@@ -57,6 +59,7 @@ class Result:
 
     Attributes:
         metrics: of its evaluation, by name; empty without one.
+        words: of its evaluation's verdict, as `metrics.verdict_words` gives them.
         gate: what became of members that were coded and decoded; empty if that is not known.
     """
 
@@ -65,6 +68,7 @@ class Result:
     artifacts: Mapping[str, Artifact]
     metrics: Mapping[str, float]
     gate: Mapping[str, Any] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,24 @@ class Row:
         known = [trial.objective for trial in self.trials if trial.objective is not None]
         return self.statistic(metric) or Statistic.of(known)
 
+    def word(self, name: str) -> str | None:
+        """Returns a word of the verdicts, and of how many seeds it is if others have another one."""
+        return common([result.words[name] for result in self.results if name in result.words])
+
     @property
     def state(self) -> str:
         """What keeps it from being whole."""
         texts = [_state(trial) for trial in self.trials if trial.state != "finished"]
         alone = self.name or self.seeds == 1
         return ", ".join(text if alone else f"{count} {text}" for text, count in Counter(texts).items())
+
+
+def common(words: Sequence[str]) -> str | None:
+    """Returns the most frequent of some words, with its share if it is not the only one; None of none."""
+    if not words:
+        return None
+    (word, count), *others = Counter(words).most_common()
+    return f"{word} {count}/{len(words)}" if others else word
 
 
 def _state(trial: Trial) -> str:
@@ -140,13 +156,14 @@ def _results(ledger: Ledger, trial: Trial) -> list[Result]:
         artifacts = ledger.artifacts(experiment)
         known: Mapping[str, float] = {}
         gate: Mapping[str, Any] = {}
+        words: Mapping[str, str] = {}
         if trial.state == "finished" and artifacts["evaluation"].exists():
             try:
-                known = _metrics(artifacts)
+                known, words = _metrics(artifacts), verdict_words(report.load_summary(artifacts))
                 gate = artifacts["generator"].manifest().info.get("gate", {})
             except StorageError as error:  # one damaged result does not cost the others' table
                 console.print("[bold yellow]warning[/]:", Text(str(error)))
-        results.append(Result(trial, repeat, artifacts, known, gate))
+        results.append(Result(trial, repeat, artifacts, known, gate, words))
     return results
 
 
@@ -173,6 +190,7 @@ def cells(ledger: Ledger, rows: Sequence[Row], width: float = math.inf) -> list[
     """Returns the table as text, headings first, with as much detail as fits into so many characters."""
     columns = {"original/mean_test_accuracy": "original", "ensemble/mean_test_accuracy": "ensemble"}
     columns |= {f"generated/{m.name}": m.heading for m in metrics(ledger).values() if m.heading and "sweep" in m.tables}
+    columns |= WORDS
     columns[ledger.sweep.metric] = "objective"
     fewer = {metric: head for metric, head in columns.items() if head not in SECONDARY}
     fewest = {metric: head for metric, head in columns.items() if head in PRIMARY}
@@ -212,6 +230,9 @@ def _cells(ledger: Ledger, rows: Sequence[Row], columns: Mapping[str, str], spre
         n = str(row.evaluated) if row.evaluated == row.seeds else f"{row.evaluated}/{row.seeds}"
         numbers = []
         for metric, head in columns.items():
+            if metric in WORDS:
+                numbers.append(row.word(metric) or "-")
+                continue
             statistic = row.objective(metric) if head == "objective" else row.statistic(metric)
             numbers.append(number(metric, statistic, metric in spread, metrics(ledger)))
         found.append([*([row.name] * searched), *values, n, *([row.state] * unfinished), *numbers])
@@ -263,4 +284,4 @@ def assignment_text(ledger: Ledger, assignment: Assignment) -> str:
 
 def legend(ledger: Ledger) -> str:
     unit = " in percent" if is_percent(ledger.sweep.metric) else ""
-    return f"{LEGEND}{tables.legend(metrics(ledger))} objective: {ledger.sweep.metric}{unit}."
+    return f"{LEGEND}{tables.legend(metrics(ledger), 'sweep')} objective: {ledger.sweep.metric}{unit}."

@@ -16,7 +16,7 @@ from typing import Any
 
 from pdiff_ray.common.secrets import without_secrets
 from pdiff_ray.config.schema import Experiment
-from pdiff_ray.evaluation.metrics import named_metrics, tidy
+from pdiff_ray.evaluation.metrics import named_metrics, tidy, verdict_words
 from pdiff_ray.reports.answers import conclusion
 from pdiff_ray.stages.report import load_history, load_summary
 from pdiff_ray.stages.table import STAGES
@@ -227,11 +227,12 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Mlfl
         "weights": artifacts["samples"].location,
         "export": f"pdiff export {artifacts['samples'].key} FOLDER --ids {best['best_id']}",
     }
+    made = _made(experiment, artifacts, ("generator", "samples", "evaluation", "report"))
     return MlflowRun(
         kind="trial",
         key=report.key,
         name=f"{experiment.name}-{report.key[:6]}",
-        **_made(experiment, artifacts, ("generator", "samples", "evaluation", "report")),
+        **{**made, "tags": {**made["tags"], **verdict_words(summary)}},
         params={path: str(value) for path, value in flat(tracked(experiment)) if value is not None},
         metrics=_in_percent(metrics) | metrics | seconds,
         curves={f"{name}/loss": list(enumerate(v)) for name, v in load_history(artifacts["generator"]).items()},

@@ -17,11 +17,13 @@ from pdiff_ray.config.schema import SEEDED, Experiment
 from pdiff_ray.config.sweep import format_value
 from pdiff_ray.storage.sealed import digest
 from pdiff_ray.sweeps.ledger import Ledger
+from pdiff_ray.sweeps.table import common
 from pdiff_ray.sweeps.trial import Trial
 from pdiff_ray.tracking.runs import MAX_NOTE, OBJECTIVE, MlflowRun, flat, now, tracked
 
 MAX_NAME = 50  # characters of a run's name
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "incomplete": "KILLED"}  # by state
+VERDICT = ("verdict", "accuracy", "baseline")  # tags of results that a run of several repeats has, too
 
 Value = TypeVar("Value")
 
@@ -74,6 +76,8 @@ def run_of(ledger: Ledger, trial: Trial, results: Sequence[MlflowRun], tags: Map
         "pdiff.trial": str(trial.number),
         "pdiff.record": fingerprint(trial),
     }
+    words = _shared([run.tags for run in results])
+    own |= {name: word for name in VERDICT if (word := common(words.get(name, ())))}
     own |= {name: results[0].tags[name] for name in ("pdiff.version", "pdiff.location") if results}
     if trial.reason:
         own["reason"] = trial.reason[:MAX_NOTE]
