@@ -15,10 +15,10 @@ from torch import Tensor
 CHUNK_VALUES = 2**22  # held in float64 at a time, however large D is
 PAIR_VALUES = 2**21  # of vectors and pairs of members, held at a time
 BANDS = (3, 10, 30, 100)  # principal components up to which energies are averaged
-TOP_COMPONENTS = 10
 FLOOR = 1e-4  # of the mean distance: what is closer is the same
 MIN_SPAN = 1e-6  # of the largest singular value: what is smaller is rounding
 MAX_SQUARE = 25.0  # of a standardized value: one that hardly moves in the zoo does not outweigh the others
+MIN_WHITENESS = -8.0  # logarithm, below which a band has no part in a residual
 USED_ENERGY = 1e-2  # of a component's variance, above which a vector uses the component
 
 
@@ -85,7 +85,7 @@ class Geometry:
             "outside span",
             *(f"components {band.start + 1} to {band.stop}" for band in self._bands),
             "components used",
-            "whiteness",
+            *(f"residual {band.start + 1} to {band.stop}" for band in self._bands),
             "standardized energy",
         )
 
@@ -153,8 +153,8 @@ class Geometry:
           of the members, in units of the mean distance among members;
         - log mean over a band of principal components of the squared coordinate in units of the component's variance;
         - log share of the components in use, whose energy is above a hundredth of the variance;
-        - whiteness: log energy per dimension of what parts the vector from its nearest member in the leading
-          components, against that in all other dimensions: 0 for white noise;
+        - log mean over a band of the squared coordinates of what parts the vector from its nearest member, against the
+          mean over all dimensions: 0 for white noise;
         - log mean square of the values in standard deviations of the zoo: 0 for values that are drawn independently.
         """
         unit = self.mean_distance or 1.0
@@ -167,22 +167,20 @@ class Geometry:
             *(torch.log(length / unit + FLOOR) for length in lengths),
             *(torch.log(relative[:, band].mean(1) + 1e-6) for band in self._bands),
             torch.log(used + 1e-3),
-            self._whiteness(place, unit),
+            *self._residuals(place, unit),
             torch.log(place.standardized + 1e-6),
         ]
         return torch.stack(columns, 1)
 
-    def _whiteness(self, place: Place, unit: float) -> Tensor:
-        top = min(TOP_COMPONENTS, len(self.variances))
-        others = self.members.shape[1] - top
-        if not top or others < 1:
-            return torch.zeros_like(place.squares)
+    def _residuals(self, place: Place, unit: float) -> list[Tensor]:
+        """Returns the whiteness (n,) in each band of what parts vectors from their nearest members."""
         nearest = place.distances.argmin(1)
-        total = place.nearest.square()
-        leading = (place.components - self.components[nearest])[:, :top].square().sum(1)
-        rest = (total - leading).clamp(min=0)
-        white = torch.log((leading / top / unit**2 + 1e-12) / (rest / others / unit**2 + 1e-12))
-        return torch.where(total > (FLOOR * unit) ** 2, white, 0.0)  # a copy is parted from its member by rounding
+        total = place.nearest.square() / unit**2
+        parted = (place.components - self.components[nearest]).square() / unit**2
+        white = total / self.members.shape[1]  # energy per dimension
+        copies = total <= FLOOR**2  # parted from their members by rounding
+        found = [torch.log((parted[:, band].mean(1) + 1e-12) / (white + 1e-12)) for band in self._bands]
+        return [torch.where(copies, 0.0, one.clamp(min=MIN_WHITENESS)) for one in found]
 
     def _to_segments(self, place: Place) -> Tensor:
         """Returns the distance (n,) to the nearest of the segments between two members."""

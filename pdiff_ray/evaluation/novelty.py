@@ -27,6 +27,7 @@ WORDS = {
     "new": "networks of the kind of those that no generator has seen",
 }
 SIGMAS = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0)  # of noise, at which replicas are known
+DEGREES = ("replica", "noise")  # of one thing
 MAJORITY = 0.7  # the share from which on a word holds for the whole; below, samples are a mixture
 NOTICED = 0.1  # the share from which on another word is a part of a mixture
 SHOWN = 0.02  # the share from which on sentences name a word or a kind
@@ -35,7 +36,7 @@ MIN_VECTORS = 10  # of a kind, below which it is not known how it lies
 TOLD = 0.8  # the posterior from which on a sample's word is certain
 FREEDOM = 5.0  # degrees of freedom of the densities: tails heavier than a Gaussian's
 SHRINKAGE = 0.3  # of covariances to their diagonal
-MIN_SPREAD = 0.1  # of features, all of which are logarithms
+MIN_SPREAD = 0.2  # of features, all of which are logarithms
 MIN_LOSS_SPREAD = 0.02  # of the logarithm of losses
 FAR = 3.0  # times as far from a kind as any of its own vectors: of no known kind
 LOSSES_TELL = ("gaussian-like", "new")  # apart, where weights do not
@@ -148,7 +149,8 @@ class Novelty:
     """What samples are.
 
     Attributes:
-        word: of `WORDS`, if it holds for `MAJORITY` of the samples; else "mixture"; "unknown" if nothing can be said.
+        word: of `WORDS`, if it holds for `MAJORITY` of the samples (replicas and noise, which differ by degree, count
+            together); else "mixture"; "unknown" if nothing can be said.
         text: all of it in sentences, the first of which is the verdict.
         shares: of each word, by word.
         families: the share of each family and yardstick, by name.
@@ -365,7 +367,9 @@ class Known:
         reach = torch.stack([kind.squares(features) / kind.reach for kind in self.kinds.values()])
         far = float((reach.gather(0, of_kinds.argmax(0)[None]) > FAR**2).double().mean())
         first, second = sorted(shares, key=lambda word: -shares[word])[:2]
-        word = first if shares[first] >= MAJORITY else "mixture"
+        # However much noise there is, a member with noise is one; where replicas end is a matter of degree.
+        whole = sum(shares[word] for word in DEGREES) if first in DEGREES else shares[first]
+        word = first if whole >= MAJORITY else "mixture"
         undecided = [*undecided, *self._open(shares, first, second, len(features), facts["copying"], told)]
         strange = f"{far:.0%} of the samples are far from every known kind; their word is that of the nearest."
         sentences = [
@@ -398,7 +402,7 @@ class Known:
         told: bool,
     ) -> Iterator[Undecided]:
         """Yields the questions that this evidence leaves open."""
-        share = shares[first]
+        share = sum(shares[word] for word in DEGREES) if first in DEGREES else shares[first]
         needed = math.ceil(Z95**2 * share * (1 - share) / max(1e-9, (share - MAJORITY) ** 2))
         if needed > num:
             whole = f"whether the samples are {first} or a mixture of {first} and {second}"
