@@ -111,7 +111,7 @@ def test_one_network_is_compared_on_resampled_images(random):
     half = 1.96 * np.sqrt(accuracy * (1 - accuracy) / 300)
     assert mean.networks == 1
     np.testing.assert_allclose([mean.lower, mean.upper], [accuracy - half, accuracy + half], atol=0.006)
-    assert "30 samples against 1, 300 test images" in found.text
+    assert "30 samples and 1 of ensemble on 300 test images" in found.text
 
 
 def test_the_same_predictions_are_equal(random):

@@ -25,6 +25,7 @@ from test_cli import pdiff
 
 from pdiff_ray import tracking
 from pdiff_ray.config import sweep as space
+from pdiff_ray.reports.answers import conclusion
 from pdiff_ray.running.sweep import run_trials
 from pdiff_ray.stages import report
 from pdiff_ray.storage.files import Storage
@@ -62,6 +63,9 @@ def test_a_run_per_zoo_and_per_trial(recorded):
     summary = {g["group"]: g for g in report.load_summary(artifacts)["groups"]}
     assert trial.metrics["generated/best_test_accuracy"] == summary["generated"]["best"]
     assert trial.metrics["noise-added_0.5/mean_test_accuracy"] == summary["noise-added 0.5"]["mean"]
+    assert all(line in trial.tags["mlflow.note.content"] for line in conclusion(report.load_summary(artifacts)))
+    told = {f"zoo/{one['name']}": one["value"] for one in artifacts["zoo"].manifest().info["diagnosis"]}
+    assert told == {name: value for name, value in found["zoo"].data.metrics.items() if name.startswith("zoo/")}
     assert trial.params["zoo.members"] == "12"
     assert trial.params["generator.autoencoder.latent_dim"] == "4"
     assert trial.tags["pdiff.key"] == artifacts["report"].key

@@ -108,8 +108,8 @@ class Comparison:
         reasons = [f"{found.points} {self.best}, the simplest of the best baselines on validation images"]
         if "original" in self.differences and self.best != "original":
             reasons.append(f"{self.differences['original'].points} the originals")
-        counts = f"95 % intervals; {self.networks} samples against {found.networks}, {self.images:,} test images"
-        text = f"{self.word}: {', '.join(reasons)} ({counts})."
+        counts = f"{self.networks} samples and {found.networks} of {self.best} on {self.images:,} test images"
+        text = f"{self.word}: {', '.join(reasons)} (95 % intervals; {counts})."
         others = [name for name in self.against if name != self.best]
         if above := sorted(set(self.ahead) - {self.best}, key=lambda name: self.differences[name].estimate):
             text += f" Also {' and '.join(f'{self.differences[name].points} {name}' for name in above[:MAX_NAMED])}."

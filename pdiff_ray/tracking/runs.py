@@ -197,6 +197,7 @@ def zoo_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Mlflow
     """Returns the run of a zoo and the base that it was trained from."""
     zoo, base = artifacts["zoo"], artifacts["base"]
     metrics = {k: v for k, v in zoo.manifest().info.items() if k.endswith("_test_accuracy")}
+    metrics |= {f"zoo/{found['name']}": found["value"] for found in zoo.manifest().info.get("diagnosis", ())}
     metrics |= {f"base/{k}": v for k, v in base.manifest().info.items() if k.endswith("_accuracy")}
     configuration = experiment.model_dump(mode="json", include={"data", "network", "training", "zoo"})
     data, about = splits(experiment, base), {"network": experiment.network.name, "weights": base.location}
