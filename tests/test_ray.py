@@ -20,7 +20,7 @@ from pdiff_ray.reports.tables import table_rows
 from pdiff_ray.running import experiment as experiment_running
 from pdiff_ray.running.experiment import make_plan
 from pdiff_ray.running.experiment import run as run_plan
-from pdiff_ray.stages.evaluation import make_tasks, networks_to_judge
+from pdiff_ray.stages.evaluation import make_tasks, networks_to_judge, num_networks
 from pdiff_ray.stages.report import load_summary
 from pdiff_ray.storage.parameters import ParameterStore
 
@@ -143,12 +143,14 @@ def test_work_of_a_dead_actor_is_done_by_the_others(here, sampled, ray, actors):
             done += count
             if done == 2:
                 os.kill(pids[0], signal.SIGKILL)
-    assert done == 25
+    assert done == (total := num_networks(experiment))
     assert sum(pool.deaths.values()) == 1
     store, expected = (ParameterStore(a["evaluation"]) for a in (artifacts, here[1]))
     assert {r.id: r.wrong for r in store.records()} == {r.id: r.wrong for r in expected.records()}
-    assert len(store.manifest_entries(store.ids)) == 25
-    assert len(list((Path(store.artifact.location) / "networks").glob("*.parquet"))) == 25, "a network was judged twice"
+    assert len(store.manifest_entries(store.ids)) == total
+    assert len(list((Path(store.artifact.location) / "networks").glob("*.parquet"))) == total, (
+        "a network was judged twice"
+    )
     assert all(r.worker.split(":")[1] != str(os.getpid()) for r in store.records())
 
 
@@ -170,10 +172,10 @@ def test_rows_that_a_dead_actor_has_stored_are_not_judged_again(sampled, ray):
         ready = [actor.__ray_call__.remote(lambda worker: worker.evaluator is not None) for actor in pool.actors]
         actor = pool.actors[ray.get(ready).index(True)]
         ray.get(actor.__ray_call__.remote(die_when_stored))
-        assert sum(pool.evaluate(tasks[4:])) == 21
+        assert sum(pool.evaluate(tasks[4:])) == (total := num_networks(experiment)) - 4
     assert sum(pool.deaths.values()) == 1
-    assert len(list((Path(artifacts["evaluation"].location) / "networks").glob("*.parquet"))) == 25
-    assert ParameterStore(artifacts["evaluation"]).ids == list(range(25))
+    assert len(list((Path(artifacts["evaluation"].location) / "networks").glob("*.parquet"))) == total
+    assert ParameterStore(artifacts["evaluation"]).ids == list(range(total))
 
 
 def test_an_actor_has_other_work_before_its_result_is_looked_at(sampled, ray):
@@ -213,8 +215,8 @@ def test_actors_that_find_no_place_are_not_waited_for(sampled, ray):
     free = int(ray.available_resources()["CPU"])
     with pool_of(experiment, artifacts, free + 1) as (pool, tasks):
         assert len(tasks) > free
-        assert sum(pool.evaluate(tasks)) == 25
-    assert ParameterStore(artifacts["evaluation"]).ids == list(range(25))
+        assert sum(pool.evaluate(tasks)) == num_networks(experiment)
+    assert ParameterStore(artifacts["evaluation"]).ids == list(range(num_networks(experiment)))
 
 
 def test_more_than_this_machine_has(tmp_path, ray):
