@@ -6,7 +6,7 @@ import pytest
 from pdiff_ray.evaluation.comparison import compare
 from pdiff_ray.evaluation.diagnostics import diagnose
 from pdiff_ray.evaluation.metrics import METRICS
-from pdiff_ray.reports.answers import answers, conclusion, points, warnings
+from pdiff_ray.reports.answers import answers, conclusion, points, warnings, wilson
 from pdiff_ray.reports.tables import table_rows
 
 IMAGES = 2000
@@ -25,6 +25,7 @@ def summary(errors=0.1, average=0.1, word="interpolation", shares=SHARES, failed
     wrong = {"original": packed(0.1), "average of 2": packed(average, seed=1), "generated": packed(errors, seed=2)}
     found = compare(wrong, IMAGES, {"average of 2": [0.9] * 40}, ["average of 2"])
     distances = {name: {"nearest": 0.25, "cosine": 0.9} for name in ("samples", "members", "held_out")}
+    text = f"{word}: all of it of 40 samples. Samples are far."
     return {
         "groups": [dict.fromkeys(METRICS) | {"group": name, "networks": 40} for name in wrong],
         "verdict": {
@@ -33,7 +34,7 @@ def summary(errors=0.1, average=0.1, word="interpolation", shares=SHARES, failed
             "failed": failed,
             "collapsed": collapsed,
         },
-        "novelty": {"word": word, "shares": shares, "distances": distances},
+        "novelty": {"word": word, "shares": shares, "distances": distances, "text": text},
         "comparison": found.to_dict(),
         "zoo": list(zoo),
     }
@@ -70,8 +71,8 @@ def test_it_worked_if_no_sample_fails_and_no_accuracy_is_lost(given, short):
 def test_it_is_new_if_its_samples_are(word, shares, short):
     second = answers(summary(word=word, shares=shares))[1]
     assert (second.question, second.short) == ("Is it new?", short)
-    told = second.text.partition(".")[0].split(", ") if shares else []
-    assert told == [f"{share:.0%} {name}" for name, share in shares.items() if share]
+    assert second.text.startswith("all of it of 40 samples. ")
+    assert f"New are {shares.get('new', 0):.0%} [" in second.text or not shares
     assert "(members 0.25, held out 0.25)" in second.text
 
 
@@ -84,6 +85,16 @@ def test_it_is_better_if_it_is_better_than_every_baseline(errors, average, short
     assert third.short == short
     assert "points" in third.text
     assert "average of 2" in third.text
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 100), (1, 20), (50, 100), (20, 20)])
+def test_shares_have_intervals(hits, count):
+    """Where a share this far from what is seen has a z-score of 1.96."""
+    low, high = wilson(hits / count, count)
+    for bound in (low, high):
+        z = abs(hits / count - bound) / np.sqrt(max(1e-12, bound * (1 - bound)) / count)
+        assert z == pytest.approx(1.96, abs=0.01) or bound in (0.0, 1.0)
+    assert 0 <= low <= hits / count <= high <= 1
 
 
 def test_without_a_baseline_nothing_is_said_to_be_better():

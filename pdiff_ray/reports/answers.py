@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pdiff_ray.evaluation.comparison import EQUAL
+from pdiff_ray.evaluation.comparison import EQUAL, Z
 
-SHOWN = 0.005  # the least share of samples that is told
 PARTLY = 0.1  # new samples from which on a mixture is partly new
 
 Word = Literal["yes", "partly", "no", "undecided", "unknown"]
@@ -64,6 +64,13 @@ def points(difference: Mapping[str, Any]) -> str:
     return f"{estimate} [{', '.join(ends)}]"
 
 
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Returns the 95 % interval of a share of so many (Wilson 1927)."""
+    middle, weight = share + Z**2 / (2 * count), 1 + Z**2 / count
+    half = Z * math.sqrt(share * (1 - share) / count + (Z / count) ** 2 / 4)
+    return max(0.0, (middle - half) / weight), min(1.0, (middle + half) / weight)
+
+
 def _worked(summary: Mapping[str, Any]) -> Answer:
     verdict, comparison = summary["verdict"], summary["comparison"]
     mean, members = (comparison["means"][name] for name in ("generated", "original"))
@@ -86,8 +93,11 @@ def _worked(summary: Mapping[str, Any]) -> Answer:
 def _new(summary: Mapping[str, Any]) -> Answer:
     novelty = summary["novelty"]
     word, shares = novelty["word"], novelty["shares"]
-    told = sorted((name for name in shares if shares[name] >= SHOWN), key=lambda name: -shares[name])
-    text = f"{', '.join(f'{shares[name]:.0%} {name}' for name in told)}. " if told else ""
+    text = novelty["text"].partition(". ")[0].rstrip(".").removeprefix(f"{word}: ") + ". "
+    if shares:
+        new, networks = shares.get("new", 0.0), summary["comparison"]["networks"]
+        low, high = (100 * bound for bound in wilson(new, networks))
+        text += f"New are {new:.0%} [{low:.0f}, {high:.0f}]. "
     distances = {name.replace("_", " "): found["nearest"] for name, found in novelty["distances"].items()}
     if "samples" in distances:
         own = distances.pop("samples")
