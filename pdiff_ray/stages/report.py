@@ -119,7 +119,7 @@ def _page(
         warnings=warnings(summary),
         verdict=summary["verdict"]["text"],
         rows=table_rows(summary, differences=True),
-        legend=f"{legend(described(summary))} {DIFFERENCE}",
+        legend=legend(described(summary)) + (f" {DIFFERENCE}" if "comparison" in summary else ""),
         zoo=summary.get("zoo"),
         yardsticks=_yardsticks(summary.get("novelty", {})),
         novelty=summary.get("novelty", {}).get("text"),
