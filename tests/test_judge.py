@@ -16,7 +16,7 @@ from pdiff_ray.evaluation import recalibration
 from pdiff_ray.evaluation.diagnostics import diagnose
 from pdiff_ray.evaluation.geometry import Geometry
 from pdiff_ray.evaluation.judge import Judge, Judgement, judged
-from pdiff_ray.evaluation.metrics import METRICS, named_metrics, verdict_words
+from pdiff_ray.evaluation.metrics import METRICS, JudgedGroup, named_metrics, same_mistakes, verdict_words
 from pdiff_ray.evaluation.novelty import assess
 from pdiff_ray.evaluation.similarity import distances, iou, mean_within, unpack_wrong
 from pdiff_ray.evaluation.summary import summarize
@@ -156,6 +156,16 @@ def test_stacked_networks_are_judged_alike(dataset, name):
         assert a.wrong == b.wrong
         assert a.test_loss == pytest.approx(b.test_loss, rel=1e-5)
     assert stacked.capacity.networks == 2
+
+
+def test_what_is_wrong_is_kept_with_the_class_it_was_taken_for(dataset, network):
+    subset = resolve(SubsetRule(last_norm_layers=1), network)
+    vectors = make_vectors(network, subset, 3)
+    judge = Judge(network, subset, dataset, CPU)
+    for judgement, classes in zip(judge.judge(vectors), judge.predictions(vectors), strict=True):
+        wrong = unpack_wrong([judgement.wrong], len(dataset.test))[0]
+        assert judgement.wrong_classes == classes[torch.from_numpy(wrong)].numpy().astype(np.uint8).tobytes()
+    assert judge.judge(vectors, ["validation"])[0].wrong_classes is None
 
 
 class Branching(nn.Module):
@@ -390,6 +400,29 @@ def test_where_all_fit_the_training_images_held_out_ones_choose():
     ]
     again = groups_of(summary_of(shuffled))["generated"]
     assert (again["best_id"], again["chosen_on"], again["best"]) == (2, "validation", 0.3)
+
+
+def test_same_mistakes_are_those_of_the_most_similar_original():
+    """Sample 0 gets images 1 and 2 wrong as original 1 does, and takes one of them for the same class."""
+    classes = {0: [1, 1], 1: [2, 3, 4], 2: [5, 5, 5]}
+    generated = [
+        make_record(0, "generated", 0.8, 0.8, [1, 2], wrong_classes=bytes([2, 9])),
+        make_record(1, "generated", 0.8, 0.8, [0, 4, 5], wrong_classes=bytes([5, 5, 5])),
+        make_record(2, "generated", 0.8, 0.8, [9], wrong_classes=bytes([5])),  # shares none
+    ]
+    originals = [
+        replace(record, wrong_classes=bytes(classes[record.id]))
+        for record in (
+            make_record(0, "original", 0.9, 0.8, [0, 1]),
+            make_record(1, "original", 0.8, 0.7, [1, 2, 3]),
+            make_record(2, "original", 0.7, 0.7, [0, 4, 5]),
+        )
+    ]
+    assert same_mistakes(JudgedGroup(generated, originals, 10, 10)) == pytest.approx((1 / 2 + 1) / 2)
+    assert same_mistakes(JudgedGroup(originals, originals, 10, 10)) == 0  # 0 and 1 share image 1, 2 and 0 share image 0
+    assert same_mistakes(JudgedGroup(generated[2:], originals, 10, 10)) is None
+    earlier = [replace(record, wrong_classes=None) for record in originals]
+    assert same_mistakes(JudgedGroup(generated, earlier, 10, 10)) is None
 
 
 def test_correlation_of_what_chooses_with_test_accuracy():

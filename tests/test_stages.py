@@ -68,8 +68,8 @@ def test_test_labels_choose_nothing(tmp_path):
         drawn.append([ParameterStore(artifacts[stage]).vectors() for stage in ("zoo", "samples")])
         drawn[-1].append(artifacts["generator"].manifest().info)
     for one, other in zip(*rows, strict=True):
-        made = {"test_accuracy": None, "test_loss": None, "wrong": None, "created_at": None, "worker": None}
-        assert replace(one, **made) == replace(other, **made)
+        of_test = ("test_accuracy", "test_loss", "wrong", "wrong_classes", "created_at", "worker")
+        assert replace(one, **dict.fromkeys(of_test)) == replace(other, **dict.fromkeys(of_test))
     assert [row.wrong for row in rows[0]] != [row.wrong for row in rows[1]]
     for one, other in zip(drawn[0][:2], drawn[1][:2], strict=True):
         np.testing.assert_array_equal(one, other)

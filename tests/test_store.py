@@ -68,6 +68,7 @@ def test_round_trip(store, artifact):
         test_accuracy=0.125,
         test_loss=3.5,
         wrong=b"\x00\xff",
+        wrong_classes=b"\x03\x01",
         nearest_distance=0.75,
         created_at=datetime(2026, 1, 2, 3, 4, 5, 6, UTC),
         worker="node:1",
@@ -91,6 +92,18 @@ def test_chosen_ids_in_the_given_order(store):
         store.append(records[start : start + 3], SUBSET)
     assert [record.id for record in store.records([6, 0, 4, 3])] == [6, 0, 4, 3]
     np.testing.assert_array_equal(store.vectors([5, 1, 5]), np.stack([records[i].vector for i in (5, 1, 5)]))
+
+
+def test_rows_of_an_earlier_version_lack_what_is_kept_since(store, artifact, monkeypatch):
+    types = {name: kind for name, kind in parameters._TYPES.items() if name != "wrong_classes"}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(parameters, "_TYPES", types)
+        store.append(make_records([0, 1], wrong=b"x"), SUBSET)
+    store.append(make_records([2], wrong=b"y", wrong_classes=b"\x07"), SUBSET)
+    records = ParameterStore(artifact).records([2, 0, 1])
+    assert [(record.wrong, record.wrong_classes) for record in records] == [(b"y", b"\x07"), (b"x", None), (b"x", None)]
+    assert ParameterStore(artifact).records([0])[0].wrong_classes is None
+    assert len(ParameterStore(artifact).vectors([0, 2])) == 2
 
 
 def test_one_network_is_read_without_the_rest(store, artifact):

@@ -25,7 +25,7 @@ from pdiff_ray.evaluation.recalibration import fresh_statistics, recalibrate
 from pdiff_ray.networks.frontier import Kept, keep
 from pdiff_ray.networks.partition import PartitionedNetwork, partition_network
 from pdiff_ray.networks.subset import Subset
-from pdiff_ray.storage.parameters import Record
+from pdiff_ray.storage.parameters import Record, class_type
 
 JUDGED_SPLITS = ("selection", "validation", "test")
 EXAMPLE_IMAGES = 4  # to trace a network with
@@ -42,6 +42,7 @@ class Judgement:
     test_accuracy: float | None = None
     test_loss: float | None = None
     wrong: bytes | None = None
+    wrong_classes: bytes | None = None
 
 
 @dataclass
@@ -156,11 +157,15 @@ class Judge:
                 # In one piece: small tensors kept between the large ones of a chunk would leave holes in memory.
                 shape = (len(tensors), len(getattr(self.dataset, name)))
                 wrong = torch.empty(shape, dtype=torch.bool, device=self.device)
+                classes = torch.empty(shape if name == "test" else 0, dtype=torch.int32, device=self.device)
                 seen = [0] * len(tensors)
                 for index, logits, labels in self._logits(tensors, name, seconds):
                     losses[index] += functional.cross_entropy(logits, labels, reduction="sum").double()
                     rows = slice(seen[index], seen[index] + len(labels))
-                    torch.ne(logits.argmax(1), labels, out=wrong[index, rows])
+                    predicted = logits.argmax(1)
+                    torch.ne(predicted, labels, out=wrong[index, rows])
+                    if name == "test":
+                        classes[index, rows] = predicted.int()
                     seen[index] = rows.stop
                 column = "train" if name == "selection" else name
                 for index, result in enumerate(results):
@@ -169,6 +174,8 @@ class Judge:
                     result[f"{column}_loss"] = losses[index].item() / len(misses)
                     if name == "test":
                         result["wrong"] = np.packbits(misses).tobytes()
+                        taken_for = classes[index][wrong[index]].cpu().numpy()
+                        result["wrong_classes"] = taken_for.astype(class_type(self.dataset.info.num_classes)).tobytes()
         return [Judgement(**result) for result in results], seconds  # type: ignore[arg-type]
 
     def _classes(self, vectors: Tensor) -> Tensor:

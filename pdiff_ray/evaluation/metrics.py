@@ -18,7 +18,7 @@ from pdiff_ray.common.registry import imported
 from pdiff_ray.config.schema import Evaluation
 from pdiff_ray.evaluation.comparison import Difference, Interval
 from pdiff_ray.evaluation.similarity import iou, mean_within, unpack_wrong
-from pdiff_ray.storage.parameters import Record
+from pdiff_ray.storage.parameters import Record, class_type
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,26 @@ class JudgedGroup:
         return unpack_wrong([r.wrong or b"" for r in self.records], self.num_test)
 
     @functools.cached_property
+    def classes(self) -> np.ndarray | None:
+        """The class that each network takes an image for that it gets wrong (n, T), -1 for others; None if unknown."""
+        return _wrong_classes(self.records, self.wrong, self.num_classes)
+
+    @functools.cached_property
     def similarities(self) -> np.ndarray:
         """IoU of wrong predictions with those of each original (n, K); not-a-number for an original with itself."""
         found = iou(self.wrong, unpack_wrong([r.wrong or b"" for r in self.originals], self.num_test))
         if self.records[0].group == "original":
             np.fill_diagonal(found, np.nan)
         return found
+
+
+def _wrong_classes(records: Sequence[Record], wrong: np.ndarray, num_classes: int) -> np.ndarray | None:
+    found = np.full(wrong.shape, -1, np.int32)
+    for row, misses, record in zip(found, wrong, records, strict=True):
+        if record.wrong_classes is None:  # judged by an earlier version
+            return None
+        row[misses] = np.frombuffer(record.wrong_classes, class_type(num_classes))
+    return found
 
 
 def _of(field: str, statistic: Callable[[np.ndarray], Any] = np.mean) -> Callable[[JudgedGroup], float | None]:
@@ -134,6 +148,19 @@ def max_similarity(networks: JudgedGroup) -> float | None:
     """Returns the mean over networks of the largest IoU of wrong predictions with an original but itself."""
     known = networks.similarities
     return None if np.isnan(known).all() else float(np.nanmean(np.nanmax(known, axis=1)))
+
+
+def same_mistakes(networks: JudgedGroup) -> float | None:
+    """Returns how often a network and the original most similar to it name the same class, of images both get wrong."""
+    originals = unpack_wrong([r.wrong or b"" for r in networks.originals], networks.num_test)
+    theirs = _wrong_classes(networks.originals, originals, networks.num_classes)
+    if networks.classes is None or theirs is None or np.isnan(networks.similarities).all():
+        return None
+    nearest = np.nanargmax(networks.similarities, axis=1)
+    both = networks.wrong & originals[nearest]
+    same = (both & (networks.classes == theirs[nearest])).sum(1)
+    known = both.any(1)
+    return float(np.mean(same[known] / both.sum(1)[known])) if known.any() else None
 
 
 Table = Literal["experiment", "sweep"]
@@ -202,6 +229,7 @@ BEST = (
 CORRELATION = "rank: correlation of ranks, over the group, of what the best is chosen by with test accuracy."
 LEAD = "lead: points of their mean above that of the best simple baseline."
 IOU = "IoU: overlap of wrong test predictions within the group, with the originals, and with the most similar original."
+SAME = "same: images that a network and its most similar original get wrong in the same way, of those both get wrong."
 DISTANCE = "distance: to the nearest member in weight space, relative to the mean distance among members."
 
 _METRICS = (  # in the order of columns
@@ -236,6 +264,7 @@ _METRICS = (  # in the order of columns
     Metric("similarity", lambda group: mean_within(group.wrong), "similarity", "IoU"),
     Metric("similarity_to_originals", similarity_to_originals, "similarity_to_originals", "IoU orig."),
     Metric("max_similarity", max_similarity, "max_similarity", "IoU max", legend=IOU),
+    Metric("same_mistakes", same_mistakes, "same_mistakes", "same", "share", SAME, ("experiment",)),
     Metric("nearest_distance", _of("nearest_distance"), "nearest_distance", "distance", legend=DISTANCE),
 )
 METRICS = {metric.field: metric for metric in _METRICS}

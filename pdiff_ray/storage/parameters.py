@@ -66,6 +66,7 @@ class Record:
     test_accuracy: float | None = None
     test_loss: float | None = None
     wrong: bytes | None = None  # which test images it gets wrong: np.packbits over the test set
+    wrong_classes: bytes | None = None  # the classes that it takes those for, in their order: see `class_type`
     nearest_distance: float | None = None  # L2 to the nearest (other) member over the mean distance among members
     created_at: datetime | None = None
     worker: str | None = None
@@ -89,6 +90,12 @@ _ARROW_TYPES = {
 }
 _TYPES = {f.name: _ARROW_TYPES[str(f.type).removesuffix(" | None")] for f in fields(Record) if f.name != "vector"}
 COLUMNS = tuple(_TYPES)
+_LATER = {"wrong_classes"}  # columns that files of earlier versions lack
+
+
+def class_type(num_classes: int) -> str:
+    """Returns the type of a class's number in `Record.wrong_classes`, as numpy names it."""
+    return "u1" if num_classes <= 2**8 else "<u2"
 
 
 def stamp() -> dict[str, Any]:
@@ -145,7 +152,8 @@ class _Part:
         self.num_rows, schema = self.file.metadata.num_rows, self.file.schema_arrow
         self.separate = self.file.num_row_groups == self.num_rows  # a row group for each row
         self.columns = {field.name: field.type for field in schema}
-        if odd := [name for name, kind in _TYPES.items() if self.columns.get(name) != kind]:
+        earlier = _LATER.difference(self.columns)
+        if odd := [n for n, kind in _TYPES.items() if self.columns.get(n) != kind and n not in earlier]:
             raise pa.ArrowInvalid(f"its column {odd[0]} is {self.columns.get(odd[0])}, and not {_TYPES[odd[0]]}")
         self.width = 0  # values of a vector
         if vector := self.columns.get("vector"):
@@ -312,12 +320,14 @@ class ParameterStore:
         for part, rows in wanted.items():
             with self._naming(part):
                 file = self._open(part)
-                if lacking := set(columns).difference(file.columns):
+                if lacking := set(columns).difference(file.columns, _LATER):
                     raise ValueError(f"it has no column {min(lacking)}")
                 if file.num_rows != len(self._parts[part]):
                     raise ValueError(f"it has {file.num_rows} rows, for {len(self._parts[part])} numbers")
-                tables.append(file.read(list(rows), columns))
-        return pa.concat_tables(tables), [id_ for rows in wanted.values() for id_ in rows.values()]
+                tables.append(file.read(list(rows), [column for column in columns if column in file.columns]))
+        return pa.concat_tables(tables, promote_options="default"), [
+            id_ for rows in wanted.values() for id_ in rows.values()
+        ]
 
     def _open(self, part: str) -> _Part:
         if part not in self._opened:
