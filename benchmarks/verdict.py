@@ -21,6 +21,7 @@ from pdiff_ray.evaluation.geometry import Geometry
 from pdiff_ray.evaluation.novelty import WORDS, Family, Known, Novelty, recipes
 from pdiff_ray.running import experiment as running
 from pdiff_ray.stages.stored import Networks
+from pdiff_ray.stages.verdict import held_out_by_run
 
 QUICKSTART = Path(__file__).parent.parent / "sweeps" / "quickstart.yaml"
 DRAWS = 100  # of each kind
@@ -64,7 +65,8 @@ class Subject:
         self.experiment, zoo = self._zoo()
         split, self.subset = self.experiment.split, zoo.subset
         self.members = zoo.vectors(split.learned)
-        yardsticks = {group: zoo.vectors(ids) for group, ids in split.groups.items() if ids and group != "original"}
+        kept_back = {"held_out": held_out_by_run(self.experiment), "second_run": split.second_run}
+        yardsticks = {group: zoo.vectors(ids) for group, ids in kept_back.items() if ids}
         geometry = Geometry(self.members)
         self.unit, self.place = geometry.mean_distance, geometry.place
         families = {

@@ -78,7 +78,7 @@ def test_a_second_run_prints_the_same_table():
 def test_the_resnets_can_be_built(tmp_path):
     plan = make_plan(loading.load(cluster.RESNET, [f"storage={tmp_path}"]))
     assert Estimator(plan.storage).counts(plan.experiment).subset.size == 2048
-    assert STAGES["evaluation"].about(plan.experiment).startswith("83 networks")
+    assert STAGES["evaluation"].about(plan.experiment).startswith("177 networks")
 
 
 @pytest.mark.slow

@@ -113,6 +113,16 @@ def test_samples_that_are_all_alike_are_collapsed(zoo):
     assert zoo.known.assess(zoo.members[:1].repeat(30, 1)).collapsed
 
 
+def test_noise_is_a_matter_of_degree(zoo):
+    """Some of the members with noise are farther from all members than these are from each other, some are not."""
+    distance = (zoo.geometry.mean_distance / D**0.5) / float(zoo.members.std())
+    noise = torch.randn(N, D, generator=random(8)) * torch.linspace(0.8, 1.2, N)[:, None]
+    found = zoo.known.assess(zoo.members[torch.arange(N) % K] + distance * zoo.members.std() * noise)
+    assert found.word in ("replica", "noise")
+    assert 0.3 < found.shares["noise"] < 0.7
+    assert set(found.words) == {"replica", "noise"}
+
+
 def test_it_is_json_and_the_same_again(zoo):
     draws_of = {name: Family(f.word, lambda f=f: f.vectors, f.of) for name, f in zoo.families.items()}
     first = assess(zoo.geometry, zoo.fresh, draws_of, zoo.yardsticks)
@@ -218,6 +228,12 @@ def test_data_copying_is_the_papers_statistic():
     mine, theirs = (geometry.place(x).nearest.numpy() for x in (fresh, held_out[:15]))
     u = stats.mannwhitneyu(mine, theirs).statistic
     assert one.c_t == pytest.approx((u - 450) / math.sqrt(900 * 76 / 12))
+
+
+def test_few_members_have_few_cells():
+    members, samples, held_out = independent(205, 1).split([5, 100, 100])
+    geometry = Geometry(members)
+    assert data_copying(geometry, geometry.place(samples), geometry.place(held_out)).cells == 1
 
 
 def test_neighbours_that_are_alike_count_less():

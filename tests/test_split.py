@@ -8,6 +8,7 @@ from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.config import loading
 from pdiff_ray.config.schema import Experiment, Zoo
 from pdiff_ray.stages import evaluation
+from pdiff_ray.stages.verdict import held_out_by_run
 from pdiff_ray.stages.zoo import runs_of
 from pdiff_ray.storage.parameters import ParameterStore
 
@@ -133,3 +134,11 @@ def test_an_interrupted_second_run_goes_on(done, tmp_path):
     assert [row.group for row in again.records()] == ["original"] * 10 + ["second_run"] * 3
     assert whole.records([12])[0].step == whole.records([9])[0].step  # both runs end together
     assert (whole.vectors([12]) != whole.vectors([9])).any()
+
+
+def test_held_out_members_of_a_run_stay_together():
+    zoo = Zoo(regime="branches", branches=10, members=50)
+    found = held_out_by_run(Experiment(name="x", zoo=zoo))
+    assert sorted(found) == sorted(zoo.held_out_ids)
+    assert [id_ % 10 for id_ in found] == sorted(id_ % 10 for id_ in found)
+    assert held_out_by_run(Experiment(name="x", zoo=Zoo(members=50))) == sorted(Zoo(members=50, seed=0).held_out_ids)

@@ -494,7 +494,7 @@ def data_copying(geometry: Geometry, samples: Place, yardstick: Place, seed: int
     num, others = len(samples.squares), len(yardstick.squares)
     if not num or not others or geometry.degenerate:
         return None
-    cells = max(1, min(MAX_CELLS, others // CELL, num // CELL))
+    cells = max(1, min(MAX_CELLS, others // CELL, num // CELL, len(geometry.members) // CELL))
     effective = effective_number(yardstick.nearest) / others
     scores: list[tuple[int, float, float]] = []
     while not scores:

@@ -22,6 +22,7 @@ from pdiff_ray.generators.interface import Fitting, Generator
 from pdiff_ray.generators.table import make_generator
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.generator import load_generator
+from pdiff_ray.stages.zoo import runs_of
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.parameters import ParameterStore, Record
 
@@ -67,7 +68,7 @@ def summary_of(
     vectors = zoo.vectors(split.learned)
     members = torch.from_numpy(vectors).to(device)
     geometry = Geometry(members)
-    kept_back = {"held_out": split.held_out, "second_run": split.second_run}
+    kept_back = {"held_out": held_out_by_run(experiment), "second_run": split.second_run}
     yardsticks = {name: torch.from_numpy(zoo.vectors(ids)).to(device) for name, ids in kept_back.items() if ids}
     losses = _losses(records, geometry)
     fitted = load_generator(experiment, artifacts)
@@ -86,6 +87,12 @@ def summary_of(
         seed,
         about["validation_images"],
     )
+
+
+def held_out_by_run(experiment: Experiment) -> list[int]:
+    """Returns the ids of the held-out members, those of one run after those of another: neighbours are compared."""
+    held_out = experiment.zoo.held_out_ids
+    return [id_ for run in runs_of(experiment.zoo) for id_ in run.member_ids if id_ in held_out]
 
 
 def _losses(records: Sequence[Record], geometry: Geometry) -> dict[str, Tensor]:
