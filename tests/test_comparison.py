@@ -240,6 +240,8 @@ def test_points_are_said_in_words():
     assert above.points == "0.38 [-0.04, 0.72] points above"
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), [(1e9, 1.960), (30, 2.042), (10, 2.228), (5, 2.571), (3, 3.182)])
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1e9, 1.960), (30, 2.042), (10, 2.228), (5, 2.571), (3, 3.182), (2, 4.303), (1, 12.706)]
+)
 def test_quantiles_of_student(freedom, quantile):
     assert comparison.student(freedom) == pytest.approx(quantile, rel=0.01)

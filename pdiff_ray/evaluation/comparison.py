@@ -311,7 +311,8 @@ def _needed(margin: float, parts: _Contrast, group: _Group) -> dict[str, int]:
 
 def student(freedom: float) -> float:
     """Returns the 97.5 % quantile of Student's t, by its expansion around the normal's (Abramowitz, Stegun, 26.7.5)."""
-    freedom = max(1.0, freedom)
+    if freedom < 3:  # where the expansion is too small
+        return 4.302653 if freedom >= 2 else 12.706205
     terms = (
         (Z**3 + Z) / 4,
         (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,

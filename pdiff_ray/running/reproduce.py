@@ -38,7 +38,6 @@ FILES = ("paper_small.yaml", "paper_mini.yaml", "paper_table1.yaml")
 SOURCES = {"v1": "arXiv 2402.13144v1, Table 1", "final": "arXiv 2402.13144v3"}
 COLUMNS = {"original": "original", "ensemble": "ensemble", "generated": "p-diff"}  # of the tables, by group
 GAUSSIAN = "full Gaussian"  # the line of that baseline
-STUDENT = {1: 12.706, 2: 4.303}  # quantiles of few degrees of freedom, for which the expansion is too coarse
 ROUNDING = 0.0005  # of a published accuracy, as a fraction
 FOLDER, REPORT_FILE, TABLE_FILE = "reproduced", "report.html", "table.md"
 AGAIN = "run the cell again"
@@ -201,8 +200,7 @@ class Interval:
             return None
         between, freedom = 0.0, len(values) - 1
         if freedom:
-            quantile = STUDENT.get(freedom) or student(freedom)
-            between = quantile * float(np.std(values, ddof=1)) / len(values) ** 0.5
+            between = student(freedom) * float(np.std(values, ddof=1)) / len(values) ** 0.5
         return cls(float(np.mean(values)), max(between, float(np.mean(within)) if within else 0.0))
 
     def holds(self, value: float) -> bool:

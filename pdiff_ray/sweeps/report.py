@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import yaml
 
 from pdiff_ray.config.sweep import Assignment, Value, as_value
+from pdiff_ray.evaluation.comparison import student
 from pdiff_ray.evaluation.metrics import tidy
 from pdiff_ray.stages import report
 from pdiff_ray.storage.artifacts import Artifact
@@ -116,10 +118,15 @@ def _verdict(ledger: Ledger, best: Trial, compared: Sequence[Row]) -> str:
     better = f"better in {sum(gain > 0 for gain in gains)} of {len(gains)} seeds that the search has not seen"
     numbers = f"{metric} {both(metric)}, {better}"
     test = f"mean test accuracy {both('generated/mean_test_accuracy')} %, which chose nothing"
-    if min(gains) > 0:
+    gain = float(np.mean(gains))
+    # Seeds are paired, and few: Student's interval, which one seed does not have.
+    reach = (
+        student(len(gains) - 1) * float(np.std(gains, ddof=1)) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+    )
+    if gain > reach:
         word = "beats the file's own setting"
-    elif np.mean(gains) > 0:
-        word = "beats the file's own setting on average only"
+    elif gain > 0:
+        word = "is ahead of the file's own setting by no more than chance may be"
     else:
         return f"The search has not beaten the file's own setting: its best, {named}, has {numbers}; {test}."
     finished = sum(trial.state == "finished" for trial in ledger.done())
