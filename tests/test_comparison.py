@@ -191,11 +191,14 @@ def test_one_baseline_that_is_clearly_above_is_enough_to_be_worse(random):
     assert found.best == "noise"
     assert found.differences["noise"].word == "better"
     assert (found.word, found.ahead) == ("worse", ("average",))
-    assert f"Also {found.differences['average'].points} average." in found.text
+    assert found.text.startswith(f"worse: {found.differences['average'].points} average, ")
     found = compared(predictions(random, sizes, 2000, shifts=shifts), validation, ["noise", "original"])
     assert (found.word, found.ahead) == ("undecided", ())
     assert found.text.endswith("Not better than original.")
     assert compared(predictions(random, sizes, 2000, shifts=shifts), validation, ["noise"]).word == "better"
+    both = compared(predictions(random, sizes, 2000, shifts=shifts | {"noise": 0.3}), validation, list(validation))
+    assert both.text.startswith(f"worse: {both.differences['noise'].points} noise, the simplest ")
+    assert f" Also {both.differences['average'].points} average." in both.text
 
 
 def test_the_best_of_many_equal_baselines_is_not_above(random, fewer):

@@ -108,12 +108,16 @@ class Comparison:
         reasons = [f"{found.points} {self.best}, the simplest of the best baselines on validation images"]
         if "original" in self.differences and self.best != "original":
             reasons.append(f"{self.differences['original'].points} the originals")
+        above = sorted(set(self.ahead) - {self.best}, key=lambda name: self.differences[name].estimate)
+        below = [f"{self.differences[name].points} {name}" for name in above[:MAX_NAMED]]
+        if below and found.word != "worse":  # what makes them worse comes first
+            reasons, below = [*below, *reasons], []
         counts = f"{self.networks} samples and {found.networks} of {self.best} on {self.images:,} test images"
         text = f"{self.word}: {', '.join(reasons)} (95 % intervals; {counts})."
         others = [name for name in self.against if name != self.best]
-        if above := sorted(set(self.ahead) - {self.best}, key=lambda name: self.differences[name].estimate):
-            text += f" Also {' and '.join(f'{self.differences[name].points} {name}' for name in above[:MAX_NAMED])}."
-        elif found.word == "better":
+        if below:
+            text += f" Also {' and '.join(below)}."
+        elif found.word == "better" and not above:
             near = [name for name in others if self.differences[name].word != "better"]
             text += f" Not better than {' and '.join(near[:MAX_NAMED])}." if near else " Better than all others, too."
         if self.word == "undecided" and found.needed:
