@@ -198,7 +198,7 @@ def test_one_baseline_that_is_clearly_above_is_enough_to_be_worse(random):
     assert compared(predictions(random, sizes, 2000, shifts=shifts), validation, ["noise"]).word == "better"
     both = compared(predictions(random, sizes, 2000, shifts=shifts | {"noise": 0.3}), validation, list(validation))
     assert both.text.startswith(f"worse: {both.differences['noise'].points} noise, the simplest ")
-    assert f" Also {both.differences['average'].points} average." in both.text
+    assert f" Also {both.differences['average'].points} average" in both.text
 
 
 def test_the_best_of_many_equal_baselines_is_not_above(random, fewer):
