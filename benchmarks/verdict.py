@@ -18,7 +18,8 @@ from benchmarks.harness import Result, result
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.config.section import merge
 from pdiff_ray.evaluation.geometry import Geometry
-from pdiff_ray.evaluation.novelty import WORDS, Family, Known, Novelty, recipes
+from pdiff_ray.evaluation.kinds import WORDS, Family, recipes
+from pdiff_ray.evaluation.novelty import Known, Novelty
 from pdiff_ray.running import experiment as running
 from pdiff_ray.stages.stored import Networks
 from pdiff_ray.stages.verdict import held_out_by_run

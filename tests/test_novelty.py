@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from pdiff_ray.evaluation.copying import data_copying, effective_number
 from pdiff_ray.evaluation.geometry import Geometry
-from pdiff_ray.evaluation.novelty import Family, Known, assess, data_copying, effective_number
+from pdiff_ray.evaluation.kinds import Family
+from pdiff_ray.evaluation.novelty import Known, assess
 
 K, D, N = 60, 300, 100
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 3.0)

@@ -10,23 +10,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pdiff_ray.evaluation.copying import Copying, data_copying, effective_number
 from pdiff_ray.evaluation.geometry import Geometry, Place
+from pdiff_ray.evaluation.kinds import WORDS, Family, Kind, log_t, mixture
 
-WORDS = {
-    "replica": "members, or members with less noise than parts them from each other",
-    "interpolation": "averages of members, points between them, or points in few of their main directions",
-    "gaussian-like": "what a Gaussian draws that was fitted to the members",
-    "noise": "members with so much noise that they are farther from every member than members are from each other",
-    "new": "networks of the kind of those that no generator has seen",
-}
-SIGMAS = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0)  # of noise, at which replicas are known
 DEGREES = ("replica", "noise")  # of one thing
 MAJORITY = 0.7  # the share from which on a word holds for the whole; below, samples are a mixture
 NOTICED = 0.1  # the share from which on another word is a part of a mixture
@@ -34,83 +28,10 @@ SHOWN = 0.02  # the share from which on sentences name a word or a kind
 COLLAPSED = 0.1  # of the members' mean distance: samples whose median distance is less are all alike
 MIN_VECTORS = 10  # of a kind, below which it is not known how it lies
 TOLD = 0.8  # the posterior from which on a sample's word is certain
-FREEDOM = 5.0  # degrees of freedom of the densities: tails heavier than a Gaussian's
-SHRINKAGE = 0.3  # of covariances to their diagonal
-MIN_SPREAD = 0.2  # of features, all of which are logarithms
 MIN_LOSS_SPREAD = 0.02  # of the logarithm of losses
 FAR = 3.0  # times as far from a kind as any of its own vectors: of no known kind
 LOSSES_TELL = ("gaussian-like", "new")  # apart, where weights do not
-CELL = 20  # vectors of samples and yardstick, which a cell of C_T has
-MAX_CELLS = 10
 Z95 = 1.96
-
-
-class Recipe(NamedTuple):
-    """A known way of making vectors from members.
-
-    Attributes:
-        word: of `WORDS`; see `Family`.
-        generator: the section `generator` of what draws them.
-        of: what is interpolated, for sentences.
-    """
-
-    word: str
-    generator: Mapping[str, Any]
-    of: str = ""
-
-
-def recipes(geometry: Geometry) -> dict[str, Recipe]:
-    """Returns the known ways of making vectors from the members, by name: draws of each are families for `Known`."""
-    rank = len(geometry.variances)
-    ranks = sorted({k for k in (5, 10, 20, rank // 4, rank // 2) if 0 < k < rank})
-    return {
-        "copies": Recipe("replica", {"name": "average", "count": 1}, "copies"),
-        **{f"noise {sigma:g}": Recipe("replica", {"name": "noise", "sigma": sigma}) for sigma in SIGMAS},
-        "average 2": Recipe("interpolation", {"name": "average", "count": 2}, "pairs"),
-        "between": Recipe("interpolation", {"name": "interpolation"}, "pairs"),
-        "average 4": Recipe("interpolation", {"name": "average", "count": 4}, "averages of a few"),
-        "average 16": Recipe("interpolation", {"name": "average", "count": 16}, "the mean"),
-        **{
-            f"{k} components": Recipe("interpolation", {"name": "gaussian_pca", "rank": k}, "a subspace") for k in ranks
-        },
-        "gaussian per value": Recipe("gaussian-like", {"name": "gaussian_diagonal"}),
-        "gaussian": Recipe("gaussian-like", {"name": "gaussian"}),
-    }
-
-
-class Family(NamedTuple):
-    """Vectors of a known kind.
-
-    Attributes:
-        word: of `WORDS`; that of members with noise is "replica" however much noise it is.
-        vectors: draws (m, D), or a function that makes them, so that one family is in memory at a time.
-        of: what is interpolated, such as "pairs", "the mean", "the subspace"; for sentences.
-    """
-
-    word: str
-    vectors: Tensor | Callable[[], Tensor]
-    of: str = ""
-
-
-@dataclass(frozen=True)
-class Copying:
-    """The data-copying statistic C_T (Meehan, Chaudhuri and Dasgupta 2020) against a yardstick.
-
-    Attributes:
-        c_t: the mean over cells, weighted by the yardstick's share in them, of Z_U: below zero where samples lie closer
-            to the members than the yardstick does.
-        z: of C_T: divided by its standard deviation where samples are of the yardstick's kind, with the yardstick's
-            effective number in place of its number. Copying where it is below -1.96.
-        cells: that are averaged.
-        num: vectors of the yardstick.
-        effective: of how many independent vectors the yardstick is worth, given the autocorrelation of neighbours.
-    """
-
-    c_t: float
-    z: float
-    cells: int
-    num: int
-    effective: float
 
 
 @dataclass(frozen=True)
@@ -231,7 +152,7 @@ class Known:
     ) -> None:
         self.geometry, self.losses, self.seed = geometry, losses or {}, seed
         self.yardsticks = {name: geometry.place(vectors) for name, vectors in yardsticks.items()}
-        self.kinds: dict[str, _Kind] = {}
+        self.kinds: dict[str, Kind] = {}
         self.undecided: list[Undecided] = []
         if geometry.degenerate:
             self.undecided.append(Undecided("what the samples are", geometry.degenerate))
@@ -239,11 +160,11 @@ class Known:
         for name, family in families.items():
             drawn = geometry.place(family.vectors() if callable(family.vectors) else family.vectors)
             if len(drawn.squares) >= MIN_VECTORS:
-                self.kinds[name] = _Kind(family.word, geometry.features_of(drawn), family.of)
+                self.kinds[name] = Kind(family.word, geometry.features_of(drawn), family.of)
         for name, place in self.yardsticks.items():
             if len(place.squares) >= MIN_VECTORS:
                 worth = effective_number(place.nearest)
-                self.kinds[name] = _Kind("new", geometry.features_of(place), worth=worth)
+                self.kinds[name] = Kind("new", geometry.features_of(place), worth=worth)
             else:
                 question = f"whether samples lie as the {spoken(name)} does"
                 self.undecided.append(Undecided(question, f"it has {len(place.squares)} vectors", MIN_VECTORS))
@@ -294,12 +215,12 @@ class Known:
             return _unknown(facts, undecided)
         features = self.geometry.features_of(place)
         densities = self.densities(features)
-        posterior, told = _mixture(densities), False
+        posterior, told = mixture(densities), False
         if losses is not None and (of_losses := self._of_losses(losses.to(densities))):
             # What the weights give to both words is shared out once more, by losses as well.
             rows = list(of_losses)
             mass, told = posterior[rows].sum(0), True
-            posterior[rows] = mass * _mixture(densities[rows] + torch.stack([*of_losses.values()]), mass)
+            posterior[rows] = mass * mixture(densities[rows] + torch.stack([*of_losses.values()]), mass)
         return self._verdict(facts, features, self.words_of(posterior, place), undecided, told)
 
     def _of_losses(self, losses: Tensor) -> dict[int, Tensor]:
@@ -317,7 +238,7 @@ class Known:
                 if len(logs) < MIN_VECTORS:
                     return {}
                 variance = float(logs.var(correction=0)) + MIN_LOSS_SPREAD**2
-                found[row] = _log_t((values - logs.mean()).square() / variance, 1, math.log(variance) / 2)
+                found[row] = log_t((values - logs.mean()).square() / variance, 1, math.log(variance) / 2)
         return found
 
     def _facts(self, samples: Tensor, place: Place) -> dict[str, Any]:
@@ -431,126 +352,6 @@ class Known:
                 titles = dict.fromkeys(self.kinds[name].of or spoken(name) for name in names)
                 parts.append(f"{share:.0%} {word}" + (f" ({', '.join(titles)})" if titles else ""))
         return ", ".join(parts)
-
-
-class _Kind:
-    """A kind of vectors and its density of features: a multivariate t with a shrunk covariance.
-
-    Args:
-        worth: how many independent vectors these are worth; default: their number. A new vector of the kind varies more
-            about the mean of few than these do.
-    """
-
-    def __init__(self, word: str, features: Tensor, of: str = "", worth: float | None = None) -> None:
-        self.word, self.features, self.of = word, features, of
-        self.mean = features.mean(0)
-        centred = features - self.mean
-        covariance = centred.T @ centred / len(features)
-        count = max(2.0, worth or len(features))
-        covariance *= (count + 1) / (count - 1)
-        shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * torch.diag(covariance.diagonal())
-        self.factor = torch.linalg.cholesky(shrunk + MIN_SPREAD**2 * torch.eye(len(shrunk)).to(shrunk))
-        self.reach = float(self.squares(features).max())  # of its own vectors
-
-    def squares(self, features: Tensor) -> Tensor:
-        """Returns squared Mahalanobis distances (n,)."""
-        white = torch.linalg.solve_triangular(self.factor, (features - self.mean).T, upper=False)
-        return white.square().sum(0)
-
-    def log_density(self, features: Tensor) -> Tensor:
-        """Returns the log density (n,) at features (n, F)."""
-        return _log_t(self.squares(features), len(self.mean), float(self.factor.diagonal().log().sum()))
-
-
-def _log_t(squares: Tensor, dimension: int, log_scale: float) -> Tensor:
-    """Returns the log density of a multivariate t from squared Mahalanobis distances."""
-    constant = math.lgamma((FREEDOM + dimension) / 2) - math.lgamma(FREEDOM / 2)
-    constant -= dimension / 2 * math.log(FREEDOM * math.pi) + log_scale
-    return constant - (FREEDOM + dimension) / 2 * torch.log1p(squares / FREEDOM)
-
-
-def _mixture(log_densities: Tensor, mass: Tensor | None = None, steps: int = 200) -> Tensor:
-    """Returns the posterior of each kind for each sample (kinds, n): EM over the shares of the kinds.
-
-    Args:
-        log_densities: of the kinds at the samples (kinds, n).
-        mass: how much each sample counts (n,); default: 1.
-    """
-    mass = torch.ones_like(log_densities[0]) if mass is None else mass
-    shares = torch.full_like(log_densities[:, 0], 1 / len(log_densities))
-    for _ in range(steps):
-        posterior = torch.softmax(log_densities + (shares + 1e-12).log()[:, None], 0)
-        shares = (posterior * mass).sum(1) / mass.sum().clamp(min=1e-12)
-    return posterior
-
-
-def data_copying(geometry: Geometry, samples: Place, yardstick: Place, seed: int = 0) -> Copying | None:
-    """Returns C_T (Meehan, Chaudhuri and Dasgupta 2020, section 3) of samples against a yardstick, and its z-score.
-
-    Cells are those of k-means on the members' components, one for every `CELL` vectors of the yardstick. In each, Z_U
-    is the Mann-Whitney statistic of the distances to the nearest member of the cell, standardized; cells with less than
-    `CELL` samples are left out, unless that leaves none: then all is one cell. None if samples or yardstick are empty.
-    """
-    num, others = len(samples.squares), len(yardstick.squares)
-    if not num or not others or geometry.degenerate:
-        return None
-    cells = max(1, min(MAX_CELLS, others // CELL, num // CELL, len(geometry.members) // CELL))
-    effective = effective_number(yardstick.nearest) / others
-    scores: list[tuple[int, float, float]] = []
-    while not scores:
-        member_cells, centres = _cells(geometry, cells, seed)
-        sample_cells, other_cells = (torch.cdist(p.components, centres).argmin(1) for p in (samples, yardstick))
-        for cell in range(len(centres)):
-            own = member_cells == cell
-            mine, theirs = samples.distances[sample_cells == cell], yardstick.distances[other_cells == cell]
-            if own.any() and len(theirs) and (len(mine) >= CELL or cells == 1):
-                differences = mine[:, own].amin(1)[:, None] - theirs[:, own].amin(1)
-                above = float((differences > 0).double().mean() + (differences == 0).double().mean() / 2)
-                n, m = len(theirs), len(mine)
-                scores.append((n, _z_u(above, n, m), _z_u(above, max(1.0, n * effective), m)))
-        cells = 1
-    weights = [n / sum(n for n, _, _ in scores) for n, _, _ in scores]
-    c_t = sum(weight * z for weight, (_, z, _) in zip(weights, scores, strict=True))
-    corrected = sum(weight * z for weight, (_, _, z) in zip(weights, scores, strict=True))
-    return Copying(c_t, corrected / math.hypot(*weights), len(scores), others, effective * others)
-
-
-def _z_u(above: float, n: float, m: int) -> float:
-    """Returns the Mann-Whitney U of n and m values, U / nm = above, less its mean and over its deviation."""
-    return (above - 0.5) / math.sqrt((n + m + 1) / (12 * n * m))
-
-
-def _cells(geometry: Geometry, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Returns the cell of each member (K,), and the centres (cells, r), by k-means on their components."""
-    components = geometry.components
-    if count == 1:
-        return torch.zeros(len(components), dtype=torch.long, device=components.device), components.mean(0)[None]
-    from sklearn.cluster import KMeans
-
-    found = KMeans(count, n_init=10, random_state=seed % 2**32).fit(components.cpu().numpy())
-    centres = torch.from_numpy(found.cluster_centers_).to(components)
-    return torch.from_numpy(found.labels_).to(components.device), centres
-
-
-def effective_number(values: Tensor) -> float:
-    """Returns how many independent values a sequence (n,) is worth: n over its autocorrelation time, 1 to n.
-
-    The time is 1 + 2 sum of the autocorrelations of ranks, up to where a pair of neighbouring lags adds up to nothing
-    (Geyer 1992, section 3.3, the initial positive sequence).
-    """
-    count = len(values)
-    if count < 4:
-        return float(count)
-    ranks = values.argsort().argsort().double()
-    centred = ranks - ranks.mean()
-    energy = float(centred.square().sum())
-    total = 0.0
-    for lag in range(0, count - 1, 2):
-        pair = sum(float(centred[: count - k] @ centred[k:]) for k in (lag, lag + 1)) / energy
-        if pair <= 0:
-            break
-        total += pair
-    return count / min(float(count), max(1.0, 2 * total - 1))
 
 
 def _unknown(facts: Mapping[str, Any], undecided: Sequence[Undecided]) -> Novelty:

@@ -15,8 +15,9 @@ from pdiff_ray.config.schema import Experiment
 from pdiff_ray.evaluation.diagnostics import diagnose_members
 from pdiff_ray.evaluation.geometry import Geometry
 from pdiff_ray.evaluation.groups import GROUPS, Drawn, groups_of
+from pdiff_ray.evaluation.kinds import Family, recipes
 from pdiff_ray.evaluation.metrics import metrics_of
-from pdiff_ray.evaluation.novelty import Family, Known, recipes
+from pdiff_ray.evaluation.novelty import Known
 from pdiff_ray.evaluation.summary import summarize
 from pdiff_ray.generators.interface import Fitting, Generator
 from pdiff_ray.generators.table import make_generator
@@ -27,6 +28,7 @@ from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.parameters import ParameterStore, Record
 
 DRAWS = 200  # vectors of each kind
+COPIED = 0.5  # of the distance to a member's nearest fellow: decoded members that are nearer to theirs are replicas
 NO_LOSS = 1e6  # stands for a loss that is no number
 
 
@@ -54,7 +56,11 @@ def families(
     if fitted is not None and fitted.num_latents is not None:
         random = rng(members.device, seed, "kinds", "latents")
         latents = torch.randn(DRAWS, fitted.num_latents, generator=random, device=members.device)
-        found["decoded"] = Family("replica", lambda: fitted.decode(fitted.encode(members)), "decoded members")
+        decoded = fitted.decode(fitted.encode(members))
+        # A decoder that smooths gives no copies: what comes back must be within half the way to the nearest fellow.
+        back, apart = geometry.place(decoded).distances.diagonal(), geometry.among.nearest
+        word = "replica" if float(back.median()) < COPIED * float(apart.median()) else "interpolation"
+        found["decoded"] = Family(word, decoded, "decoded members")
         found["autoencoder"] = Family("gaussian-like", lambda: fitted.decode(latents), "normal latents, decoded")
     return found
 
