@@ -99,7 +99,7 @@ class Evaluation:
         actors: int,
     ) -> Artifact:
         evaluation.judge_missing(self.experiment, artifacts, self.context, judge_all, actors)
-        evaluation.commit(self.experiment, artifacts)
+        evaluation.commit(self.experiment, artifacts, self.context)
         return artifacts["evaluation"]
 
     @property
@@ -258,6 +258,6 @@ def _quickstart(storage: str, overrides: tuple[str, ...]) -> str:
     command = [sys.executable, "-m", "pdiff_ray.sweep", str(QUICKSTART), "--storage", storage]
     settings = [argument for override in overrides for argument in ("--set", override)]
     done = subprocess.run([*command, *settings], capture_output=True, text=True, check=True)
-    table = re.search(r"^ *group .*?(?=^verdict)", done.stdout, re.MULTILINE | re.DOTALL)
+    table = re.search(r"^ *group .*?(?=^Did it work)", done.stdout, re.MULTILINE | re.DOTALL)
     assert table, f"no table in what the quickstart prints:\n{done.stdout}"
     return table[0]

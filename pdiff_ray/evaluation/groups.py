@@ -237,7 +237,7 @@ _GROUPS: tuple[Group, ...] = (
     FineTuned(),
     Drawn("gaussian_diagonal", {"name": "gaussian_diagonal"}, "diagonal Gaussian", "#CC79A7", "v"),
     Drawn("gaussian", {"name": "gaussian"}, "full Gaussian", "#CC79A7", "P"),
-    Drawn("gaussian_pca", {"name": "gaussian_pca"}, "PCA Gaussian", "#CC79A7", "X"),
+    Drawn("gaussian_pca", {"name": "gaussian_pca"}, "low-rank Gaussian", "#CC79A7", "X"),
     Undiffused(),
     Decoded(),
     Generated(),
