@@ -25,7 +25,7 @@ def summary(errors=0.1, average=0.1, word="interpolation", shares=SHARES, failed
     wrong = {"original": packed(0.1), "average of 2": packed(average, seed=1), "generated": packed(errors, seed=2)}
     found = compare(wrong, IMAGES, {"average of 2": [0.9] * 40}, ["average of 2"])
     distances = {name: {"nearest": 0.25, "cosine": 0.9} for name in ("samples", "members", "held_out")}
-    text = f"{word}: all of it of 40 samples. Samples are far."
+    headline = f"{word}: all of it of 40 samples."
     return {
         "groups": [dict.fromkeys(METRICS) | {"group": name, "networks": 40} for name in wrong],
         "verdict": {
@@ -34,7 +34,7 @@ def summary(errors=0.1, average=0.1, word="interpolation", shares=SHARES, failed
             "failed": failed,
             "collapsed": collapsed,
         },
-        "novelty": {"word": word, "shares": shares, "distances": distances, "text": text},
+        "novelty": {"word": word, "shares": shares, "distances": distances, "headline": headline},
         "comparison": found.to_dict(),
         "zoo": list(zoo),
     }

@@ -6,6 +6,7 @@ Shapes: K members, n vectors, r components.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -87,21 +88,29 @@ def _cells(geometry: Geometry, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def effective_number(values: Tensor) -> float:
-    """Returns how many independent values a sequence (n,) is worth: n over its autocorrelation time, 1 to n.
-
-    The time is 1 + 2 sum of the autocorrelations of ranks, up to where a pair of neighbouring lags adds up to nothing
-    (Geyer 1992, section 3.3, the initial positive sequence).
-    """
+    """Returns how many independent values a sequence (n,) is worth: n over its ranks' autocorrelation time, 1 to n."""
     count = len(values)
     if count < 4:
         return float(count)
     ranks = values.argsort().argsort().double()
     centred = ranks - ranks.mean()
     energy = float(centred.square().sum())
-    total = 0.0
-    for lag in range(0, count - 1, 2):
-        pair = sum(float(centred[: count - k] @ centred[k:]) for k in (lag, lag + 1)) / energy
-        if pair <= 0:
+    time = autocorrelation_time(float(centred[: count - lag] @ centred[lag:]) / energy for lag in range(count))
+    return count / min(float(count), time)
+
+
+def autocorrelation_time(correlations: Iterable[float]) -> float:
+    """Returns how many values of a sequence count as one independent draw: 1 + 2 (sum of autocorrelations), 1 or more.
+
+    The sum ends before the first pair of neighbouring lags that adds up to nothing (Geyer 1992, section 3.3, the
+    initial positive sequence).
+
+    Args:
+        correlations: by lag, from 0 on.
+    """
+    total, lags = 0.0, iter(correlations)
+    for even in lags:
+        if (pair := even + next(lags, 0.0)) <= 0:
             break
         total += pair
-    return count / min(float(count), max(1.0, 2 * total - 1))
+    return max(1.0, 2 * total - 1)

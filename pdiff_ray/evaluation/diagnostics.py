@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pdiff_ray.evaluation.copying import autocorrelation_time
 from pdiff_ray.evaluation.similarity import CHUNK_VALUES, mean_within, unpack_wrong
 from pdiff_ray.storage.parameters import Record
 
@@ -203,7 +204,7 @@ def _of_vectors(vectors: np.ndarray, members: Sequence[np.ndarray]) -> dict[str,
     neighbours = sum(len(run) - 1 for run in members)
     if neighbours:
         found["autocorrelation"] = autocorrelations(scaled, members)[1] * len(vectors) / neighbours
-    found["independent_members"] = len(vectors) / autocorrelation_time(scaled, members)
+    found["independent_members"] = len(vectors) / autocorrelation_time(autocorrelations(scaled, members).tolist())
     return found
 
 
@@ -262,15 +263,3 @@ def autocorrelations(products: np.ndarray, runs: Sequence[np.ndarray]) -> np.nda
         own = products[np.ix_(members, members)]
         sums[: len(members)] += [np.trace(own, lag) for lag in range(len(members))]
     return sums / sums[0]
-
-
-def autocorrelation_time(products: np.ndarray, runs: Sequence[np.ndarray]) -> float:
-    """Returns how many members count as one independent draw: 1 + 2 (sum of autocorrelations), at least 1.
-
-    The sum ends before the first pair of lags below 0 (Geyer 1992, initial positive sequence).
-    """
-    known = autocorrelations(products, runs)
-    known = np.append(known, np.zeros(len(known) % 2))
-    pairs = known.reshape(-1, 2).sum(1)
-    ends = np.flatnonzero(pairs <= 0)
-    return max(1.0, float(2 * pairs[: ends[0] if len(ends) else None].sum() - 1))

@@ -111,9 +111,13 @@ class Novelty:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as JSON values."""
-        return {**asdict(self), "words": list(self.words), "posteriors": [round(p, 4) for p in self.posteriors]} | {
-            "undecided": [asdict(one) for one in self.undecided]
+        changed = {
+            "headline": self.headline,
+            "words": list(self.words),
+            "posteriors": [round(p, 4) for p in self.posteriors],
+            "undecided": [asdict(one) for one in self.undecided],
         }
+        return {**asdict(self), **changed}
 
 
 def assess(

@@ -93,7 +93,7 @@ def _worked(summary: Mapping[str, Any]) -> Answer:
 def _new(summary: Mapping[str, Any]) -> Answer:
     novelty = summary["novelty"]
     word, shares = novelty["word"], novelty["shares"]
-    text = novelty["text"].partition(". ")[0].rstrip(".").removeprefix(f"{word}: ") + ". "
+    text = novelty["headline"].removeprefix(f"{word}: ") + " "
     if shares:
         new, networks = shares.get("new", 0.0), summary["comparison"]["networks"]
         low, high = (100 * bound for bound in wilson(new, networks))

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from pydantic import ConfigDict
@@ -22,6 +22,7 @@ from pdiff_ray.common.errors import ConfigError, StorageError, did_you_mean
 from pdiff_ray.common.progress import console
 from pdiff_ray.config import sweep
 from pdiff_ray.config.schema import Experiment
+from pdiff_ray.config.section import flat
 from pdiff_ray.config.sweep import Parameter, SweepFile
 from pdiff_ray.evaluation.comparison import student
 from pdiff_ray.reports.pages import render
@@ -167,19 +168,11 @@ def run(file: SweepFile, plain: SweepFile, *, in_process: bool = False) -> list[
 
 def _changes(experiment: Experiment, plain: Experiment) -> Iterator[str]:
     """Yields the settings that results depend on and that are not the plain experiment's."""
-    own, others = dict(_leaves("", experiment.keyed())), dict(_leaves("", plain.keyed()))
+    own, others = dict(flat(experiment.keyed())), dict(flat(plain.keyed()))
     kept = ("data.", "network.", "training.", "zoo.", "generator.", "sampling.", "evaluation.")
     for path, value in own.items():
         if path.startswith(kept) and others.get(path) != value:
             yield f"{path}={value}"
-
-
-def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield path, value
-        return
-    for key, inner in value.items():
-        yield from _leaves(f"{path}.{key}".lstrip("."), inner)
 
 
 @dataclass(frozen=True)

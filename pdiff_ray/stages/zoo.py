@@ -2,8 +2,8 @@
 
 The zoo is made by runs, each of which keeps members one after another: one run and a second one to compare with
 (trajectory), several from the base (branches), or one per member from fresh initialisations (independent). Workers
-share the runs; every run saves its
-state with each part of members it writes, so that only members in flight are ever made again.
+share the runs; every run saves its state with each part of members it writes, so that only members in flight are ever
+made again.
 """
 
 from __future__ import annotations

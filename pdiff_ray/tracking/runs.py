@@ -8,7 +8,7 @@ import posixpath
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from pdiff_ray.common.secrets import without_secrets
 from pdiff_ray.config.schema import Experiment
+from pdiff_ray.config.section import flat
 from pdiff_ray.evaluation.metrics import named_metrics, tidy, verdict_words
 from pdiff_ray.reports.answers import conclusion
 from pdiff_ray.stages.report import load_history, load_summary
@@ -266,15 +267,6 @@ def _made(experiment: Experiment, artifacts: Mapping[str, Artifact], stages: Seq
 def tracked(experiment: Experiment) -> dict[str, Any]:
     """Returns the configuration without the sections that say where things run."""
     return experiment.model_dump(mode="json", exclude={"resources", "tracking", "storage"})
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the dotted paths and values of a configuration."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def now() -> int:

@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pdiff_ray.config.schema import SEEDED, Experiment
+from pdiff_ray.config.section import flat
 from pdiff_ray.config.sweep import format_value
 from pdiff_ray.storage.sealed import digest
 from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.sweeps.table import common
 from pdiff_ray.sweeps.trial import Trial
-from pdiff_ray.tracking.runs import MAX_NOTE, OBJECTIVE, MlflowRun, flat, now, tracked
+from pdiff_ray.tracking.runs import MAX_NOTE, OBJECTIVE, MlflowRun, now, tracked
 
 MAX_NAME = 50  # characters of a run's name
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "incomplete": "KILLED"}  # by state
