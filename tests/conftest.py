@@ -1,5 +1,6 @@
 """One thread, as tests share the machine, a cache of their own, and a Ray on the loopback interface."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import pixels, write_parquet
+from safetensors.torch import save_file
 
 from pdiff_ray import distributed
-from pdiff_ray.config.schema import Data, Resources
+from pdiff_ray.config.schema import Data, Network, Resources
+from pdiff_ray.data.sources import DATASETS
+from pdiff_ray.networks.build import build_network
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.files import Storage
 
@@ -50,3 +54,38 @@ def parquet(tmp_path):
     write_parquet(tmp_path / "root/test.parquet", test, np.arange(10) % 3)
     config = Data(name="custom", source="parquet", root=str(tmp_path / "root"), loader_workers=0)
     return config, train, test
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Writes checkpoints below a folder, by name; content that is no bytes is given to torch.save or safetensors."""
+    folder = tmp_path / "files"
+
+    def write(contents):
+        for name, content in contents.items():
+            file = folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                file.write_bytes(content)
+            elif name.endswith(".json"):
+                file.write_text(json.dumps(content))
+            else:
+                (save_file if name.endswith(".safetensors") else torch.save)(content, file)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    return build_network(Network(name="resnet18", source="torchvision"), DATASETS["cifar10"], 0)
+
+
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory):
+    """MLflow's database before any run."""
+    from pdiff_ray.tracking.database import prepare_database
+
+    file = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    prepare_database(file)
+    return file

@@ -8,10 +8,8 @@ import re
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from dataclasses import replace
@@ -32,7 +30,6 @@ from pdiff_ray.storage.files import Storage
 from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.sweeps.trial import Trial, best_setting
 from pdiff_ray.tracking import sweeps, usage
-from pdiff_ray.tracking.database import prepare_database
 from pdiff_ray.tracking.inputs import splits
 from pdiff_ray.tracking.runs import MlflowRun, accepted, write
 from pdiff_ray.tracking.server import connect
@@ -228,14 +225,6 @@ def swept(tmp_path_factory):
         run_trials(ledger, in_process=True, on_result=tell)
         ledger.storage.write(f"{ledger.folder}/summary.md", b"| members | accuracy |\n|---|---|\n| 4 | 12.3 |\n")
     return folder, ledger
-
-
-@pytest.fixture(scope="session")
-def empty(tmp_path_factory):
-    """MLflow's database before any run."""
-    file = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    prepare_database(file)
-    return file
 
 
 @pytest.fixture
@@ -486,75 +475,6 @@ def test_an_interrupted_sweep_does_not_stay_running(again):
         for trial in trials:
             tell(trial)
     check_complete(ledger, client_of(ledger))
-
-
-# The database.
-
-
-def outdated(empty, tmp_path, *statements):
-    """A database whose tables are not MLflow's newest, which nobody is working on."""
-    file = tmp_path / "mlflow.db"
-    shutil.copy(empty, file)
-    with contextlib.closing(sqlite3.connect(file)) as connection:
-        for statement in ("UPDATE alembic_version SET version_num = 'old'", *statements):
-            connection.execute(statement)
-        connection.commit()
-    os.utime(file, (0, 0))
-    return file
-
-
-def test_tables_that_were_left_unfinished_are_made_anew(empty, tmp_path, capsys):
-    file = outdated(empty, tmp_path, "DROP TABLE runs")
-    before = file.read_bytes()
-    assert tracking.reachable(f"sqlite:///{file}", "tiny") == "there"
-    assert "its tables were unfinished, without runs; made anew" in capsys.readouterr().out
-    assert mlflow.MlflowClient(tracking_uri=f"sqlite:///{file}").create_experiment("tiny")
-    (aside,) = tmp_path.glob("mlflow.db.unfinished*")
-    assert aside.read_bytes() == before
-
-
-def test_tables_of_another_version_with_runs_are_left_alone(empty, tmp_path):
-    run = "INSERT INTO runs (run_uuid, experiment_id) VALUES ('0123456789abcdef', 0)"
-    file = outdated(empty, tmp_path, run)
-    before = file.read_bytes()
-    with pytest.raises(tracking.TrackingError, match="of another MLflow") as caught:
-        tracking.reachable(f"sqlite:///{file}")
-    assert f"`mlflow db upgrade sqlite:///{file}`" in str(caught.value)
-    assert "pdiff log" in str(caught.value)
-    assert file.read_bytes() == before
-
-
-def test_a_file_that_is_no_database_is_named(tmp_path):
-    (tmp_path / "mlflow.db").write_bytes(b"no database" * 100)
-    expected = f"{tmp_path}/mlflow.db: cannot be read as an SQLite database (file is not a database); move it away"
-    with pytest.raises(tracking.TrackingError, match="cannot be read as an SQLite database"):
-        tracking.reachable(f"sqlite:///{tmp_path}/mlflow.db")
-    assert expected in pdiff("ui", "--storage", tmp_path, code=1)
-
-
-def test_processes_that_start_at_once_make_one_database(tmp_path):
-    file = tmp_path / "mlflow.db"
-    threads = [threading.Thread(target=prepare_database, args=(file,)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert {path.name for path in tmp_path.iterdir()} <= {"mlflow.db", "mlflow.db.lock"}
-    assert tracking.reachable(f"sqlite:///{file}") == "there"
-
-
-@pytest.mark.slow
-def test_a_driver_killed_while_it_makes_the_tables_leaves_none(tmp_path):
-    file = tmp_path / "mlflow.db"
-    code = f"from pathlib import Path; from pdiff_ray.tracking.database import *; prepare_database(Path({str(file)!r}))"
-    process = subprocess.Popen([sys.executable, "-c", code])
-    until(lambda: any(part.stat().st_size > 100_000 for part in tmp_path.glob("mlflow.db.*.tmp")))
-    process.kill()
-    process.wait()
-    assert not file.exists()
-    prepare_database(file)
-    assert {path.name for path in tmp_path.iterdir()} <= {"mlflow.db", "mlflow.db.lock"}
-    assert tracking.reachable(f"sqlite:///{file}") == "there"
 
 
 # What somebody deletes.
