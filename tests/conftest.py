@@ -11,13 +11,14 @@ from helpers import pixels, write_parquet
 from safetensors.torch import save_file
 
 from pdiff_ray import distributed
+from pdiff_ray.common.devices import limit_threads
 from pdiff_ray.config.schema import Data, Network, Resources
 from pdiff_ray.data.sources import DATASETS
 from pdiff_ray.networks.build import build_network
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.files import Storage
 
-torch.set_num_threads(1)
+limit_threads(1)
 distributed.prepare(Resources())  # before any test imports Ray
 
 

@@ -6,6 +6,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from pdiff_ray.evaluation import comparison
 from pdiff_ray.evaluation.comparison import Difference, compare
@@ -84,6 +85,15 @@ def test_an_interval_is_that_of_resampling_networks_and_images(random):
         plain.append(means["original"] - means["generated"])
     assert difference.estimate == pytest.approx(wrong["original"].mean() - wrong["generated"].mean())
     np.testing.assert_allclose([difference.lower, difference.upper], np.quantile(plain, [0.025, 0.975]), atol=0.003)
+
+
+def test_the_same_by_however_many_threads(random):
+    wrong = predictions(random, {"generated": 23, "original": 31, "ensemble": 7}, 777)
+    found = []
+    for threads in (1, 2):
+        with threadpool_limits(threads, user_api="blas"):
+            found.append(compared(wrong))
+    assert found[0] == found[1]
 
 
 def test_all_networks_see_the_same_images(random):

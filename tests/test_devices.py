@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
 from pdiff_ray.cli import doctor
 from pdiff_ray.common import devices
@@ -20,6 +21,16 @@ def test_free_memory_is_that_of_ones_share(monkeypatch, device, fraction, free):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7)
     monkeypatch.setattr(torch._C, "_cuda_getMemoryFraction", lambda device: fraction, raising=False)
     assert devices.free_bytes(torch.device(device)) == free
+
+
+def test_numpy_keeps_to_the_threads_of_torch():
+    try:
+        for threads in (2, 1):
+            devices.limit_threads(threads)
+            assert torch.get_num_threads() == threads
+            assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {threads}
+    finally:
+        devices.limit_threads(1)
 
 
 def test_convolutions_round_to_float32():

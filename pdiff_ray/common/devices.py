@@ -1,4 +1,4 @@
-"""Devices: exact float32, mixed precision, free memory, and the message when memory runs out."""
+"""Devices: threads, exact float32, mixed precision, free memory, and the message when memory runs out."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pdiff_ray.common.errors import PdiffError
+
+
+def limit_threads(threads: int) -> None:
+    """Limits this process to so many threads, in PyTorch and in NumPy.
+
+    Sums depend on it in their last digits, so that the same work takes the same number wherever it runs.
+    """
+    torch.set_num_threads(threads)
+    threadpool_limits(threads, user_api="blas")
 
 
 def exact_float32() -> None:

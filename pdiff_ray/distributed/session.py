@@ -21,7 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdiff_ray.common import signals
-from pdiff_ray.common.devices import exact_float32
+from pdiff_ray.common.devices import exact_float32, limit_threads
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Progress
 from pdiff_ray.config.schema import Resources
@@ -275,7 +275,7 @@ def take_place(threads: int, gpus: float, device: torch.device | None = None) ->
     Returns:
         The device of this process.
     """
-    torch.set_num_threads(threads)
+    limit_threads(threads)
     exact_float32()
     device = device or torch.device("cuda" if ray.get_gpu_ids() else "cpu")
     if device.type == "cuda" and 0 < gpus < 1:

@@ -189,28 +189,32 @@ def _ahead(contrasts: Mapping[str, _Contrast]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Group:
-    """Accuracy of each network (n,), share of networks that get an image right (T,), and the interaction's variance.
+    """Accuracy of each network (n,), how many networks get an image right (T,), and the interaction's variance.
 
     The model is y = mean + network + image + interaction, y being 1 for a right prediction and 0 for a wrong one.
     """
 
     networks: np.ndarray
-    images: np.ndarray
+    right: np.ndarray
     interaction: float  # 0 of one network: it cannot be told from the images' part
 
     @classmethod
     def of(cls, packed: Sequence[bytes], num_images: int) -> _Group:
-        networks, images = np.empty(len(packed)), np.zeros(num_images)
+        networks, counts = np.empty(len(packed)), np.zeros(num_images)
         step = max(1, CHUNK_VALUES // num_images)
         for start in range(0, len(packed), step):
             right = ~unpack_wrong(packed[start : start + step], num_images)
             networks[start : start + step] = right.mean(1)
-            images += right.sum(0)
-        images /= len(packed)
+            counts += right.sum(0)
         n, t, mean = len(packed), num_images, networks.mean()
-        squares = n * t * mean - t * np.square(networks).sum() - n * np.square(images).sum() + n * t * mean**2
+        squares = n * t * mean - t * np.square(networks).sum() - np.square(counts).sum() / n + n * t * mean**2
         interaction = squares / max(1, (n - 1) * (t - 1)) if n > 1 else 0.0
-        return cls(networks, images, max(0.0, float(interaction)))
+        return cls(networks, counts, max(0.0, float(interaction)))
+
+    @property
+    def images(self) -> np.ndarray:
+        """Share of the networks that get an image right (T,)."""
+        return self.right / len(self.networks)
 
     @property
     def variance(self) -> float:
@@ -227,14 +231,16 @@ def _drawn(groups: Mapping[str, _Group], num_images: int, seed: int) -> dict[str
     it three times). So a resample takes sums over n and over T numbers, instead of over all predictions.
     """
     names = list(groups)
-    shares = np.stack([groups[name].images for name in names], 1)
+    # Counts, as sums of whole numbers are exact: by however many threads, the result is the same.
+    right = np.stack([groups[name].right for name in names], 1)
+    predictions = np.array([num_images * len(groups[name].networks) for name in names])
     random, step = np.random.default_rng(derive_seed(seed, "images")), max(1, CHUNK_VALUES // num_images)
     by_image = []
     for start in range(0, RESAMPLES, step):
         count = min(step, RESAMPLES - start)
         picks = random.integers(0, num_images, (count, num_images)) + num_images * np.arange(count)[:, None]
         weights = np.bincount(picks.ravel(), minlength=count * num_images).reshape(count, num_images)
-        by_image.append(weights @ shares / num_images - shares.mean(0))
+        by_image.append((weights @ right - right.sum(0)) / predictions)
     drawn = dict(zip(names, np.concatenate(by_image).T, strict=True))
     for name, group in groups.items():
         # Seeded by the group's name: one more group changes nothing of the others.

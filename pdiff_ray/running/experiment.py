@@ -12,7 +12,7 @@ import torch
 from rich.markup import escape
 
 from pdiff_ray import distributed, tracking
-from pdiff_ray.common.devices import exact_float32
+from pdiff_ray.common.devices import exact_float32, limit_threads
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Display, Progress, console, display
 from pdiff_ray.config.schema import Experiment
@@ -154,7 +154,7 @@ def here(progress: Progress) -> Context:
 
 
 def _run_here(plan: Plan, progress: Display) -> None:
-    torch.set_num_threads(plan.experiment.resources.cpus_per_worker)
+    limit_threads(plan.experiment.resources.cpus_per_worker)
     context = here(progress)
     for stage in plan.missing_on("workers", "actor", "actors"):
         build_missing(stage, plan.experiment, plan.artifacts, context)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from pdiff_ray import distributed, tracking
+from pdiff_ray.common.devices import limit_threads
 from pdiff_ray.common.errors import PdiffError, StorageError
 from pdiff_ray.running.experiment import check_plan, here, make_plan
 from pdiff_ray.running.progress import SweepDisplay, sweep_display
@@ -134,7 +134,7 @@ def run_trials(ledger: Ledger, *, in_process: bool = False, on_result: OnChange 
 
 
 def _run_here(ledger: Ledger, shown: SweepDisplay, on_change: OnChange) -> None:
-    torch.set_num_threads(ledger.file.experiment.resources.cpus_per_trial)
+    limit_threads(ledger.file.experiment.resources.cpus_per_trial)
     started = time.monotonic()
     budget = ledger.sweep.time_budget
     while (budget is None or time.monotonic() - started < budget) and (trial := ledger.ask()):
