@@ -1,7 +1,8 @@
-"""One thread, as tests share the machine, a cache of their own, and a Ray on the loopback interface."""
+"""One thread, as tests share the machine, signals, a cache of their own, and a Ray on the loopback interface."""
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.files import Storage
 
 limit_threads(1)
+# Signals as a terminal leaves them, also for child processes: under nohup or with & they are ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 distributed.prepare(Resources())  # before any test imports Ray
 
 

@@ -15,14 +15,6 @@ from pdiff_ray.common import signals
 CODE = "from pdiff_ray.cli.main import main; main()"
 
 
-@pytest.fixture(autouse=True)
-def _heard():
-    """SIGHUP as a terminal leaves it, also for child processes: under nohup it is ignored, and stays so."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 def test_signals_interrupt_and_mean_what_they_did_before_afterwards():
     before = [signal.getsignal(number) for number in signals.ENDING]
     for number in signals.ENDING:
