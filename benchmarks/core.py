@@ -14,9 +14,10 @@ from torch import Tensor
 from benchmarks.harness import Result, compare
 from pdiff_ray.config.schema import Evaluation, Sampling
 from pdiff_ray.generators import samplers
+from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.generators.diffusion import Diffusion, DiffusionSettings
 from pdiff_ray.generators.interface import Fitting
-from pdiff_ray.generators.latent_diffusion import LatentDiffusion, LatentDiffusionSettings
+from pdiff_ray.generators.latent import LatentDiffusionSettings
 from pdiff_ray.generators.training import fit_model
 from pdiff_ray.networks.subset import Entry, Subset
 from pdiff_ray.storage.artifacts import Artifact
@@ -122,14 +123,14 @@ def few_step(samples: int = 100, train_steps: int = 600) -> Iterator[Result]:
 def training(members: int = 200, dimension: int = 2048, steps: int = 300) -> Iterator[Result]:
     """Steps of both models, which are graphs on a GPU, against single kernels; on a CPU both are the same."""
     settings = LatentDiffusionSettings(seed=0)
-    subset = Subset((Entry("weight", (dimension,), 0, "parameter"),))
     vectors = torch.randn(members, dimension, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
     rows = {"autoencoder": vectors, "diffusion": torch.randn(members, settings.autoencoder.latent_dim, device=DEVICE)}
 
     def fit(name: str, graphs: bool) -> Tensor:
         torch.manual_seed(0)
-        whole = LatentDiffusion(settings, subset)
-        model = whole.autoencoder if name == "autoencoder" else whole.diffusion
+        latent_dim = settings.autoencoder.latent_dim
+        models = Autoencoder(settings.autoencoder, dimension), Diffusion(settings.diffusion, latent_dim)
+        model = models[name == "diffusion"]
         fitting = Fitting(DEVICE, 0, graphs=graphs)
         own = model.settings.model_copy(update={"steps": steps})
         fit_model(name, model.to(DEVICE), rows[name], own, fitting)

@@ -156,7 +156,8 @@ def fit(
         generator: its name (field `generator.name`).
         seed: of its initialisation and training.
         subset: where tensors begin and end in a vector, for normalization by tensor; default: one tensor.
-        settings: further fields of the section `generator`, such as `diffusion={"steps": 1000}`.
+        settings: further fields of the section `generator`, such as `diffusion={"steps": 1000}`, or of the generator
+            `latent` `encoder={"name": "subspace"}` and `process={"name": "flow"}`.
 
     Raises:
         ConfigError: unknown name or setting.

@@ -10,7 +10,7 @@ from pdiff_ray.config import loading, section
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.generators.autoencoder import AutoencoderSettings
 from pdiff_ray.generators.baselines import GaussianSettings
-from pdiff_ray.generators.latent_diffusion import RECIPES
+from pdiff_ray.generators.latent import RECIPES
 
 SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("**/*.yaml"))
 
@@ -45,7 +45,10 @@ REFUSED = {
         "resources: {gpus_per_worker: some}",
         ["resources.gpus_per_worker: 'some'", "valid number", "'auto'"],
     ),
-    "none of the choices": ("sampling: {sampler: euler}", ["sampling.sampler", "'euler'", "known: ddpm, ddim"]),
+    "none of the choices": (
+        "sampling: {sampler: eulr}",
+        ["sampling.sampler", "'eulr'", "known: ddpm, ddim", "'euler'"],
+    ),
     "unknown data set": (
         "data: {name: cifar-10}",
         ["data.name", "'cifar-10'", "custom, digits", "mean 'cifar10'"],
@@ -57,7 +60,7 @@ REFUSED = {
     ),
     "unknown generator": (
         "generator: {name: gausian, autoencoder: {latent_dims: 4}}",
-        ["generator.name", "no generator 'gausian'", "latent_diffusion, gaussian", "did you mean"],
+        ["generator.name", "no generator 'gausian'", "latent_diffusion, latent, gaussian", "did you mean"],
     ),
     "a generator that is no text": (
         "generator: {name: [gaussian]}",

@@ -13,10 +13,11 @@ from pdiff_ray.config.schema import Sampling
 from pdiff_ray.generators import graphs, samplers
 from pdiff_ray.generators.autoencoder import BatchNorm
 from pdiff_ray.generators.diffusion import DENOISERS, Diffusion, DiffusionSettings
+from pdiff_ray.generators.flow import Flow
 from pdiff_ray.generators.graphs import graphed
 from pdiff_ray.generators.interface import Fitting
-from pdiff_ray.generators.latent_diffusion import LatentDiffusionSettings
-from pdiff_ray.generators.samplers import SAMPLERS, GraphStep, spaced_timesteps
+from pdiff_ray.generators.latent import LatentDiffusionSettings
+from pdiff_ray.generators.samplers import DIFFUSION_SAMPLERS, SAMPLERS, GraphStep, spaced_timesteps
 from pdiff_ray.generators.table import make_generator
 from pdiff_ray.networks.subset import Entry, Subset
 
@@ -53,7 +54,7 @@ def no_noise():
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_forward_process_is_that_of_diffusers(prediction):
     settings = DiffusionSettings(prediction=prediction, width=8, depth=1)
-    diffusion, scheduler = Diffusion(settings, 4), make_scheduler(settings, Sampling())
+    diffusion, scheduler = Diffusion(settings, 4), make_scheduler(settings, Sampling(sampler="ddpm"))
     x_start, eps, t = draw(9, 4), draw(9, 4, seed=1), torch.tensor([0, 1, 2, 10, 100, 500, 900, 998, 999])
     torch.testing.assert_close(diffusion.q_sample(x_start, t, eps), scheduler.add_noise(x_start, eps, t))
     target = eps if prediction == "epsilon" else scheduler.get_velocity(x_start, eps, t)
@@ -272,9 +273,10 @@ def test_samples_of_a_batch_are_those_drawn_one_at_a_time():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [None, 1, 7])
 def test_sampling_is_determined_by_the_seed(sampler, steps):
-    diffusion = Diffusion(small().diffusion, 4)
+    settings = small().diffusion
+    model = Diffusion(settings, 4) if sampler in DIFFUSION_SAMPLERS else Flow(settings, 4)
     first, again, other = (
-        samplers.sample(diffusion, 5, Sampling(sampler=sampler, steps=steps, seed=seed), CPU) for seed in (0, 0, 1)
+        samplers.sample(model, 5, Sampling(sampler=sampler, steps=steps, seed=seed), CPU) for seed in (0, 0, 1)
     )
     assert first.shape == (5, 4)
     assert first.isfinite().all()

@@ -19,7 +19,7 @@ from pdiff_ray.estimates import estimate
 from pdiff_ray.estimates.estimate import Estimator
 from pdiff_ray.estimates.flops import count
 from pdiff_ray.generators.baselines import GaussianSettings
-from pdiff_ray.generators.latent_diffusion import LatentDiffusionSettings
+from pdiff_ray.generators.latent import LatentDiffusionSettings
 from pdiff_ray.networks.build import build_network
 from pdiff_ray.networks.partition import partition_network
 from pdiff_ray.networks.subset import resolve

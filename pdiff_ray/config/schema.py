@@ -246,9 +246,22 @@ class Generator(Choice):
         """Raises ConfigError if the generator is one that cannot be fitted."""
 
     @property
-    def num_latents(self) -> int | None:
-        """The number of values that a vector is encoded into, by a generator that decodes latents."""
-        return None
+    def sampler(self) -> str | None:
+        """The sampler where `sampling.sampler` says none."""
+        return "ddpm"
+
+    @property
+    def lossy(self) -> bool:
+        """Whether it decodes latents, and vectors do not come back as they were encoded."""
+        return False
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it is fitted to all vectors at once."""
+        return True
+
+    def __str__(self) -> str:
+        return self.name
 
     def cost(self, values: int, members: int, sampling: Sampling) -> tuple[float, float, float]:
         """Estimates what learning vectors (K, D) and drawing new ones takes.
@@ -263,17 +276,79 @@ class Generator(Choice):
         return 0.0, 0.0, 0.0
 
 
-CHOICES["generator"] = Generator
+EncoderName = Annotated[str, Known("pdiff_ray.generators.encoders:ENCODERS")]
+ProcessName = Annotated[str, Known("pdiff_ray.generators.processes:PROCESSES")]
+
+
+class Encoder(Choice):
+    """How a vector becomes a latent, and comes back: what all encoders have.
+
+    Attributes:
+        section: where its fields stand, for messages.
+        in_memory: whether it is fitted to all vectors at once.
+    """
+
+    section: ClassVar[str] = "generator.encoder"
+    in_memory: ClassVar[bool] = True
+
+    name: EncoderName = Field("subspace", description="what makes latents of vectors; each has fields of its own")
+
+    @property
+    def lossy(self) -> bool:
+        """Whether members do not come back as they were encoded."""
+        return True
+
+    def most_latents(self, values: int, members: int) -> int:
+        """Returns how many values a latent of vectors (K, D) has at most."""
+        return values
+
+    def check_dimension(self, dimension: int) -> None:
+        """Raises ConfigError if vectors with this number of values cannot be encoded."""
+
+    def cost(self, values: int, members: int, samples: int) -> tuple[float, float, float]:
+        """Estimates FLOPs of fitting vectors (K, D) and of decoding samples, and bytes that fitting holds."""
+        return 0.0, 0.0, 0.0
+
+
+class Process(Choice):
+    """How latents are drawn: what all processes have.
+
+    Attributes:
+        section: where its fields stand, for messages.
+        samplers: names of those it can draw with; the first is its own choice.
+    """
+
+    section: ClassVar[str] = "generator.process"
+    samplers: ClassVar[tuple[str, ...]] = ()
+
+    name: ProcessName = Field("flow", description="what learns the latents and draws new ones; likewise")
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raises ValueError if it cannot draw latents in this way."""
+        sampler = sampling.sampler
+        if sampler is not None and sampler not in self.samplers and not (self.samplers and ":" in sampler):
+            wanted = f"take one of {', '.join(self.samplers)}, or leave it out" if self.samplers else "leave it out"
+            raise ValueError(f"sampling.sampler is {sampler!r}, which is none of process {self.name}; {wanted}")
+
+    def check_latents(self, num_latents: int) -> None:
+        """Raises ConfigError if latents with this number of values cannot be learned."""
+
+    def cost(self, num_latents: int, members: int, sampling: Sampling) -> tuple[float, float]:
+        """Estimates FLOPs of learning latents (K, Z) and of drawing all samples."""
+        return 0.0, 0.0
+
+
+CHOICES.update(generator=Generator, encoder=Encoder, process=Process)
 
 
 class Sampling(Section):
     """Drawing new vectors from the generator (stage `samples`)."""
 
     samples: int = Field(100, ge=1, le=MAX_NETWORKS, description="number of new networks")
-    sampler: Annotated[str, Known("pdiff_ray.generators.samplers:SAMPLERS")] = Field(
-        "ddpm", description="how a diffusion model's noise becomes latents"
+    sampler: Annotated[str, Known("pdiff_ray.generators.samplers:SAMPLERS")] | None = Field(
+        None, description="how noise becomes latents; default: ddpm of a diffusion, midpoint of a flow"
     )
-    steps: int | None = Field(None, ge=1, description="denoising steps; default: all timesteps")
+    steps: int | None = Field(None, ge=1, description="of the sampler; default: all timesteps, or 50 of a flow")
     seed: int | None = Field(None, description="default: the experiment's seed")
 
 
@@ -385,6 +460,9 @@ class Experiment(Section):
                 f"training.batch_size is {batch_size}, which {workers} workers (resources.workers) cannot share "
                 "equally, two images each at least; change one of them"
             )
+        if self.sampling.sampler is None:  # so that its key is complete
+            chosen = self.sampling.model_copy(update={"sampler": self.generator.sampler})
+            object.__setattr__(self, "sampling", chosen)
         self.generator.check_sampling(self.sampling)
         return self
 

@@ -23,11 +23,12 @@ from pdiff_ray.data import sources
 from pdiff_ray.data.dataset import steps_per_epoch
 from pdiff_ray.estimates.flops import Counts, count
 from pdiff_ray.evaluation import recalibration
-from pdiff_ray.generators.latent_diffusion import GATE_MEMBERS
+from pdiff_ray.generators.encoders import GATE_MEMBERS
 from pdiff_ray.stages.evaluation import made_networks
 from pdiff_ray.stages.zoo import runs_of
 from pdiff_ray.storage.artifacts import Artifact, Manifest, finished, read_manifest
 from pdiff_ray.storage.files import Storage
+from pdiff_ray.storage.matrix import CHUNK_BYTES, ROWS_BYTES
 from pdiff_ray.training.subset import full_steps
 
 EFFICIENCY = 0.25  # of the rate of matrix products: 0.1 in small networks and autoencoders, 0.7 in large networks
@@ -158,12 +159,15 @@ class Estimator:
         trained = 4 * weights + training.batch_size / r.workers * counts.bytes
         tuned = trained if zoo.regime == "independent" else 4 * vector + zoo.batch_size * counts.bytes
         judging = images.bytes + weights + evaluation.networks_per_task * vector
-        vectors, actor = 4 * members * vector, r.cpus_per_actor  # vectors as they are, normalized, and decoded
+        # Vectors as they are, normalized, and decoded; else the columns and samples that are read or drawn at a time.
+        vectors, drawn, actor = 4 * members * vector, 2 * (members + e.sampling.samples) * vector, r.cpus_per_actor
+        if not e.generator.in_memory:
+            vectors, drawn = min(vectors, 8 * CHUNK_BYTES), min(drawn, 2 * ROWS_BYTES)
         return {
             "base": (base_s, images.bytes + trained, r.workers, r.cpus_per_worker),
             "zoo": (zoo_s, judging + tuned, min(r.workers, len(runs_of(zoo))), r.cpus_per_worker),
             "generator": (seconds(fit + gates), judging + vectors + fitting, 1, actor),
-            "samples": (seconds(sample), 2 * (members + e.sampling.samples) * vector + fitting, 1, actor),
+            "samples": (seconds(sample), drawn + fitting, 1, actor),
             "evaluation": (evaluation_s, judging + tuned + members * vector, r.actors, actor),
             "report": (REPORT_S, 0.0, 1, actor),
         }

@@ -44,6 +44,7 @@ class Material:
         sample: gives the vector (D,) of the generated network with a number.
         draw: gives the vector (D,) that a simple generator with these settings draws, fitted to `members`, with a seed.
         encode, decode: gives the latents (latent,) of a vector (D,), and the other way round, by the generator.
+        num_latents: gives the number of values that a latent has.
         train: gives the vector (D,) that a vector becomes in some training steps of the zoo's kind, with a seed.
     """
 
@@ -55,6 +56,7 @@ class Material:
     draw: Callable[[Mapping[str, Any], int], np.ndarray]
     encode: Callable[[np.ndarray], np.ndarray]
     decode: Callable[[np.ndarray], np.ndarray]
+    num_latents: Callable[[], int]
     train: Callable[[np.ndarray, int, int], np.ndarray]
 
 
@@ -168,7 +170,7 @@ class Decoded(Group):
     name, colour, marker = "decoded", "#E69F00", "p"
 
     def recipes(self, experiment: Experiment) -> Iterable[Recipe]:
-        if experiment.generator.num_latents is None:
+        if not experiment.generator.lossy:
             return []
         return [Recipe(parent) for parent in spread_over(experiment.split.learned, baseline_networks(experiment))]
 
@@ -183,10 +185,10 @@ class Undiffused(Group):
     name, colour, marker = "autoencoder", "#E69F00", "h"
 
     def recipes(self, experiment: Experiment) -> Iterable[Recipe]:
-        return [Recipe()] * (baseline_networks(experiment) if experiment.generator.num_latents else 0)
+        return [Recipe()] * (baseline_networks(experiment) if experiment.generator.lossy else 0)
 
     def vector(self, record: Record, material: Material) -> np.ndarray:
-        latents = np.random.default_rng(record.seed).standard_normal(material.experiment.generator.num_latents or 0)
+        latents = np.random.default_rng(record.seed).standard_normal(material.num_latents())
         return material.decode(latents.astype(np.float32))
 
     def title(self, record: Record) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -25,6 +25,7 @@ class AutoencoderSettings(Section):
     """The section `generator.autoencoder`."""
 
     added = frozenset({"batchnorm", "target", "kl_weight"})
+    section: ClassVar[str] = "generator.autoencoder"
 
     channels: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = Field(
         (8, 16, 32, 32), min_length=1, max_length=64, description="of the encoder's layers"
@@ -85,8 +86,8 @@ class Autoencoder(nn.Module):
         innermost = channels[-1] * self.length
         if (weights := 2 * innermost * settings.latent_dim) > MAX_PARAMETERS:
             raise ConfigError(
-                f"generator.autoencoder: {dimension:,} values at stride {stride} need linear layers of {weights:,} "
-                "weights; raise generator.autoencoder.stride"
+                f"{settings.section}: {dimension:,} values at stride {stride} need linear layers of {weights:,} "
+                f"weights; raise {settings.section}.stride"
             )
         widths, window = list(pairwise((1, *channels))), (kernel, stride, kernel // 2)
         encoder: list[nn.Module] = []

@@ -1,13 +1,14 @@
 """The simple generators that every other must beat: members, averages, noise and Gaussians.
 
-All of them know the zoo's mean and its centred members, so a sample in the members' span is a row of weights.
+All of them draw from the members themselves, so that a sample in the members' span is a row of weights.
 Shapes: K vectors of D values, n samples.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import Any
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -16,7 +17,9 @@ from torch import Tensor
 from pdiff_ray.common.seeds import rng
 from pdiff_ray.config import schema
 from pdiff_ray.generators.interface import Fitting, Generator, State
+from pdiff_ray.generators.subspace import Subspace, centred
 from pdiff_ray.networks.subset import Subset
+from pdiff_ray.storage.matrix import HeldVectors, Vectors, rows_at_a_time
 
 NUM_VIEW_DIMENSIONS = 32
 
@@ -25,7 +28,7 @@ class BaselineSettings(schema.Generator):
     """The section `generator` where a baseline is chosen."""
 
     def cost(self, values: int, members: int, sampling: schema.Sampling) -> tuple[float, float, float]:
-        return 2.0 * members * values, 2.0 * sampling.samples * members * values, 4.0 * members * values
+        return 0.0, 2.0 * sampling.samples * members * values, 0.0
 
 
 class GaussianSettings(BaselineSettings):
@@ -56,53 +59,82 @@ class NoiseSettings(BaselineSettings):
 
 
 class Baseline(Generator):
-    """A generator that keeps the members: their mean, and `factor` (K, D), the centred members over sqrt(K - 1)."""
+    """A generator that has learned nothing but which vectors the members are.
+
+    Attributes:
+        weighs_members: whether `weights` are of members, and each row's sum is one; else of the centred members over
+            sqrt(K - 1).
+    """
+
+    weighs_members: ClassVar[bool] = False
 
     def __init__(self, settings: Any, subset: Subset) -> None:
         self.settings, self.subset = settings, subset
-        self.mean = torch.zeros(subset.size)
-        self.factor = torch.zeros(1, subset.size)
+        self.members: Vectors = HeldVectors(torch.zeros(1, subset.size))
 
-    def fit(self, vectors: Tensor, fitting: Fitting) -> None:
-        self.mean = vectors.mean(0)
-        self.factor = (vectors - self.mean) / self._scale(len(vectors))
+    def fit(self, vectors: Vectors | Tensor, fitting: Fitting) -> None:
+        self.load_state({}, vectors)
+
+    def state(self) -> State:
+        return {}
+
+    def load_state(self, state: State, members: Vectors | Tensor) -> None:
+        self.members = Vectors.of(members)
+        for name in ("_held", "subspace"):
+            self.__dict__.pop(name, None)
 
     def sample(self, count: int, sampling: schema.Sampling, device: torch.device) -> Tensor:
-        self.mean, self.factor = self.mean.to(device), self.factor.to(device)
-        return self.draw(count, rng(device, sampling.seed or 0, "samples"))
+        return torch.cat(list(self.draw(count, sampling, device)))
 
-    @abstractmethod
-    def draw(self, count: int, random: torch.Generator) -> Tensor:
-        """Draws vectors (n, D) on the device of `mean`."""
+    def draw(self, count: int, sampling: schema.Sampling, device: torch.device) -> Iterator[Tensor]:
+        random = rng(device, sampling.seed or 0, "samples")
+        for weights in self.weights(count, random).split(rows_at_a_time(self.subset.size)):
+            vectors = torch.empty(len(weights), self.subset.size, device=device)
+            for columns, mean, factor in self.factors():
+                moved = weights @ factor.to(device)
+                vectors[:, columns] = mean.to(device) + (moved * self._scale if self.weighs_members else moved)
+            yield self.finish(vectors, random)
 
-    def combined(self, weights: Tensor) -> Tensor:
-        """Returns combinations (n, D) of the members by weights (n, K), of which each row's sum is one."""
-        return self.mean + weights @ self.factor * self._scale(len(self.factor))
+    def weights(self, count: int, random: torch.Generator) -> Tensor:
+        """Draws the weights (n, K) of samples; default: none has any, and all samples are the mean."""
+        return torch.zeros(count, len(self.members), device=random.device)
 
-    def normal(self, count: int, values: int, random: torch.Generator) -> Tensor:
-        """Draws (n, values) from N(0, 1)."""
-        return torch.randn(count, values, generator=random, device=self.mean.device)
+    def finish(self, vectors: Tensor, random: torch.Generator) -> Tensor:
+        """Returns samples (n, D), given what the weights make of them."""
+        return vectors
+
+    def factors(self) -> Iterable[tuple[slice, Tensor, Tensor]]:
+        """Gives, for some columns at a time, the members' mean (c,), and the centred ones over sqrt(K - 1) (K, c)."""
+        if self.members.in_memory:
+            return self._held
+        return ((columns, mean, values / self._scale) for columns, mean, values in centred(self.members))
+
+    @functools.cached_property
+    def _held(self) -> list[tuple[slice, Tensor, Tensor]]:
+        return [(columns, mean, values / self._scale) for columns, mean, values in centred(self.members)]
+
+    @functools.cached_property
+    def subspace(self) -> Subspace:
+        """The members' principal components."""
+        return Subspace.fit(self.members)[0]
 
     def some(self, count: int, of: int, random: torch.Generator) -> Tensor:
         """Draws the places (n, of) of different members, as far as there are so many."""
-        order = torch.rand(count, len(self.factor), generator=random, device=self.mean.device).argsort(1)
+        order = torch.rand(count, len(self.members), generator=random, device=random.device).argsort(1)
         return order[:, :of]
 
-    @staticmethod
-    def _scale(members: int) -> float:
-        return float(max(1, members - 1) ** 0.5)
+    @property
+    def _scale(self) -> float:
+        return float(max(1, len(self.members) - 1) ** 0.5)
 
-    def encode(self, vectors: Tensor) -> Tensor:
+    def encode(self, vectors: Vectors | Tensor) -> Tensor:
         """Projections on the leading principal components."""
-        factor = self.factor.to(vectors.device)
-        components = torch.linalg.svd(factor, full_matrices=False).Vh[:NUM_VIEW_DIMENSIONS]
-        return (vectors - self.mean.to(vectors.device)) @ components.T
+        return self.subspace.coordinates(Vectors.of(vectors))[:, :NUM_VIEW_DIMENSIONS].float()
 
-    def state(self) -> State:
-        return {"mean": self.mean, "factor": self.factor}
 
-    def load_state(self, state: State) -> None:
-        self.mean, self.factor = state["mean"], state["factor"]
+def normal(count: int, values: int, random: torch.Generator) -> Tensor:
+    """Draws (n, values) from N(0, 1)."""
+    return torch.randn(count, values, generator=random, device=random.device)
 
 
 class Gaussian(Baseline):
@@ -110,8 +142,8 @@ class Gaussian(Baseline):
 
     Settings = GaussianSettings
 
-    def draw(self, count: int, random: torch.Generator) -> Tensor:
-        return self.mean + self.normal(count, len(self.factor), random) @ self.factor
+    def weights(self, count: int, random: torch.Generator) -> Tensor:
+        return normal(count, len(self.members), random)
 
 
 class DiagonalGaussian(Baseline):
@@ -119,8 +151,12 @@ class DiagonalGaussian(Baseline):
 
     Settings = DiagonalSettings
 
-    def draw(self, count: int, random: torch.Generator) -> Tensor:
-        return self.mean + self.factor.square().sum(0).sqrt() * self.normal(count, len(self.mean), random)
+    def finish(self, vectors: Tensor, random: torch.Generator) -> Tensor:
+        drawn = normal(len(vectors), self.subset.size, random)
+        for columns, mean, factor in self.factors():
+            stds = factor.square().sum(0).sqrt().to(drawn.device)
+            drawn[:, columns] = mean.to(drawn.device) + stds * drawn[:, columns]
+        return drawn
 
 
 class PrincipalGaussian(Baseline):
@@ -132,50 +168,48 @@ class PrincipalGaussian(Baseline):
 
     Settings = PrincipalSettings
 
-    def draw(self, count: int, random: torch.Generator) -> Tensor:
-        # From the K x K matrix of inner products: the D-dimensional components need not be known.
-        factor = self.factor.double()
-        variances, directions = torch.linalg.eigh(factor @ factor.T)
-        variances = variances.flip(0).clamp(min=0)
-        shares = variances / variances.sum().clamp(min=torch.finfo(torch.double).tiny)
+    def weights(self, count: int, random: torch.Generator) -> Tensor:
+        shares = self.subspace.variances / self.subspace.variances.sum().clamp(min=torch.finfo(torch.double).tiny)
         rank = self.settings.rank or max(1, round(float(torch.special.entr(shares).sum().exp())))
-        kept = directions.flip(1)[:, :rank].float()  # (K, rank)
-        return self.mean + self.normal(count, kept.shape[1], random) @ kept.T @ self.factor
+        kept = self.subspace.directions[:, :rank].float().to(random.device)  # (K, rank)
+        return normal(count, kept.shape[1], random) @ kept.T
 
 
 class Average(Baseline):
     """The averages of k random members, as model soups are."""
 
     Settings = AverageSettings
+    weighs_members = True
 
-    def draw(self, count: int, random: torch.Generator) -> Tensor:
+    def weights(self, count: int, random: torch.Generator) -> Tensor:
         chosen = self.some(count, self.settings.count, random)
-        weights = torch.zeros(count, len(self.factor), device=self.mean.device)
-        return self.combined(weights.scatter(1, chosen, 1 / chosen.shape[1]))
+        return super().weights(count, random).scatter(1, chosen, 1 / chosen.shape[1])
 
 
 class Interpolation(Baseline):
     """Random points between two random members."""
 
     Settings = InterpolationSettings
+    weighs_members = True
 
-    def draw(self, count: int, random: torch.Generator) -> Tensor:
+    def weights(self, count: int, random: torch.Generator) -> Tensor:
         chosen = self.some(count, 2, random)
-        share = torch.rand(count, 1, generator=random, device=self.mean.device)
+        share = torch.rand(count, 1, generator=random, device=random.device)
         shares = torch.cat([share, 1 - share], 1)[:, -chosen.shape[1] :]
-        weights = torch.zeros(count, len(self.factor), device=self.mean.device)
-        return self.combined(weights.scatter(1, chosen, shares / shares.sum(1, keepdim=True)))
+        return super().weights(count, random).scatter(1, chosen, shares / shares.sum(1, keepdim=True))
 
 
 class Noise(Baseline):
     """Random members with Gaussian noise, scaled by the standard deviation of each tensor's values."""
 
     Settings = NoiseSettings
+    weighs_members = True
 
-    def draw(self, count: int, random: torch.Generator) -> Tensor:
-        weights = torch.zeros(count, len(self.factor), device=self.mean.device)
-        vectors = self.combined(weights.scatter(1, self.some(count, 1, random), 1.0))
-        noise = self.normal(count, len(self.mean), random)
+    def weights(self, count: int, random: torch.Generator) -> Tensor:
+        return super().weights(count, random).scatter(1, self.some(count, 1, random), 1.0)
+
+    def finish(self, vectors: Tensor, random: torch.Generator) -> Tensor:
+        noise = normal(len(vectors), self.subset.size, random)
         for entry in self.subset.entries:
             piece = slice(entry.offset, entry.offset + entry.size)
             noise[:, piece] *= self.settings.sigma * vectors[:, piece].std(1, correction=0, keepdim=True)

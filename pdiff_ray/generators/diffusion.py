@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,24 +24,30 @@ from pdiff_ray.generators.autoencoder import MAX_PARAMETERS, BatchNorm
 ONEDNN, ONEDNN_BATCH = torch.backends.mkldnn.is_available(), 16  # for fewer rows MKL takes less time
 
 
-class DiffusionSettings(Section):
-    """The section `generator.diffusion`."""
+class DenoiserSettings(Section):
+    """A denoiser and its training."""
+
+    section: ClassVar[str] = "generator.diffusion"
 
     denoiser: Annotated[str, Known("pdiff_ray.generators.diffusion:DENOISERS")] = Field(
         "mlp", description="residual MLP, residual 1D CNN, or 1D CNN that widens and narrows, with skips"
     )
     width: int = Field(256, ge=8, le=65_536, description="hidden width (mlp), or channels (cnn; unet: at first)")
     depth: int = Field(3, ge=1, le=1000, description="residual blocks; unet: widths, each twice the one before")
-    prediction: Literal["v", "epsilon"] = Field("v", description="what the denoiser is trained to predict")
-    num_timesteps: int = Field(1000, ge=2, le=100_000, description="of the forward process")
-    beta_start: float = Field(1e-4, gt=0, lt=1, description="first of the linear betas")
-    beta_end: float = Field(2e-2, gt=0, lt=1, description="last of the linear betas")
-    standardize_latents: bool = Field(True, description="zero mean and unit variance per latent dimension")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="0 switches the average of the weights off")
     steps: int = Field(600, ge=1, description="training steps")
     batch_size: int = Field(50, ge=1, description="latents per step; all of them if there are fewer")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW, with a cosine schedule")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+
+
+class DiffusionSettings(DenoiserSettings):
+    """What a diffusion model is made of."""
+
+    prediction: Literal["v", "epsilon"] = Field("v", description="what the denoiser is trained to predict")
+    num_timesteps: int = Field(1000, ge=2, le=100_000, description="of the forward process")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="first of the linear betas")
+    beta_end: float = Field(2e-2, gt=0, lt=1, description="last of the linear betas")
 
 
 class TimestepEmbedding(nn.Module):
@@ -136,8 +142,8 @@ class UNetDenoiser(nn.Module):
         channels = [1, *(width * 2**i for i in range(depth))]
         if 14 * sum(a * b for a, b in pairwise(channels)) > MAX_PARAMETERS:
             raise ConfigError(
-                f"generator.diffusion: a unet of width {width} and depth {depth} has more than {MAX_PARAMETERS:,} "
-                "weights; lower generator.diffusion.depth"
+                f"a unet of width {width} and depth {depth} has more than {MAX_PARAMETERS:,} weights; lower "
+                "generator.diffusion.depth, or generator.process.depth"
             )
         self.embedding = TimestepEmbedding(latent_dim, num_frequencies=128)
         self.down = nn.ModuleList(self._layer(outer, inner) for outer, inner in pairwise(channels))

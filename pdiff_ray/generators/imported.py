@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -11,6 +13,7 @@ from pdiff_ray.config import schema
 from pdiff_ray.generators.baselines import Baseline
 from pdiff_ray.generators.interface import Fitting, State
 from pdiff_ray.networks.subset import Subset
+from pdiff_ray.storage.matrix import Vectors
 
 
 class ImportedSettings(schema.Generator):
@@ -29,7 +32,7 @@ class ImportedSettings(schema.Generator):
 
 
 class Imported(Baseline):
-    """Vectors (n, D) in their order. It keeps members beside them for the view on both."""
+    """Vectors (n, D) in their order, and the members beside them for the view on both."""
 
     Settings = ImportedSettings
 
@@ -37,26 +40,21 @@ class Imported(Baseline):
         super().__init__(settings, subset)
         self.vectors = torch.zeros(0, subset.size)
 
-    def fit(self, vectors: Tensor, fitting: Fitting) -> None:
+    def fit(self, vectors: Vectors | Tensor, fitting: Fitting) -> None:
         self.settings.check_fitting()
 
-    def take(self, vectors: Tensor, members: Tensor) -> None:
-        """Takes the samples (n, D), and the members (K, D) that they are seen beside."""
-        super().fit(members, Fitting(members.device, 0))
-        self.vectors = vectors
-
-    def draw(self, count: int, random: torch.Generator) -> Tensor:
-        """Returns the first vectors (count, D)."""
+    def draw(self, count: int, sampling: schema.Sampling, device: torch.device) -> Iterator[Tensor]:
+        """Yields the first vectors (count, D)."""
         if count > len(self.vectors):
             raise ConfigError(
                 f"sampling.samples is {count}, but {self.settings.label!r} (generator.label) has {len(self.vectors)}; "
                 "lower the first"
             )
-        return self.vectors[:count].to(self.mean.device)
+        yield self.vectors[:count].to(device)
 
     def state(self) -> State:
-        return {**super().state(), "vectors": self.vectors}
+        return {"vectors": self.vectors}
 
-    def load_state(self, state: State) -> None:
-        super().load_state(state)
+    def load_state(self, state: State, members: Vectors | Tensor) -> None:
+        super().load_state(state, members)
         self.vectors = state["vectors"]

@@ -1,12 +1,12 @@
 """What all generators share: they learn the distribution of a zoo's vectors and draw new ones.
 
-Shapes: K vectors of the zoo, D values each.
+Shapes: K vectors of the zoo, D values each; Z values of a latent.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from pdiff_ray.config import schema
 from pdiff_ray.networks.subset import Subset
+from pdiff_ray.storage.matrix import Vectors
 
 State = dict[str, Any]
 
-NUM_RUNGS = 7  # at which an unfinished generator may be judged
+NUM_RUNGS = 7  # at which an unfinished generator may be judged: while its encoder is trained, and its process
+ENCODER_RUNGS, PROCESS_RUNGS = range(1, 4), range(4, NUM_RUNGS + 1)
 
 
 @dataclass(frozen=True)
@@ -65,25 +67,98 @@ class Generator(ABC):
         """Makes a generator of vectors of a subset, from its `Settings`."""
 
     @abstractmethod
-    def fit(self, vectors: Tensor, fitting: Fitting) -> None:
-        """Learns from vectors (K, D), float32."""
+    def fit(self, vectors: Vectors | Tensor, fitting: Fitting) -> None:
+        """Learns from vectors (K, D), float32, which need not be in memory; `Vectors.of` takes both kinds."""
 
     @abstractmethod
     def sample(self, count: int, sampling: schema.Sampling, device: torch.device) -> Tensor:
         """Draws vectors (count, D), float32, determined by `sampling.seed`."""
 
+    def draw(self, count: int, sampling: schema.Sampling, device: torch.device) -> Iterator[Tensor]:
+        """Yields what `sample` returns, some rows at a time, if the generator need not hold all of them."""
+        yield self.sample(count, sampling, device)
+
     @abstractmethod
     def state(self) -> State:
-        """Returns all that `sample` and `encode` need as nested dicts of tensors, for `trees.save_tree`."""
+        """Returns what `sample` and `encode` need beside the members, as nested dicts of tensors, for
+        `trees.save_tree`."""
 
     @abstractmethod
-    def load_state(self, state: State) -> None:
-        """Takes up a fitted generator's `state`."""
+    def load_state(self, state: State, members: Vectors | Tensor) -> None:
+        """Takes up the `state` of a generator that was fitted to these members (K, D)."""
 
     @abstractmethod
-    def encode(self, vectors: Tensor) -> Tensor:
+    def encode(self, vectors: Vectors | Tensor) -> Tensor:
         """Returns a low-dimensional view of vectors (n, D): (n, latent)."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Returns the vectors (n, D) of latents (n, `num_latents`), of which standard normal ones are usual."""
         raise NotImplementedError
+
+
+class Encoder(ABC):
+    """A way from vectors to latents and back; see `ENCODERS`.
+
+    Attributes:
+        Settings: the class of the section `generator.encoder` where it is chosen.
+        num_latents: Z; of an encoder that finds it from the vectors, 0 until then.
+    """
+
+    Settings: ClassVar[type[schema.Encoder]] = schema.Encoder
+
+    num_latents: int = 0
+
+    @abstractmethod
+    def __init__(self, settings: Any, subset: Subset) -> None:
+        """Makes an encoder of vectors of a subset, from its `Settings`."""
+
+    @abstractmethod
+    def fit(self, vectors: Vectors, fitting: Fitting) -> Tensor:
+        """Learns from vectors (K, D) and returns their latents (K, Z). Where vectors do not come back whole,
+        `fitting.notes` gets an `unexplained_variance`. `fitting.preview` may be shown decoded vectors."""
+
+    @abstractmethod
+    def encode(self, vectors: Vectors) -> Tensor:
+        """Returns the latents (n, Z) of vectors (n, D), on their device."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns the vectors (n, D) of latents (n, Z), on their device."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Returns what `encode` and `decode` need beside the members, as nested dicts of tensors."""
+
+    @abstractmethod
+    def load_state(self, state: State, members: Vectors) -> None:
+        """Takes up the `state` of an encoder that was fitted to these members (K, D)."""
+
+
+class Process(ABC):
+    """A distribution of latents; see `PROCESSES`.
+
+    Attributes:
+        Settings: the class of the section `generator.process` where it is chosen.
+    """
+
+    Settings: ClassVar[type[schema.Process]] = schema.Process
+
+    @abstractmethod
+    def __init__(self, settings: Any, num_latents: int) -> None:
+        """Makes a process of latents of so many values, from its `Settings`."""
+
+    @abstractmethod
+    def fit(self, latents: Tensor, fitting: Fitting) -> None:
+        """Learns from latents (K, Z). `fitting.preview` may be shown latents (n, Z) that it gives so far."""
+
+    @abstractmethod
+    def sample(self, count: int, sampling: schema.Sampling, device: torch.device) -> Tensor:
+        """Draws latents (count, Z), determined by `sampling.seed`, by `sampling.sampler` and in `sampling.steps`."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Returns what `sample` needs, as nested dicts of tensors."""
+
+    @abstractmethod
+    def load_state(self, state: State) -> None:
+        """Takes up the `state` of a fitted process."""

@@ -1,13 +1,14 @@
-"""Samplers: how noise becomes latents with the denoiser of a diffusion model.
+"""Samplers: how noise becomes latents with the denoiser of a diffusion model, or with the velocity of a flow.
 
-A sampler is a function of the model, of the timesteps to stop at, of noise, and of what draws more of it.
+A sampler is a function of the model, of the timesteps or times to stop at, of noise, and of what draws more of it.
 Shapes: B latents of Z dimensions, num_steps timesteps.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +18,15 @@ from pdiff_ray.common.registry import Registry
 from pdiff_ray.common.seeds import rng
 from pdiff_ray.config.schema import Sampling
 from pdiff_ray.generators.diffusion import Diffusion
+from pdiff_ray.generators.flow import Flow
 from pdiff_ray.generators.graphs import capture
 
 Draw = Callable[[], Tensor]
+FLOW_STEPS = 50
 
 
 @torch.inference_mode()
-def sample(model: Diffusion, count: int, sampling: Sampling, device: torch.device) -> Tensor:
+def sample(model: Diffusion | Flow, count: int, sampling: Sampling, device: torch.device) -> Tensor:
     """Draws latents (count, Z) from noise, all in one batch, determined by `sampling.seed`."""
     random = rng(device, sampling.seed or 0, "samples")
     x = torch.randn(count, model.latent_dim, generator=random, device=device)
@@ -31,10 +34,13 @@ def sample(model: Diffusion, count: int, sampling: Sampling, device: torch.devic
 
 
 @torch.inference_mode()
-def denoise(model: Diffusion, x: Tensor, sampling: Sampling, draw: Draw) -> Tensor:
+def denoise(model: Diffusion | Flow, x: Tensor, sampling: Sampling, draw: Draw) -> Tensor:
     """Turns noise x (B, Z) into latents (B, Z); `draw` gives more noise (B, Z), for samplers that add some."""
+    if isinstance(model, Flow):
+        times = torch.linspace(0, 1, (sampling.steps or FLOW_STEPS) + 1)
+        return SAMPLERS[sampling.sampler or FLOW_SAMPLERS[0]](model, times, x, draw)
     timesteps = spaced_timesteps(model.num_timesteps, sampling.steps or model.num_timesteps)
-    return SAMPLERS[sampling.sampler](model, timesteps, x, draw)
+    return SAMPLERS[sampling.sampler or DIFFUSION_SAMPLERS[0]](model, timesteps, x, draw)
 
 
 def spaced_timesteps(num_timesteps: int, num_steps: int) -> Tensor:
@@ -94,9 +100,42 @@ def dpmsolver(model: Diffusion, timesteps: Tensor, x: Tensor, draw: Draw) -> Ten
     return x
 
 
-SAMPLERS: Registry[Callable[[Diffusion, Tensor, Tensor, Draw], Tensor]] = Registry(
-    "sampler", {"ddpm": ddpm, "ddim": ddim, "dpmsolver++": dpmsolver}
+def euler(model: Flow, times: Tensor, x: Tensor, draw: Draw) -> Tensor:
+    """Follows the velocity at the start of each step; times (num_steps + 1,) rise from 0 to 1."""
+    for t, h in _steps(times, x):
+        x = x + h * model.velocity(x, t)
+    return x
+
+
+def midpoint(model: Flow, times: Tensor, x: Tensor, draw: Draw) -> Tensor:
+    """Follows the velocity in the middle of each step, which Euler's method finds."""
+    for t, h in _steps(times, x):
+        x = x + h * model.velocity(x + h / 2 * model.velocity(x, t), t + h / 2)
+    return x
+
+
+def rk4(model: Flow, times: Tensor, x: Tensor, draw: Draw) -> Tensor:
+    """Takes the classical Runge-Kutta method's steps, of fourth order, with four velocities each."""
+    for t, h in _steps(times, x):
+        first = model.velocity(x, t)
+        second = model.velocity(x + h / 2 * first, t + h / 2)
+        third = model.velocity(x + h / 2 * second, t + h / 2)
+        fourth = model.velocity(x + h * third, t + h)
+        x = x + h / 6 * (first + 2 * second + 2 * third + fourth)
+    return x
+
+
+def _steps(times: Tensor, x: Tensor) -> Iterator[tuple[Tensor, float]]:
+    """Yields the time (1,) at which each step begins, and how long it is."""
+    return zip(times[:-1].to(x.device).split(1), times.diff().tolist(), strict=True)
+
+
+SAMPLERS: Registry[Callable[[Any, Tensor, Tensor, Draw], Tensor]] = Registry(
+    "sampler",
+    {"ddpm": ddpm, "ddim": ddim, "dpmsolver++": dpmsolver, "midpoint": midpoint, "euler": euler, "rk4": rk4},
 )
+# The first of each is what its models are sampled with unless another one is asked for.
+DIFFUSION_SAMPLERS, FLOW_SAMPLERS = ("ddpm", "ddim", "dpmsolver++"), ("midpoint", "euler", "rk4")
 
 
 def _factors(model: Diffusion, timesteps: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,13 +14,14 @@ from pdiff_ray.generators.baselines import (
 )
 from pdiff_ray.generators.imported import Imported
 from pdiff_ray.generators.interface import Generator
-from pdiff_ray.generators.latent_diffusion import LatentDiffusion
+from pdiff_ray.generators.latent import Latent, LatentDiffusion
 from pdiff_ray.networks.subset import Subset
 
 GENERATORS: Registry[type[Generator]] = Registry(
     "generator",
     {
         "latent_diffusion": LatentDiffusion,
+        "latent": Latent,
         "gaussian": Gaussian,
         "gaussian_diagonal": DiagonalGaussian,
         "gaussian_pca": PrincipalGaussian,

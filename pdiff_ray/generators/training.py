@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pdiff_ray.common.seeds import rng
 from pdiff_ray.config.schema import Optimizer
 from pdiff_ray.generators.autoencoder import Autoencoder, AutoencoderSettings
-from pdiff_ray.generators.diffusion import Diffusion, DiffusionSettings
+from pdiff_ray.generators.diffusion import DenoiserSettings, Diffusion
+from pdiff_ray.generators.flow import Flow
 from pdiff_ray.generators.graphs import graphed
 from pdiff_ray.generators.interface import Fitting
 from pdiff_ray.training.trainer import Trainer
@@ -40,9 +41,9 @@ def _averaged(model: nn.Module) -> dict[str, Tensor]:
 
 def fit_model(
     name: str,
-    model: Autoencoder | Diffusion,
+    model: Autoencoder | Diffusion | Flow,
     data: Tensor,
-    settings: AutoencoderSettings | DiffusionSettings,
+    settings: AutoencoderSettings | DenoiserSettings,
     fitting: Fitting,
     ema_decay: float = 0.0,
     rungs: range = range(0),
@@ -52,7 +53,7 @@ def fit_model(
 
     Args:
         name: of the model, for progress, messages and the history of losses.
-        settings: the model's, of which training takes steps, batch_size, lr and weight_decay.
+        model: whose `loss` of rows and random numbers is lowered.
         ema_decay: above 0, the model ends with the average of its weights.
         rungs: at which `fitting.preview` is shown the vectors that `preview` gives; spread evenly over the steps.
     """
@@ -114,7 +115,7 @@ def fit_model(
             model.train()
         if (step + 1) % 50 == 0 or step + 1 == num_steps:
             value = losses[step].item()
-            trainer.check_loss(value, step, f"generator.{name}.lr")
+            trainer.check_loss(value, step, f"{settings.section}.lr")
             fitting.progress(name, step + 1, num_steps, f"loss {value:.4f}")
             if time.monotonic() - last_saved >= fitting.checkpoint_s:
                 save(step + 1)

@@ -29,6 +29,7 @@ from pdiff_ray.stages.zoo import commit, subset_of
 from pdiff_ray.storage import weights
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.matching import match
+from pdiff_ray.storage.matrix import StoredVectors
 from pdiff_ray.storage.parameters import PARTS, ParameterStore, Record, stamp
 from pdiff_ray.storage.vectors import read_vectors
 from pdiff_ray.storage.weights import Weight
@@ -234,7 +235,7 @@ def import_samples(
             )
         return report
     generator = Imported(settings, subset)
-    generator.take(vectors, torch.from_numpy(zoo.vectors(experiment.split.learned)))
+    generator.load_state({"vectors": vectors}, StoredVectors(zoo, experiment.split.learned))
     info = {"imported_from": str(source), "sha256": sha256, "files": files, "left_out": report.left_out}
     commit_generator(artifact, generator, subset, {}, info, time.monotonic() - started)
     return report

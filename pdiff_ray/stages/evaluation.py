@@ -225,6 +225,7 @@ class Evaluator:
             self._drawn,
             lambda vector: self._generator.encode(self._on_device(vector))[0].cpu().numpy(),
             lambda latents: self._generator.decode(self._on_device(latents))[0].cpu().numpy(),
+            lambda: self._generator.num_latents or 0,
             self._trained,
         )
 
@@ -276,7 +277,7 @@ class Evaluator:
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        return load_generator(self.experiment, self.artifacts)
+        return load_generator(self.experiment, self.artifacts, torch.from_numpy(self.material.members))
 
     def _on_device(self, values: np.ndarray) -> torch.Tensor:
         """Returns a row as a batch of one."""

@@ -19,6 +19,7 @@ from pdiff_ray.stages.base import HISTORY_FILE, load_state
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.judging import base_judge
 from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.matrix import StoredVectors
 from pdiff_ray.storage.parameters import ParameterStore
 from pdiff_ray.storage.trees import load_tree, save_tree
 
@@ -58,7 +59,7 @@ def build(
     )
     generator = make_generator(settings, subset)
     with enough_memory("training of the generator", settings.memory_fields):
-        generator.fit(torch.from_numpy(zoo.vectors(experiment.split.learned)).to(context.device), fitting)
+        generator.fit(StoredVectors(zoo, experiment.split.learned, context.device), fitting)
     info = {**fitting.notes, "final_loss": {name: losses[-1] for name, losses in fitting.history.items()}}
     commit_generator(artifact, generator, subset, fitting.history, info, time.monotonic() - started)
 
@@ -85,8 +86,16 @@ def commit_generator(
     artifact.commit(files, dict(info), seconds)
 
 
-def load_generator(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Generator:
-    """Loads the fitted generator, on the CPU."""
-    generator = make_generator(experiment.generator, ParameterStore(artifacts["zoo"]).subset())
-    generator.load_state(load_tree(artifacts["generator"].read(GENERATOR_FILE), artifacts["generator"].location))
+def load_generator(
+    experiment: Experiment, artifacts: Mapping[str, Artifact], members: Tensor | None = None
+) -> Generator:
+    """Loads the fitted generator, on the CPU.
+
+    Args:
+        members: (K, D) that it has learned from, where they are in memory.
+    """
+    zoo = ParameterStore(artifacts["zoo"])
+    generator = make_generator(experiment.generator, zoo.subset())
+    state = load_tree(artifacts["generator"].read(GENERATOR_FILE), artifacts["generator"].location)
+    generator.load_state(state, StoredVectors(zoo, experiment.split.learned) if members is None else members)
     return generator

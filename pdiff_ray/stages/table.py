@@ -88,13 +88,13 @@ STAGES = {
     ),
     "zoo": Stage(_zoo_config, zoo.build, "workers", _about_zoo),
     "generator": Stage(
-        _generator_config, generator.build, "actor", lambda e: f"{e.generator.name} of {e.num_members} members"
+        _generator_config, generator.build, "actor", lambda e: f"{e.generator} of {e.num_members} members"
     ),
     "samples": Stage(
         lambda e: e.sampling.keyed(),
         samples.build,
         "actor",
-        lambda e: f"{e.sampling.samples} vectors, {e.sampling.sampler}",
+        lambda e: ", ".join(filter(None, [f"{e.sampling.samples} vectors", e.sampling.sampler])),
     ),
     "evaluation": Stage(
         _evaluation_config,

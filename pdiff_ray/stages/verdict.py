@@ -39,8 +39,8 @@ def families(
 
     Args:
         seed: of the draws.
-        fitted: the generator that has drawn the samples; if it decodes latents, what the decoder makes of members and
-            of random latents is known as well.
+        fitted: the generator that has drawn the samples, if it decodes latents with a loss: what the decoder makes of
+            members and of random latents is known as well.
     """
 
     def drawn(name: str, settings: Mapping[str, Any]) -> Tensor:
@@ -77,7 +77,7 @@ def summary_of(
     kept_back = {"held_out": held_out_by_run(experiment), "second_run": split.second_run}
     yardsticks = {name: torch.from_numpy(zoo.vectors(ids)).to(device) for name, ids in kept_back.items() if ids}
     losses = _losses(records, geometry)
-    fitted = load_generator(experiment, artifacts)
+    fitted = load_generator(experiment, artifacts, members) if experiment.generator.lossy else None
     known = Known(geometry, families(members, geometry, zoo.subset(), seed, fitted), yardsticks, losses, seed)
     samples = torch.from_numpy(ParameterStore(artifacts["samples"]).vectors()).to(device)
     learned = [record for record in records if record.group == "original"]

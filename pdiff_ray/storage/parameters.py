@@ -43,6 +43,22 @@ UNLIKE_ITS_NAME = "its content differs from the digest in its name; delete it an
 # What a file that is no such Parquet file causes.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, RecursionError)
 MAX_FETCHED = 2**29  # bytes of the parts that a store keeps of an object store's
+BLOCK = 2**14  # values of a vector with a checksum of their own, to be read again without the rest
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a vector stands in a file as it is in memory.
+
+    Attributes:
+        name: of the file in the storage.
+        offset: bytes before the vector.
+        checks: checksums of its blocks.
+    """
+
+    name: str
+    offset: int
+    checks: list[int]
 
 
 @dataclass(frozen=True)
@@ -196,8 +212,8 @@ class ParameterStore:
         self._rows: dict[int, tuple[str, int]] = {}  # id to part and row
         self._parts: dict[str, list[int]] = {}  # part to ids
         self._opened: dict[str, _Part] = {}
-        # By id, of vectors that have been read: the open file, how many bytes to read from where, and their checksum.
-        self._found: dict[int, tuple[pa.NativeFile, int, int, int]] = {}
+        # By id, of vectors that have been read: the open file, how many bytes to read, and where.
+        self._found: dict[int, tuple[pa.NativeFile, int, Place]] = {}
         self._listed: dict[str, FileEntry] = {}  # by the manifest
         if artifact.exists():
             for name, entry in artifact.manifest().files.items():
@@ -281,8 +297,7 @@ class ParameterStore:
             with contextlib.suppress(OSError):  # cut off meanwhile: to open it again says what is wrong
                 if (again := self._read_again(ids)) is not None:
                     return again
-            self._opened.clear()
-            self._found.clear()
+            self.forget()
         table, read = self._read(ids, ["vector"])
         matrix = _matrix(table)
         if self.storage.local is not None:  # elsewhere each look would be a request
@@ -290,17 +305,30 @@ class ParameterStore:
                 part, row = self._rows[id_]
                 file = self._opened.get(part)
                 if file and (offset := file.find(row, vector)):
-                    self._found[id_] = file.stream, vector.nbytes, offset, zlib.crc32(vector)
+                    place = Place(self._name(part), offset, checksums(vector.data))
+                    self._found[id_] = file.stream, vector.nbytes, place
         position = {id_: index for index, id_ in enumerate(read)}
         return matrix[[position[id_] for id_ in ids]]
+
+    def place(self, id_: int) -> Place | None:
+        """Returns where a network's vector stands; None if it cannot be read from there, as of an object store."""
+        if id_ not in self._found:
+            self.vectors([id_])
+        found = self._found.get(id_)
+        return found[2] if found else None
+
+    def forget(self) -> None:
+        """Closes all files, of which one has changed: to open it again says what is wrong."""
+        self._opened.clear()
+        self._found.clear()
 
     def _read_again(self, ids: Sequence[int]) -> np.ndarray | None:
         """Returns vectors (len(ids), D) from where they were found; None if one has changed since."""
         read = []
         for id_ in ids:
-            file, size, offset, checksum = self._found[id_]
-            content = file.read_at(size, offset)
-            if zlib.crc32(content) != checksum:
+            file, size, place = self._found[id_]
+            content = file.read_at(size, place.offset)
+            if checksums(content) != place.checks:
                 return None
             read.append(content)
         return np.frombuffer(bytearray().join(read), np.float32).reshape(len(ids), -1)
@@ -336,13 +364,17 @@ class ParameterStore:
                 del self._opened[next(iter(self._opened))]
                 self._found.clear()  # which keeps files open
             entry = self._listed.get(part) or FileEntry(path=part, sha256=digest_in(part))
-            name = f"{self.artifact.folder}/{entry.path}"
+            name = self._name(part)
             stream = self.storage.open(name)
             if self.storage.local is None:  # which answers one large request sooner than many small ones
                 stream = pa.BufferReader(stream.read_buffer())
             otherwise = f"{self.storage.location(name)}: damaged Parquet file: {self._differs(part)}"
             self._opened[part] = _Part(stream, entry.sha256, otherwise)
         return self._opened[part]
+
+    def _name(self, part: str) -> str:
+        """Returns the name of a part's file in the storage."""
+        return f"{self.artifact.folder}/{self._listed[part].path if part in self._listed else part}"
 
     def _differs(self, part: str) -> str:
         """Returns what is said of a part file that is not the one that was written."""
@@ -376,6 +408,12 @@ def read_lone(file: Path) -> tuple[Subset, np.ndarray]:
         return Subset.from_json(json.dumps(about["subset"])), _matrix(part.file.read(columns=["vector"]))
     except _DAMAGE as error:
         raise StorageError(f"{file}: no Parquet file of networks with vectors ({error!r})") from None
+
+
+def checksums(vector: memoryview | bytes) -> list[int]:
+    """Returns the checksums of the blocks of a vector of float32."""
+    content = memoryview(vector).cast("B")
+    return [zlib.crc32(content[start : start + 4 * BLOCK]) for start in range(0, len(content), 4 * BLOCK)]
 
 
 def digest_in(part: str) -> str:

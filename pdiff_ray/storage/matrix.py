@@ -1,0 +1,156 @@
+"""Vectors of networks as a matrix that need not be in memory: read by rows, or by chunks of columns.
+
+Shapes: n vectors of D values.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pdiff_ray.storage.parameters import BLOCK, ParameterStore, Place, checksums
+
+CHUNK_BYTES = 2**25  # of columns that are read at a time, if a block of them is not more
+ROWS_BYTES = 2**28  # of whole vectors that are held at a time
+CPU = torch.device("cpu")
+
+
+class Vectors(ABC):
+    """Vectors (n, D), float32.
+
+    Attributes:
+        shape: n and D.
+        device: that rows and columns are given on.
+        in_memory: whether they are held.
+    """
+
+    shape: tuple[int, int]
+    device: torch.device = CPU
+    in_memory: bool = False
+
+    @staticmethod
+    def of(vectors: Tensor | Vectors) -> Vectors:
+        """Returns vectors, which may be a tensor (n, D), as such."""
+        return vectors if isinstance(vectors, Vectors) else HeldVectors(vectors)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @abstractmethod
+    def rows(self, chosen: Sequence[int]) -> Tensor:
+        """Reads some vectors (len(chosen), D)."""
+
+    @abstractmethod
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Reads the values from `start` to `stop` of all vectors (n, stop - start)."""
+
+    def all(self) -> Tensor:
+        """Reads all vectors (n, D)."""
+        return self.rows(range(len(self)))
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yields all columns, some at a time (n, c), and which they are."""
+        count, dimension = self.shape
+        width = max(1, CHUNK_BYTES // (4 * BLOCK * max(1, count))) * BLOCK
+        for start in range(0, dimension, width):
+            stop = min(start + width, dimension)
+            yield slice(start, stop), self.columns(start, stop)
+
+
+def rows_at_a_time(dimension: int) -> int:
+    """Returns how many vectors of D values are drawn or decoded at a time."""
+    rows = max(1, ROWS_BYTES // (4 * dimension))
+    return (
+        rows - rows % 400 if rows > 400 else rows
+    )  # normal numbers come in sixteens, an autoencoder's rows in fifties
+
+
+class HeldVectors(Vectors):
+    """Vectors that are a tensor (n, D)."""
+
+    in_memory = True
+
+    def __init__(self, vectors: Tensor) -> None:
+        self._vectors, self.device = vectors, vectors.device
+        self.shape = (vectors.shape[0], vectors.shape[1])
+
+    def rows(self, chosen: Sequence[int]) -> Tensor:
+        return self._vectors[list(chosen)]
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        return self._vectors[:, start:stop]
+
+    def all(self) -> Tensor:
+        return self._vectors
+
+
+class StoredVectors(Vectors):
+    """Vectors of a store's networks, which stay in its files.
+
+    Columns are read from where the vectors stand in the files, after comparing them with checksums. What cannot be read
+    so, from an object store for one, is first copied to a temporary file.
+
+    Args:
+        ids: of the networks, in the order of the rows; default: all.
+
+    Raises:
+        StorageError: a file is damaged, also if that happens while they are in use.
+    """
+
+    def __init__(self, store: ParameterStore, ids: Sequence[int] | None = None, device: torch.device = CPU) -> None:
+        self.store, self.ids, self.device = store, list(store.ids if ids is None else ids), device
+        self.shape = (len(self.ids), store.subset().size)
+
+    def rows(self, chosen: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self.store.vectors([self.ids[row] for row in chosen])).to(self.device)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        values = np.empty((len(self.ids), stop - start), np.float32)
+        places = self._places
+        if places is None:
+            for row, into in enumerate(values):
+                self._copied.seek(4 * (row * self.shape[1] + start))
+                self._copied.readinto(into.data)  # type: ignore[attr-defined]
+            return torch.from_numpy(values).to(self.device)
+        for name, rows in itertools.groupby(range(len(self.ids)), lambda row: places[row].name):
+            with self.store.storage.open(name) as file:
+                for row in rows:
+                    values[row] = self._piece(file, row, places[row], start, stop)
+        return torch.from_numpy(values).to(self.device)
+
+    def _piece(self, file: pa.NativeFile, row: int, place: Place, start: int, stop: int) -> np.ndarray:
+        """Returns values of a vector, whose blocks are the same as before."""
+        first, last = start // BLOCK, min(-(-stop // BLOCK), len(place.checks))
+        begin, end = first * BLOCK, min(last * BLOCK, self.shape[1])
+        content = file.read_at(4 * (end - begin), place.offset + 4 * begin)
+        if checksums(content) != place.checks[first:last]:
+            self.store.forget()
+            content = self.store.vectors([self.ids[row]])[0, begin:end].tobytes()
+        return np.frombuffer(content, np.float32)[start - begin : stop - begin]
+
+    @functools.cached_property
+    def _places(self) -> list[Place] | None:
+        """Where all vectors stand; None if one of them cannot be read from there."""
+        places = []
+        for id_ in self.ids:
+            if (place := self.store.place(id_)) is None:
+                return None
+            places.append(place)
+        return places
+
+    @functools.cached_property
+    def _copied(self) -> IO[bytes]:
+        """A temporary file of all vectors, row by row."""
+        file = tempfile.TemporaryFile()  # noqa: SIM115  # it goes with its last reference
+        for id_ in self.ids:
+            file.write(self.store.vectors([id_]).data)
+        return file
