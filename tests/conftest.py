@@ -26,6 +26,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 distributed.prepare(Resources())  # before any test imports Ray
 
 
+def pytest_collection_modifyitems(items):
+    """The tests of a file run in one process, which makes its fixtures once, and so do all files that share the Ray."""
+    with_ray = {item.path for item in items if "ray" in item.fixturenames}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else item.path.stem))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory):
     os.environ["PDIFF_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -13,7 +13,6 @@ from pdiff_ray.cli import experiments as commands
 from pdiff_ray.config import loading
 from pdiff_ray.config import schema as config
 from pdiff_ray.config import sweep as space
-from pdiff_ray.config.schema import Data, Network
 from pdiff_ray.data import sources
 from pdiff_ray.generators.autoencoder import Autoencoder
 from pdiff_ray.generators.diffusion import Diffusion
@@ -62,23 +61,29 @@ def draw(sweep, seed):
     return assignment
 
 
-@functools.cache
-def network_of(data, network):
-    """A network without storage, having taken images of the data's size."""
-    with torch.device("meta"):
-        return check_network(Network.model_validate_json(network), sources.describe(Data.model_validate_json(data)))
-
-
 @pytest.mark.parametrize(("path", "preset"), CASES, ids=IDS)
 def test_all_trials_can_be_planned(path, preset, load):
-    for experiment in trials(load(path, preset)):
-        plan = make_plan(experiment)
-        assert plan.missing[0] == "base"
-        shape = experiment.data.model_dump_json(include={"name", "channels", "image_size"})
-        with torch.device("meta"):
-            subset = subset_of(experiment, network_of(shape, experiment.network.model_dump_json()))
+    found = trials(load(path, preset))
+    for experiment in found:
+        assert make_plan(experiment).missing[0] == "base"
+    for experiment in {shapes_of(e): e for e in found}.values():
+        with torch.device("meta"):  # a network without storage, having taken images of the data's size
+            network = check_network(experiment.network, sources.describe(experiment.data))
+            subset = subset_of(experiment, network)
             Autoencoder(experiment.generator.autoencoder, subset.size)
             Diffusion(experiment.generator.diffusion, experiment.generator.autoencoder.latent_dim)
+
+
+def shapes_of(experiment):
+    """All that the sizes of an experiment's models depend on."""
+    sections = (
+        experiment.network,
+        experiment.zoo.subset,
+        experiment.generator.autoencoder,
+        experiment.generator.diffusion,
+    )
+    images = experiment.data.model_dump_json(include={"name", "channels", "image_size"})
+    return (images, *(section.model_dump_json() for section in sections))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
