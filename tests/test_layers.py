@@ -75,7 +75,7 @@ def test_only_one_layer_imports(library, home):
 
 
 # Packages that take tenths of a second or seconds to import, and that not every command needs.
-SLOW = {"ray", "mlflow", "matplotlib", "sklearn", "timm", "torchvision", "optuna"}
+SLOW = {"ray", "mlflow", "matplotlib", "sklearn", "timm", "torchvision", "optuna", "scipy"}
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if not name.startswith("cli/")])

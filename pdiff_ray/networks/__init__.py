@@ -1,3 +1,3 @@
-"""Networks by name, which of their parameters are generated, and what the others compute once. Imports data and
-below.
+"""Networks by name, which of their parameters are generated, what the others compute once, and what may be permuted.
+Imports data and below.
 """

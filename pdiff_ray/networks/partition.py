@@ -139,7 +139,7 @@ def runs_whole(network: nn.Module, images: Tensor) -> str | None:
         network, images: as `partition_network` takes them; they may have no values (on the meta device).
     """
     try:
-        _Graph(network.eval(), images)
+        Graph(network.eval(), images)
     except Exception as error:  # the network's own code is traced
         return first_line(error)
     return None
@@ -152,7 +152,7 @@ def _partition(network: nn.Module, names: Collection[str], images: Tensor) -> Pa
         raise ValueError(f"the network has no tensor {min(unknown)}")
     if any(module.training for module in network.modules()):
         raise ValueError("the network, or a layer of it, is in training mode")
-    graph = _Graph(network, images)
+    graph = Graph(network, images)
     generated = [graph.node_of(tensors[name]) for name in names]
     of_images, of_generated = graph.dependents([graph.images]), graph.dependents(generated)
     # Numbers, and tensors with B elsewhere than in front, cannot be cached by image: the suffix computes them from
@@ -168,7 +168,7 @@ def _partition(network: nn.Module, names: Collection[str], images: Tensor) -> Pa
     return PartitionedNetwork(names, prefix, suffix, shared, prefix_flops=before / len(images))
 
 
-class _Graph:
+class Graph:
     """The computation of a network, as nodes without side effects.
 
     Attributes:
