@@ -25,6 +25,7 @@ BENCHMARKS = {
     "searching": "searching",
     "growth": "judging",
     "verdict": "verdict",
+    "align": "aligning",
     "actors": "cluster",
     "ray_overhead": "cluster",
     "trial_overhead": "cluster",

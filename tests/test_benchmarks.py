@@ -7,7 +7,7 @@ import pytest
 from test_partition import CONVNET, LAST_NORMS
 
 from benchmarks import __main__ as command
-from benchmarks import cluster, core, judging, searching, verdict
+from benchmarks import aligning, cluster, core, judging, searching, verdict
 from pdiff_ray.config import loading
 from pdiff_ray.estimates.estimate import Estimator
 from pdiff_ray.running.experiment import make_plan
@@ -21,6 +21,7 @@ RUNS = {
     "training": lambda: core.training(members=8, dimension=64, steps=4),
     "searching": lambda: searching.searching(trials=12, seeds=2),
     "store": lambda: core.store(count=60, k=10, dimension=32),
+    "align": lambda: aligning.align(6, ("s1",)),
     "growth": lambda: judging.growth((2, 4, 8), (20, 40, 60), (LAST_NORMS,)),
 }
 BRIEF_ZOO = {"training": {"epochs": 2}, "zoo": {"members": 50, "steps_per_member": 2}}

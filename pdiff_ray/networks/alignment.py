@@ -51,7 +51,8 @@ def match(
             if not len(rows):
                 continue
             due[index] = False
-            likeness = torch.stack([product.of(rows, orders) for product in products[index]]).sum(0)
+            first, *more = (product.of(rows, orders) for product in products[index])
+            likeness = sum(more, first)
             found = np.stack([linear_sum_assignment(matrix, maximize=True)[1] for matrix in likeness.numpy()])
             before, after = orders[index][rows], torch.from_numpy(found)
             orders[index][rows] = after
@@ -60,8 +61,7 @@ def match(
             else:  # of a tensor with the group on both axes the likeness tells that of one of them
                 old = [before if order is orders[index] else order[rows] for order in orders]
                 new = [order[rows] for order in orders]
-                first, second = (symmetries.permuted(vectors[rows], chosen) @ reference for chosen in (old, new))
-                gain = second - first
+                gain = (symmetries.permuted(vectors[rows], new) - symmetries.permuted(vectors[rows], old)) @ reference
             better = gain > least[rows]
             orders[index][rows[~better]] = before[~better]
             for other, of_other in enumerate(products):
@@ -101,7 +101,8 @@ class _Product:
         if len(due):
             self.stale[due] = False
             for count, place in enumerate(self.places):
-                values = place.tensor(self.vectors)[due]
+                values = place.tensor(self.vectors)
+                values = values if not self.others and len(due) == len(values) else values[due]  # which copies them
                 for index, other in self.others:
                     other.permute(values, orders[index][due])
                 theirs, ours = place.units(values), place.units(place.tensor(self.reference[None]))[0]
