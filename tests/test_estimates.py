@@ -24,7 +24,6 @@ from pdiff_ray.networks.build import build_network
 from pdiff_ray.networks.partition import partition_network
 from pdiff_ray.networks.subset import resolve
 from pdiff_ray.running import experiment as pipeline
-from pdiff_ray.stages.table import STAGES
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.sweeps.plan import make_plan
@@ -89,7 +88,7 @@ def test_a_wider_generator_takes_more_in_proportion_to_its_steps():
 
 
 def costs(experiment, artifacts):
-    return Estimator(Storage(experiment.storage_uri)).costs(experiment, artifacts, list(STAGES))
+    return Estimator(Storage(experiment.storage_uri)).costs(experiment, artifacts, list(artifacts))
 
 
 @pytest.mark.parametrize(("rule", "times"), [(LAST_NORMS, 1), (SubsetRule(names=("fc.*",)), 3)])
@@ -134,9 +133,9 @@ def test_more_work_takes_longer(tmp_path, monkeypatch, change, stages):
 def test_processes_share_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(Estimator, "_rate", lambda *_: 1e11)
     one, four = (costs(*tiny(tmp_path, f"resources.actors={n}", f"resources.workers={n}")) for n in (1, 4))
-    assert [four[stage].processes for stage in STAGES] == [4, 2, 1, 1, 4, 1], "a zoo of two runs"
-    assert {stage: four[stage].device_s for stage in STAGES} == pytest.approx(
-        {stage: one[stage].device_s for stage in STAGES}
+    assert [four[stage].processes for stage in four] == [4, 2, 1, 1, 4, 1], "a zoo of two runs"
+    assert {stage: four[stage].device_s for stage in four} == pytest.approx(
+        {stage: one[stage].device_s for stage in one}
     )
 
 

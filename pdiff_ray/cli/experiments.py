@@ -134,7 +134,7 @@ def reproduce(
 def run(stage: str, file: str, in_process: bool, **options: Any) -> None:
     """Build one STAGE of the experiment of FILE and what it needs; of a sweep's, with what varies as FILE has it.
 
-    STAGE is one of base, zoo, generator, samples, evaluation, report.
+    STAGE is one of base, zoo, alignment, generator, samples, evaluation, report.
     """
     from pdiff_ray.cli import printing
     from pdiff_ray.running import experiment as experiments
@@ -185,11 +185,15 @@ def import_command(
     from pdiff_ray.stages.checks import checked_subset
 
     taken = Options(pattern, weights, prefix, order, base)
-    plan = make_plan(load_experiment(file, **options), target="zoo")
+    experiment = load_experiment(file, **options)
+    aligned = kind == "samples" and experiment.alignment.method != "none"
+    plan = make_plan(experiment, target="alignment" if aligned else "zoo")
     zoo = plan.artifacts["zoo"]
     if kind == "samples":
         if plan.missing:
-            raise ConfigError(f"{zoo.location}: the samples' zoo is not there; make it with `pdiff run zoo {file}`")
+            raise ConfigError(
+                f"{zoo.location}: the samples' zoo is not there; make it with `pdiff run {'alignment' if aligned else 'zoo'} {file}`"
+            )
         plan.storage.check_writable()
         report: object = import_samples(folder, plan.experiment, plan.artifacts, taken)
         click.echo(f"{report}\nsamples: {plan.artifacts['generator'].location}")

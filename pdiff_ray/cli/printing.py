@@ -63,7 +63,7 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
 
     e, estimator = plan.experiment, Estimator(plan.storage, trace=True)
     costs = estimator.costs(e, plan.artifacts, plan.missing)
-    what = {name: stage.about(e) for name, stage in STAGES.items()}
+    what = {name: STAGES[name].about(e) for name in plan.artifacts}
     what["zoo"] += f": {_generated(plan, estimator)[0]:,} values"
     rows = []
     for stage, artifact in plan.artifacts.items():

@@ -220,6 +220,17 @@ class Zoo(Section):
         return held_out(self.regime, self.members, self.branches, self.held_out, self.seed or 0)
 
 
+class Alignment(Section):
+    """Members permuted so that their units stand where a reference has them (stage `alignment`)."""
+
+    method: Literal["none", "weight_matching"] = Field(
+        "none", description="permutation of units that change no function, found by matching weights"
+    )
+    reference: Literal["first", "mean"] = Field(
+        "first", description="what members are matched to: the first that is learned, or their mean as it becomes"
+    )
+
+
 GeneratorName = Annotated[str, Known("pdiff_ray.generators.table:GENERATORS")]
 
 
@@ -426,6 +437,7 @@ class Experiment(Section):
     network: Network = Network()
     training: Training = Training()
     zoo: Zoo = Zoo()
+    alignment: Alignment = Alignment()
     generator: SerializeAsAny[Generator] = Field(default_factory=lambda: Generator.model_validate({}))
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from pdiff_ray.data.dataset import steps_per_epoch
 from pdiff_ray.estimates.flops import Counts, count
 from pdiff_ray.evaluation import recalibration
 from pdiff_ray.generators.encoders import GATE_MEMBERS
+from pdiff_ray.stages.alignment import BLOCK_VALUES
 from pdiff_ray.stages.evaluation import made_networks
 from pdiff_ray.stages.zoo import runs_of
 from pdiff_ray.storage.artifacts import Artifact, Manifest, finished, read_manifest
@@ -34,6 +36,7 @@ from pdiff_ray.training.subset import full_steps
 EFFICIENCY = 0.25  # of the rate of matrix products: 0.1 in small networks and autoencoders, 0.7 in large networks
 STEP_S = 2e-3  # of a training step beside its FLOPs: batches are made, and operations launched
 REPORT_S = 4.0
+TURNS, MEAN_ROUNDS = 6, 3  # of a group, until its network is matched; of a mean that evolves
 LIBRARIES_BYTES = 2**30  # of a process that has imported torch and what a stage needs
 HISTORY_S = 1.0  # that reading manifests may take
 UNTIMED = {"seed", "lr", "weight_decay", "momentum", "schedule", "label_smoothing", "parameter_noise", "latent_noise"}
@@ -154,6 +157,10 @@ class Estimator:
         evaluation_s += sum(recipe.group == "fine_tuned" for recipe in made) * evaluation.fine_tuned_steps * zoo_step_s
         gates = 2 * GATE_MEMBERS * images.validation * suffix
 
+        entries = counts.subset.entries  # every axis as if its units were matched
+        products = sum(2.0 * math.prod(entry.shape) * sum(entry.shape) for entry in entries)
+        aligned = zoo.size * TURNS * (MEAN_ROUNDS if e.alignment.reference == "mean" else 1) * products
+
         weights, vector = 4 * counts.parameters, 4 * counts.subset.size
         # Values, gradients and an optimizer's two moments; and what the backward pass of a batch reads.
         trained = 4 * weights + training.batch_size / r.workers * counts.bytes
@@ -166,6 +173,7 @@ class Estimator:
         return {
             "base": (base_s, images.bytes + trained, r.workers, r.cpus_per_worker),
             "zoo": (zoo_s, judging + tuned, min(r.workers, len(runs_of(zoo))), r.cpus_per_worker),
+            "alignment": (seconds(aligned), 3 * 4.0 * min(BLOCK_VALUES, zoo.size * counts.subset.size), 1, actor),
             "generator": (seconds(fit + gates), judging + vectors + fitting, 1, actor),
             "samples": (seconds(sample), drawn + fitting, 1, actor),
             "evaluation": (evaluation_s, judging + tuned + members * vector, r.actors, actor),

@@ -50,9 +50,9 @@ class Plan:
                 "stage": name,
                 "key": self.artifacts[name].key,
                 "state": "to build" if name in self.missing else "there",
-                "about": stage.about(self.experiment),
+                "about": STAGES[name].about(self.experiment),
             }
-            for name, stage in STAGES.items()
+            for name in self.artifacts
         ]
         return {"name": self.experiment.name, "storage": self.storage.place, "stages": stages}
 
@@ -79,7 +79,9 @@ def make_plan(experiment: Experiment, target: str = "report", storage: Storage |
     missing: list[str] = []
     # The result table is read from samples and evaluation as well.
     wanted = {target, "evaluation", "samples"} if target == "report" else {target}
-    names = list(STAGES)
+    if target not in artifacts:
+        raise ConfigError(f"{target}.method: is none, so that the experiment has no stage {target}; choose another one")
+    names = list(artifacts)
     for name in reversed(names[: names.index(target) + 1]):
         if name in wanted and not artifacts[name].exists():
             missing.insert(0, name)

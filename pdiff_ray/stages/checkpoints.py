@@ -22,6 +22,7 @@ from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.kept import default_cache
 from pdiff_ray.generators.imported import Imported, ImportedSettings
 from pdiff_ray.networks.subset import Subset, first_names
+from pdiff_ray.stages.alignment import members_of
 from pdiff_ray.stages.base import describe_base, files_of, load_network, open_dataset, untrained_network
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.generator import commit_generator
@@ -235,7 +236,7 @@ def import_samples(
             )
         return report
     generator = Imported(settings, subset)
-    generator.load_state({"vectors": vectors}, StoredVectors(zoo, experiment.split.learned))
+    generator.load_state({"vectors": vectors}, StoredVectors(members_of(artifacts), experiment.split.learned))
     info = {"imported_from": str(source), "sha256": sha256, "files": files, "left_out": report.left_out}
     commit_generator(artifact, generator, subset, {}, info, time.monotonic() - started)
     return report

@@ -21,6 +21,7 @@ from pdiff_ray.evaluation.recalibration import START
 from pdiff_ray.networks.build import build_network, check_network, load_tensors
 from pdiff_ray.networks.partition import call_with, perturbed
 from pdiff_ray.networks.subset import Subset, first_names
+from pdiff_ray.stages.alignment import symmetries_of
 from pdiff_ray.stages.exports import same_logits, text_of
 from pdiff_ray.stages.zoo import subset_of
 from pdiff_ray.storage.trees import load_tree, save_tree
@@ -33,11 +34,13 @@ def checked_subset(experiment: Experiment) -> Subset:
     """Returns the subset of the experiment's network, after finding the network fit for all stages.
 
     Raises:
-        ConfigError: the network cannot be built, trained, judged or exported, or the rule does not fit it.
+        ConfigError: the network cannot be built, trained, aligned, judged or exported, or the rule does not fit it.
     """
     info, config = describe(experiment.data), experiment.network.model_copy(update={"pretrained": False})
     network = check_network(config, info).eval()
     fresh, subset = build_network(config, info, "anew").eval(), subset_of(experiment, network)
+    if experiment.alignment.method != "none":
+        symmetries_of(experiment, network, subset)
     images = torch.randn(
         IMAGES, info.channels, info.image_size, info.image_size, generator=torch.Generator().manual_seed(0)
     )

@@ -28,6 +28,7 @@ from pdiff_ray.evaluation.similarity import distances
 from pdiff_ray.generators.interface import Fitting, Generator
 from pdiff_ray.generators.table import make_generator
 from pdiff_ray.networks.frontier import Frontier
+from pdiff_ray.stages.alignment import members_of
 from pdiff_ray.stages.base import load_network
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.generator import load_generator
@@ -209,7 +210,7 @@ class Evaluator:
     @functools.cached_property
     def material(self) -> Material:
         """What vectors are made from."""
-        zoo, samples = ParameterStore(self.artifacts["zoo"]), ParameterStore(self.artifacts["samples"])
+        zoo, samples = members_of(self.artifacts), ParameterStore(self.artifacts["samples"])
         if samples.subset().names != zoo.subset().names:
             raise StorageError(
                 f"{samples.artifact.location}: holds other tensors than the zoo, which was made anew by a version "

@@ -15,12 +15,12 @@ from pdiff_ray.config.schema import Experiment
 from pdiff_ray.generators.interface import Fitting, Generator
 from pdiff_ray.generators.table import make_generator
 from pdiff_ray.networks.subset import Subset
+from pdiff_ray.stages.alignment import members_of
 from pdiff_ray.stages.base import HISTORY_FILE, load_state
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.judging import base_judge
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.matrix import StoredVectors
-from pdiff_ray.storage.parameters import ParameterStore
 from pdiff_ray.storage.trees import load_tree, save_tree
 
 GENERATOR_FILE = "generator.safetensors"
@@ -39,7 +39,7 @@ def build(
     """
     artifact, settings = artifacts["generator"], experiment.generator
     started = time.monotonic()
-    zoo = ParameterStore(artifacts["zoo"])
+    zoo = members_of(artifacts)
     subset = zoo.subset()
     judge = base_judge(experiment, artifacts, subset, context)
 
@@ -94,7 +94,7 @@ def load_generator(
     Args:
         members: (K, D) that it has learned from, where they are in memory.
     """
-    zoo = ParameterStore(artifacts["zoo"])
+    zoo = members_of(artifacts)
     generator = make_generator(experiment.generator, zoo.subset())
     state = load_tree(artifacts["generator"].read(GENERATOR_FILE), artifacts["generator"].location)
     generator.load_state(state, StoredVectors(zoo, experiment.split.learned) if members is None else members)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pdiff_ray.common.devices import enough_memory
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Experiment
+from pdiff_ray.stages.alignment import members_of
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.generator import load_generator
 from pdiff_ray.storage.artifacts import Artifact
@@ -22,7 +23,7 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     """Draws new vectors, and keeps the latents of members and samples for plots."""
     artifact, sampling = artifacts["samples"], experiment.sampling
     started = time.monotonic()
-    zoo = ParameterStore(artifacts["zoo"])
+    zoo = members_of(artifacts)
     generator = load_generator(experiment, artifacts)
     context.progress("samples", 0, sampling.samples, sampling.sampler or "")
     subset, store, drawn = zoo.subset(), ParameterStore(artifact), 0

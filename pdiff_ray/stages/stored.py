@@ -24,20 +24,20 @@ from pdiff_ray.storage.trees import load_tree, save_tree
 
 
 class Networks:
-    """The networks of a finished zoo or of finished samples.
+    """The networks of a finished zoo, as it is or aligned, or of finished samples.
 
     Shapes: n networks, D values in the subset.
 
     Args:
-        artifact: of stage `zoo` or `samples`.
+        artifact: of stage `zoo`, `alignment` or `samples`.
 
     Raises:
         StorageError: the artifact is not there, or holds no networks.
     """
 
     def __init__(self, artifact: Artifact) -> None:
-        if artifact.stage not in ("zoo", "samples"):
-            raise StorageError(f"{artifact.folder}: holds no networks; the stages zoo and samples do")
+        if artifact.stage not in ("zoo", "alignment", "samples"):
+            raise StorageError(f"{artifact.folder}: holds no networks; the stages zoo, alignment and samples do")
         artifact.manifest()  # says so if it is not there
         self.artifact, self._store = artifact, ParameterStore(artifact)
 
@@ -168,7 +168,7 @@ class Networks:
 
     @property
     def _groups(self) -> tuple[str, ...]:
-        return MEMBER_GROUPS if self.artifact.stage == "zoo" else ("generated",)
+        return ("generated",) if self.artifact.stage == "samples" else MEMBER_GROUPS
 
     @functools.cached_property
     def _batchnorm(self) -> str | None:

@@ -12,7 +12,7 @@ from pdiff_ray.common.registry import fingerprint
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data import sources
 from pdiff_ray.networks.build import is_own
-from pdiff_ray.stages import base, evaluation, generator, report, samples, zoo
+from pdiff_ray.stages import alignment, base, evaluation, generator, report, samples, zoo
 from pdiff_ray.stages.context import Context
 from pdiff_ray.storage.artifacts import KINDS, Artifact
 from pdiff_ray.storage.files import Storage
@@ -33,12 +33,14 @@ class Stage:
         build: makes the artifact, given those of all stages.
         place: where Ray runs it: the group of workers that trains, an actor, all actors together, or the driver.
         about: tells in a few words what an experiment asks of it.
+        wanted: tells whether an experiment has it.
     """
 
     config: Callable[[Experiment], dict[str, Any]]
     build: Build
     place: Literal["workers", "actor", "actors", "driver"]
     about: Callable[[Experiment], str]
+    wanted: Callable[[Experiment], bool] = lambda experiment: True
 
 
 def _base_config(experiment: Experiment) -> dict[str, Any]:
@@ -59,9 +61,20 @@ def _zoo_config(experiment: Experiment) -> dict[str, Any]:
     return {name: zoo[name] for name in IMPORTED_FIELDS} if experiment.zoo.imported else zoo
 
 
+def _learned(experiment: Experiment) -> dict[str, Any]:
+    """Returns what tells which members are learned."""
+    held_out = {"held_out": experiment.zoo.held_out} if experiment.split.held_out else {}
+    return {"members": experiment.num_members, **held_out}
+
+
+def _alignment_config(experiment: Experiment) -> dict[str, Any]:
+    config = experiment.alignment
+    learned = {"first": {"member": experiment.split.learned[0]}, "mean": _learned(experiment)}
+    return config.keyed() | learned[config.reference]
+
+
 def _generator_config(experiment: Experiment) -> dict[str, Any]:
-    config = {**experiment.generator.keyed(), "members": experiment.num_members}
-    return config | ({"held_out": experiment.zoo.held_out} if experiment.split.held_out else {})
+    return experiment.generator.keyed() | _learned(experiment)
 
 
 def _evaluation_config(experiment: Experiment) -> dict[str, Any]:
@@ -81,12 +94,19 @@ def _about_zoo(experiment: Experiment) -> str:
     return f"{zoo.members} members, {zoo.regime}, {zoo.subset}{more}"
 
 
-# In order: the artifact of each is made from that of the stage before it.
+# In order: the artifact of each is made from that of the stage before it that the experiment has.
 STAGES = {
     "base": Stage(
         _base_config, base.build, "workers", lambda e: f"{e.network.name} on {e.data.name}, {e.training.epochs} epochs"
     ),
     "zoo": Stage(_zoo_config, zoo.build, "workers", _about_zoo),
+    "alignment": Stage(
+        _alignment_config,
+        alignment.build,
+        "actor",
+        lambda e: f"{e.alignment.method.replace('_', ' ')} to the {e.alignment.reference}",
+        lambda e: e.alignment.method != "none",
+    ),
     "generator": Stage(
         _generator_config, generator.build, "actor", lambda e: f"{e.generator} of {e.num_members} members"
     ),
@@ -109,10 +129,12 @@ assert tuple(STAGES) == KINDS
 
 
 def artifacts_of(experiment: Experiment, storage: Storage) -> dict[str, Artifact]:
-    """Returns the artifact of every stage: where an experiment's results are stored, be they there or not."""
+    """Returns the artifacts of the experiment's stages, in order: where results are stored, be they there or not."""
     found: dict[str, Artifact] = {}
     inputs: dict[str, str] = {}
     for name, stage in STAGES.items():
+        if not stage.wanted(experiment):
+            continue
         found[name] = Artifact(storage, name, stage.config(experiment), inputs)
         inputs = {name: found[name].key}
     return found

@@ -22,6 +22,7 @@ from pdiff_ray.evaluation.summary import summarize
 from pdiff_ray.generators.interface import Fitting, Generator
 from pdiff_ray.generators.table import make_generator
 from pdiff_ray.networks.subset import Subset
+from pdiff_ray.stages.alignment import members_of
 from pdiff_ray.stages.generator import load_generator
 from pdiff_ray.stages.zoo import runs_of
 from pdiff_ray.storage.artifacts import Artifact
@@ -69,7 +70,7 @@ def summary_of(
     experiment: Experiment, artifacts: Mapping[str, Artifact], records: Sequence[Record], device: torch.device
 ) -> dict[str, Any]:
     """Returns what is said of the judged networks, as JSON values: `evaluation.summary.summarize` has its parts."""
-    zoo, split, config = ParameterStore(artifacts["zoo"]), experiment.split, experiment.evaluation
+    zoo, split, config = members_of(artifacts), experiment.split, experiment.evaluation
     about, seed = artifacts["base"].manifest().info, experiment.sampling.seed or 0
     vectors = zoo.vectors(split.learned)
     members = torch.from_numpy(vectors).to(device)

@@ -26,7 +26,7 @@ from pdiff_ray.storage.files import Storage, check_below
 from pdiff_ray.storage.sealed import digest, read_sealed, seal, unseal, with_digest, without_digest
 
 FORMAT = 2  # part of every key: raise it when a stage's meaning changes
-KINDS = ("base", "zoo", "generator", "samples", "evaluation", "report")  # a folder each, as they are made
+KINDS = ("base", "zoo", "alignment", "generator", "samples", "evaluation", "report")  # a folder each, as they are made
 MANIFEST = "manifest.json"
 WORK = "work"  # folder of an artifact that is being made
 ANEW = "delete its folder to build it again"

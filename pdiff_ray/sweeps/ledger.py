@@ -236,4 +236,5 @@ def needs(ledger: Ledger) -> Needs:
         stages = [stage for stage in ("base", "zoo") if not seen[stage][artifacts[stage].key]]
         if stages and not has_results(artifacts) and (ledger.sweep.search == "grid" or not ledger.varies_zoos):
             jobs.setdefault(artifacts["zoo"].key, (experiment, stages))
-    return Needs(list(jobs.values()), {stage: (len(keys), sum(keys.values())) for stage, keys in seen.items()})
+    known = {stage: keys for stage, keys in seen.items() if keys or STAGES[stage].wanted(ledger.file.experiment)}
+    return Needs(list(jobs.values()), {stage: (len(keys), sum(keys.values())) for stage, keys in known.items()})

@@ -21,7 +21,7 @@ from pdiff_ray.stages import generator, report, zoo
 from pdiff_ray.stages.checks import checked_subset
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.judging import base_judge
-from pdiff_ray.stages.table import STAGES, Claim, artifacts_of, build_missing, unclaimed
+from pdiff_ray.stages.table import Claim, artifacts_of, build_missing, unclaimed
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.files import Storage
 
@@ -128,7 +128,7 @@ def run_trial(
         artifacts = artifacts_of(experiment, storage)
         if not artifacts["base"].exists():  # of a network that the search has chosen
             checked_subset(experiment)
-        for stage in () if has_results(artifacts) else STAGES:
+        for stage in () if has_results(artifacts) else artifacts:
             build = None
             if stage == "generator" and report_rung and len(experiments) == 1:
                 preview = _preview(experiment, artifacts, context, metric, report_rung)

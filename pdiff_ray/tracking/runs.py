@@ -20,7 +20,6 @@ from pdiff_ray.config.section import flat
 from pdiff_ray.evaluation.metrics import named_metrics, tidy, verdict_words
 from pdiff_ray.reports.answers import conclusion
 from pdiff_ray.stages.report import load_history, load_summary
-from pdiff_ray.stages.table import STAGES
 from pdiff_ray.storage.artifacts import Artifact, digest
 from pdiff_ray.tracking.inputs import CONTEXTS, Model, Split, delete_run, log_data, make_models, splits
 from pdiff_ray.tracking.server import Connection, Mark, connect, experiment_name, tracking_uri, translated
@@ -220,7 +219,7 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Mlfl
     report, evaluation = artifacts["report"], artifacts["evaluation"]
     summary = load_summary(artifacts)
     metrics = named_metrics(summary)
-    seconds = {f"seconds/{stage}": artifacts[stage].manifest().seconds for stage in STAGES}
+    seconds = {f"seconds/{stage}": artifact.manifest().seconds for stage, artifact in artifacts.items()}
     files = {name: report.read(name) for name in report.manifest().files}
     files |= {name: evaluation.read(name) for name in evaluation.manifest().files if name.endswith(".parquet")}
     best = next(group for group in summary["groups"] if group["group"] == "generated")
@@ -229,7 +228,7 @@ def trial_run(experiment: Experiment, artifacts: Mapping[str, Artifact]) -> Mlfl
         "weights": artifacts["samples"].location,
         "export": f"pdiff export {artifacts['samples'].key} FOLDER --ids {best['best_id']}",
     }
-    made = _made(experiment, artifacts, ("generator", "samples", "evaluation", "report"))
+    made = _made(experiment, artifacts, [stage for stage in artifacts if stage not in ("base", "zoo")])
     return MlflowRun(
         kind="trial",
         key=report.key,
