@@ -186,13 +186,13 @@ def import_command(
 
     taken = Options(pattern, weights, prefix, order, base)
     experiment = load_experiment(file, **options)
-    aligned = kind == "samples" and experiment.alignment.method != "none"
-    plan = make_plan(experiment, target="alignment" if aligned else "zoo")
+    target = "alignment" if kind == "samples" and experiment.alignment.method != "none" else "zoo"
+    plan = make_plan(experiment, target)
     zoo = plan.artifacts["zoo"]
     if kind == "samples":
         if plan.missing:
             raise ConfigError(
-                f"{zoo.location}: the samples' zoo is not there; make it with `pdiff run {'alignment' if aligned else 'zoo'} {file}`"
+                f"{zoo.location}: the samples' zoo is not there; make it with `pdiff run {target} {file}`"
             )
         plan.storage.check_writable()
         report: object = import_samples(folder, plan.experiment, plan.artifacts, taken)
