@@ -5,15 +5,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import build, build_missing, context, tiny
+from helpers import TINY, build, build_missing, context, tiny
 
 from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.config import sweep
 from pdiff_ray.running.experiment import check_plan, make_plan
+from pdiff_ray.running.sweep import check_sweep
 from pdiff_ray.stages import alignment
 from pdiff_ray.stages.alignment import members_of
 from pdiff_ray.stages.judging import base_judge
 from pdiff_ray.stages.stored import Networks
 from pdiff_ray.storage.parameters import ParameterStore
+from pdiff_ray.sweeps.ledger import Ledger
 
 WHOLE = (
     *("zoo.regime=independent", "zoo.subset=all", "zoo.batchnorm=included", "zoo.members=6", "zoo.held_out=0.2"),
@@ -141,6 +144,15 @@ def test_what_cannot_be_aligned_is_said_before_anything_is_trained(tmp_path, cha
     message = rf"^alignment\.method: convnet cannot be aligned, .*{reason}.*zoo\.subset: all"
     with pytest.raises(ConfigError, match=message):
         check_plan(make_plan(experiment))
+
+
+def test_a_sweep_checks_each_way_of_aligning(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        f"base: {TINY}\nname: tries\nsweep: {{parameters: {{alignment.method: [none, weight_matching]}}}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"^alignment\.method: convnet cannot be aligned"):
+        check_sweep(Ledger(sweep.load(file, [f"storage={tmp_path}"])))
 
 
 def test_statistics_that_are_measured_anew_stand_in_no_way(tmp_path):

@@ -32,7 +32,7 @@ def check_sweep(ledger: Ledger) -> None:
     for trial in (ledger.planned() if ledger.sweep.search == "grid" else []) or [Trial(-1, {}, (0,))]:
         for experiment in ledger.experiments(trial):
             zoo = experiment.zoo.model_dump(include={"subset", "batchnorm", "imported", "members"})
-            same = repr((experiment.data, experiment.network, zoo))
+            same = repr((experiment.data, experiment.network, zoo, experiment.alignment.method))
             if same not in sizes:
                 sizes[same] = check_plan(make_plan(experiment, storage=ledger.storage))
             experiment.generator.check_dimension(sizes[same])
