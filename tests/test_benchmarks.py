@@ -7,13 +7,19 @@ import pytest
 from test_partition import CONVNET, LAST_NORMS
 
 from benchmarks import __main__ as command
-from benchmarks import aligning, cluster, core, judging, searching, verdict
+from benchmarks import aligning, cluster, core, judging, latents, searching, verdict
 from pdiff_ray.config import loading
 from pdiff_ray.estimates.estimate import Estimator
 from pdiff_ray.running.experiment import make_plan
 from pdiff_ray.stages.table import STAGES
 
 SMALL = judging.Case("a small ConvNet", CONVNET, LAST_NORMS, 8, 60, 2, (2, 20), 20.0)
+BRIEF_STEPS = {"autoencoder": {"channels": [4], "steps": 2}, "diffusion": {"steps": 2, "num_timesteps": 10}}
+BRIEF_FIT = {
+    "training": {"epochs": 1},
+    "zoo": {"members": 6, "warmup_steps": 1, "steps_per_member": 1, "subset": {"last_norm_layers": 1}},
+    "generator": BRIEF_STEPS,
+}
 RUNS = {
     "evaluate": lambda: judging.evaluate(3, [SMALL]),
     "zoo_step": lambda: judging.zoo_step(8, 2, SMALL),
@@ -22,6 +28,11 @@ RUNS = {
     "searching": lambda: searching.searching(trials=12, seeds=2),
     "store": lambda: core.store(count=60, k=10, dimension=32),
     "align": lambda: aligning.align(6, ("s1",)),
+    "fit": lambda: latents.fit(
+        samples=3, network={"name": "convnet", "args": {"widths": [4, 8]}}, data={"image_size": 8}, **BRIEF_FIT
+    ),
+    "fit_memory": lambda: latents.fit_memory(members=8, values=20_000),
+    "growth_D": lambda: latents.growth_D((1000,), members=4, samples=2),
     "growth": lambda: judging.growth((2, 4, 8), (20, 40, 60), (LAST_NORMS,)),
 }
 BRIEF_ZOO = {"training": {"epochs": 2}, "zoo": {"members": 50, "steps_per_member": 2}}
