@@ -100,15 +100,20 @@ class _Product:
         due = rows[self.stale[rows]]
         if len(due):
             self.stale[due] = False
-            for count, place in enumerate(self.places):
-                values = place.tensor(self.vectors)
-                values = values if not self.others and len(due) == len(values) else values[due]  # which copies them
-                for index, other in self.others:
-                    other.permute(values, orders[index][due])
-                theirs, ours = place.units(values), place.units(place.tensor(self.reference[None]))[0]
-                product = torch.einsum("iab,njab->nij", ours, theirs)
-                self.found[due] = self.found[due] + product if count else product
-        return self.found[rows]
+            products = [self._of(place, due, orders) for place in self.places]
+            found = sum(products[1:], products[0])
+            if len(due) == len(self.found):
+                self.found = found
+            else:
+                self.found[due] = found
+        return self.found if len(rows) == len(self.found) else self.found[rows]
+
+    def _of(self, place: Place, rows: Tensor, orders: Sequence[Tensor]) -> Tensor:
+        values, chosen = place.tensor(self.vectors), rows if len(rows) < len(self.vectors) else None
+        for index, other in self.others:
+            values, chosen = other.permuted(values, orders[index][rows], chosen), None
+        values = values if chosen is None else values[chosen]
+        return torch.einsum("iab,njab->nij", place.units(place.tensor(self.reference[None]))[0], place.units(values))
 
 
 def _products(symmetries: Symmetries, index: int, reference: Tensor, vectors: Tensor) -> list[_Product]:

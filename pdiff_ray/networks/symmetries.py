@@ -54,10 +54,17 @@ class Place:
         """Returns the tensor's values by units (n, size, outer, inner), as a view."""
         return values.unflatten(1, (self.outer, self.size, self.inner)).transpose(1, 2)
 
-    def permute(self, values: Tensor, order: Tensor) -> None:
-        """Permutes the tensor's values in place: unit i of a network becomes the one at `order[i]`, (n, size)."""
-        units = self.units(values)
-        units.copy_(units[torch.arange(len(order), device=order.device)[:, None], order])
+    def permuted(self, values: Tensor, order: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Returns the tensor's values in some networks (m, outer * size * inner), its units in another order.
+
+        Args:
+            order: (m, size): unit i becomes the one at `order[i]`.
+            rows: (m,) of `values`; default: all.
+        """
+        rows = torch.arange(len(order)) if rows is None else rows
+        before = torch.arange(self.outer)[:, None]
+        units = values.unflatten(1, (self.outer, self.size, self.inner))
+        return units[rows[:, None, None], before, order[:, None, :]].flatten(1)
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,8 @@ class Symmetries:
         vectors = vectors.clone()
         for group, order in zip(self.groups, orders, strict=True):
             for place in group.places:
-                place.permute(place.tensor(vectors), order)
+                values = place.tensor(vectors)
+                values.copy_(place.permuted(values, order))
         return vectors
 
 
