@@ -22,7 +22,7 @@ WHOLE = (
     *("zoo.regime=independent", "zoo.subset=all", "zoo.batchnorm=included", "zoo.members=6", "zoo.held_out=0.2"),
     *("generator={name: gaussian}", "evaluation.fine_tuned_networks=1", "training.epochs=1"),
 )
-ALIGNED = (*WHOLE, "alignment.method=weight_matching")
+ALIGNED = (*WHOLE, "alignment.method=weight_matching", "alignment.reference=first")
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from pdiff_ray.config import loading
 from pdiff_ray.config import schema as config
 from pdiff_ray.config import sweep as space
 from pdiff_ray.data import sources
-from pdiff_ray.generators.autoencoder import Autoencoder
-from pdiff_ray.generators.diffusion import Diffusion
+from pdiff_ray.generators.table import make_generator
 from pdiff_ray.networks.build import check_network
 from pdiff_ray.running.experiment import make_plan
 from pdiff_ray.stages.zoo import subset_of
@@ -70,18 +69,12 @@ def test_all_trials_can_be_planned(path, preset, load):
         with torch.device("meta"):  # a network without storage, having taken images of the data's size
             network = check_network(experiment.network, sources.describe(experiment.data))
             subset = subset_of(experiment, network)
-            Autoencoder(experiment.generator.autoencoder, subset.size)
-            Diffusion(experiment.generator.diffusion, experiment.generator.autoencoder.latent_dim)
+            make_generator(experiment.generator, subset)
 
 
 def shapes_of(experiment):
     """All that the sizes of an experiment's models depend on."""
-    sections = (
-        experiment.network,
-        experiment.zoo.subset,
-        experiment.generator.autoencoder,
-        experiment.generator.diffusion,
-    )
+    sections = (experiment.network, experiment.zoo.subset, experiment.generator)
     images = experiment.data.model_dump_json(include={"name", "channels", "image_size"})
     return (images, *(section.model_dump_json() for section in sections))
 

@@ -227,7 +227,7 @@ class Alignment(Section):
         "none", description="permutation of units that change no function, found by matching weights"
     )
     reference: Literal["first", "mean"] = Field(
-        "first", description="what members are matched to: the first that is learned, or their mean as it becomes"
+        "mean", description="what members are matched to: the first that is learned, or their mean as it becomes"
     )
 
 
