@@ -228,7 +228,7 @@ def test_an_autoencoder_that_loses_accuracy_is_told(grid):
     assert all(result.gate for row in rows for result in row.results)
     first, second = rows[0].results
     lossy, fine = replace(first, gate={"passed": False}), replace(second, gate={"passed": True})
-    expected = f"The autoencoder loses accuracy in 1 of 2 results (trials {first.trial.number})"
+    expected = f"The encoder loses accuracy in 1 of 2 results (trials {first.trial.number})"
     assert sweep_report.warning([replace(rows[0], results=[lossy, fine])]).startswith(expected)
     assert sweep_report.warning([replace(rows[0], results=[fine])]) == ""
 

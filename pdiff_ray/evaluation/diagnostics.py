@@ -74,17 +74,18 @@ MEASURES = {  # in the order in which they are shown
         "settled.",
     ),
     "unexplained_variance": Measure(
-        "share of the members' variance that the autoencoder loses",
+        "share of the members' variance that the encoder loses",
         most=0.2,
         percent=True,
         advice="Decoded members are drawn to the mean, and samples will be. Raise generator.autoencoder.steps or "
-        "generator.autoencoder.latent_dim, or set generator.normalize to dimension.",
+        "generator.autoencoder.latent_dim, or set generator.normalize to dimension; of a subspace, raise "
+        "generator.encoder.rank or generator.encoder.variance.",
     ),
     "lost_accuracy": Measure(
         "validation accuracy of members, less that of decoded ones",
         percent=True,
         advice="The decoder costs accuracy, and no sample can be better than it. Raise generator.autoencoder.steps or "
-        "generator.autoencoder.latent_dim.",
+        "generator.autoencoder.latent_dim; of a subspace, generator.encoder.rank or generator.encoder.variance.",
     ),
 }
 

@@ -65,16 +65,16 @@ def headline(ledger: Ledger) -> str:
 
 
 def warning(rows: Sequence[Row]) -> str:
-    """Returns a text about the results whose autoencoder loses accuracy, empty if there are none."""
+    """Returns a text about the results whose encoder loses accuracy, empty if there are none."""
     gated = [result for row in rows for result in row.results if result.gate]
     failed = [result for result in gated if not result.gate["passed"]]
     if not failed:
         return ""
     names = dict.fromkeys(str(r.trial.number) if r.trial.number >= 0 else AS_IN_THE_FILE for r in failed)
     return (
-        f"The autoencoder loses accuracy in {len(failed)} of {len(gated)} results (trials {', '.join(names)}): no "
+        f"The encoder loses accuracy in {len(failed)} of {len(gated)} results (trials {', '.join(names)}): no "
         "sample can be better than the decoded members, see the trials' reports. Raise generator.autoencoder.steps or "
-        "latent_dim."
+        "latent_dim; of a subspace, generator.encoder.rank or variance."
     )
 
 
