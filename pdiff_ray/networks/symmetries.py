@@ -36,7 +36,7 @@ class Place:
 
     Attributes:
         offset: of the tensor in the vector.
-        outer, size, inner: how the tensor's values are seen: units stand in the middle.
+        outer: the tensor's values are seen as (outer, size, inner), with the units in the middle.
     """
 
     name: str

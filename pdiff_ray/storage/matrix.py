@@ -69,9 +69,8 @@ class Vectors(ABC):
 def rows_at_a_time(dimension: int) -> int:
     """Returns how many vectors of D values are drawn or decoded at a time."""
     rows = max(1, ROWS_BYTES // (4 * dimension))
-    return (
-        rows - rows % 400 if rows > 400 else rows
-    )  # normal numbers come in sixteens, an autoencoder's rows in fifties
+    # Normal numbers come in sixteens, an autoencoder's rows in fifties.
+    return rows - rows % 400 if rows > 400 else rows
 
 
 class HeldVectors(Vectors):
