@@ -150,6 +150,7 @@ def from_store_to_samples(folder: str, values: int, members: int, samples: int, 
         first = len(drawn.ids)
         records = [Record(id_, "generated", vector=row) for id_, row in enumerate(vectors.numpy(), first)]
         drawn.append(records, zoo.subset())
+        del vectors, records  # before the next ones are drawn, as the stage does
     generator.encode(StoredVectors(drawn))
 
 

@@ -94,6 +94,7 @@ class Baseline(Generator):
                 moved = weights @ factor.to(device)
                 vectors[:, columns] = mean.to(device) + (moved * self._scale if self.weighs_members else moved)
             yield self.finish(vectors, random)
+            del vectors  # before the next ones are drawn
 
     def weights(self, count: int, random: torch.Generator) -> Tensor:
         """Draws the weights (n, K) of samples; default: none has any, and all samples are the mean."""

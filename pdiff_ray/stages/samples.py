@@ -41,6 +41,7 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
                 store.append(records[start : start + size], subset)
             drawn += len(vectors)
             context.progress("samples", drawn, sampling.samples, "")
+            del vectors, rows, records  # before the next ones are drawn
     sampled_s = time.monotonic() - started
     members = StoredVectors(zoo, experiment.split.learned, context.device)
     samples = StoredVectors(store, range(drawn), context.device)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pdiff_ray.storage.parameters import BLOCK, ParameterStore, Place, checksums
 
-CHUNK_BYTES = 2**25  # of columns that are read at a time, if a block of them is not more
-ROWS_BYTES = 2**28  # of whole vectors that are held at a time
+CHUNK_BYTES = 2**24  # of columns that are read at a time, if a block of them is not more
+ROWS_BYTES = 2**27  # of whole vectors that are held at a time
 CPU = torch.device("cpu")
 
 
