@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pdiff_ray.networks.symmetries import Place, Symmetries
+from pdiff_ray.networks.symmetries import Place, Symmetries, blocks
 
 GAIN = 1e-6  # of the product of norms: a smaller one is rounding, and could go on for ever
 
@@ -38,9 +38,17 @@ def match(
     Returns:
         For each group the orders (n, size) that `Symmetries.permuted` takes.
     """
+    orders = [order.clone() for order in start or symmetries.identity(len(vectors))]
+    for rows in blocks(vectors):
+        _match(symmetries, reference, vectors[rows], seed, [order[rows] for order in orders])
+    return orders
+
+
+def _match(symmetries: Symmetries, reference: Tensor, vectors: Tensor, seed: int, orders: list[Tensor]) -> None:
+    """Matches networks, of which it changes the orders."""
     from scipy.optimize import linear_sum_assignment
 
-    groups, orders = symmetries.groups, [order.clone() for order in start or symmetries.identity(len(vectors))]
+    groups = symmetries.groups
     products = [_products(symmetries, index, reference, vectors) for index in range(len(groups))]
     least = GAIN * reference.norm() * vectors.norm(dim=1)
     due = torch.ones(len(groups), len(vectors), dtype=torch.bool)  # to be assigned (again)
@@ -68,7 +76,6 @@ def match(
                 for product in of_other:
                     if product.depends_on(index):
                         product.stale[rows[better]] = due[other, rows[better]] = True
-    return orders
 
 
 @dataclass

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from pdiff_ray.networks.partition import Graph, call_with, perturbed
 from pdiff_ray.networks.subset import Subset
 
 BATCH = 1_000_003  # stands for the batch size, a prime that no view can cut
+BLOCK_VALUES = 2**21  # of vectors that are permuted or matched at a time
 TOLERANCE = 1e-4  # of the largest logit: permuted sums are rounded otherwise
 
 
@@ -106,11 +107,19 @@ class Symmetries:
     def permuted(self, vectors: Tensor, orders: Sequence[Tensor]) -> Tensor:
         """Returns vectors (n, D) of the same functions, permuted by orders (n, size), one for each group."""
         vectors = vectors.clone()
-        for group, order in zip(self.groups, orders, strict=True):
-            for place in group.places:
-                values = place.tensor(vectors)
-                values.copy_(place.permuted(values, order))
+        for rows in blocks(vectors):
+            for group, order in zip(self.groups, orders, strict=True):
+                for place in group.places:
+                    values = place.tensor(vectors[rows])
+                    values.copy_(place.permuted(values, order[rows]))
         return vectors
+
+
+def blocks(vectors: Tensor) -> Iterator[slice]:
+    """Yields rows of vectors (n, D), some at a time: of more, the system would find memory again for each operation."""
+    count = max(1, BLOCK_VALUES // vectors.shape[1])
+    for start in range(0, len(vectors), count):
+        yield slice(start, start + count)
 
 
 def find_symmetries(
