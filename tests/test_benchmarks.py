@@ -38,7 +38,9 @@ RUNS = {
 BRIEF_ZOO = {"training": {"epochs": 2}, "zoo": {"members": 50, "steps_per_member": 2}}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("fit", "growth_D") else []) for n in RUNS]
+)
 def test_it_runs(name):
     results = list(RUNS[name]())
     assert results
