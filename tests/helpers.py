@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,3 +101,11 @@ def images_of(split, batch_size=7):
 
 def with_(config, **changes):
     return config.model_copy(update=changes)
+
+
+def until(condition, timeout=60):
+    """Waits for a condition, which must come to hold."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

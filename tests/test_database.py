@@ -10,8 +10,8 @@ import threading
 
 import mlflow
 import pytest
+from helpers import until
 from test_cli import pdiff
-from test_tracking import until
 
 from pdiff_ray import tracking
 from pdiff_ray.tracking.database import prepare_database
