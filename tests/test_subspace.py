@@ -68,7 +68,7 @@ def members(count=10, dimension=100):
 
 def kept_elsewhere(store, monkeypatch):
     """As if the storage was no folder: vectors are found nowhere."""
-    monkeypatch.setattr(ParameterStore, "place", lambda self, id_: None)
+    monkeypatch.setattr(ParameterStore, "position", lambda self, id_: None)
     return store
 
 
@@ -94,9 +94,9 @@ def test_a_file_that_changes_while_it_is_in_use_is_noticed(artifact, narrow):
     store = stored(artifact, members())
     view = StoredVectors(store)
     view.columns(0, 16)
-    place = store.place(0)
-    with Path(artifact.storage.path(place.name)).open("r+b") as file:
-        file.seek(place.offset + 4 * 40)
+    position = store.position(0)
+    with Path(artifact.storage.path(position.name)).open("r+b") as file:
+        file.seek(position.offset + 4 * 40)
         file.write(b"\0\0\0\0")
     assert view.columns(0, 16).shape == (10, 16)  # blocks beside it are whole
     with pytest.raises(StorageError, match="damaged Parquet file"):

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pdiff_ray.storage.parameters import BLOCK, ParameterStore, Place, checksums
+from pdiff_ray.storage.parameters import BLOCK, ParameterStore, Position, checksums
 
 CHUNK_BYTES = 2**24  # of columns that are read at a time, if a block of them is not more
 ROWS_BYTES = 2**27  # of whole vectors that are held at a time
@@ -114,37 +114,37 @@ class StoredVectors(Vectors):
 
     def columns(self, start: int, stop: int) -> Tensor:
         values = np.empty((len(self.ids), stop - start), np.float32)
-        places = self._places
-        if places is None:
+        positions = self._positions
+        if positions is None:
             for row, into in enumerate(values):
                 self._copied.seek(4 * (row * self.shape[1] + start))
                 self._copied.readinto(into.data)  # type: ignore[attr-defined]
             return torch.from_numpy(values).to(self.device)
-        for name, rows in itertools.groupby(range(len(self.ids)), lambda row: places[row].name):
+        for name, rows in itertools.groupby(range(len(self.ids)), lambda row: positions[row].name):
             with self.store.storage.open(name) as file:
                 for row in rows:
-                    values[row] = self._piece(file, row, places[row], start, stop)
+                    values[row] = self._piece(file, row, positions[row], start, stop)
         return torch.from_numpy(values).to(self.device)
 
-    def _piece(self, file: pa.NativeFile, row: int, place: Place, start: int, stop: int) -> np.ndarray:
+    def _piece(self, file: pa.NativeFile, row: int, position: Position, start: int, stop: int) -> np.ndarray:
         """Returns values of a vector, whose blocks are the same as before."""
-        first, last = start // BLOCK, min(-(-stop // BLOCK), len(place.checks))
+        first, last = start // BLOCK, min(-(-stop // BLOCK), len(position.checks))
         begin, end = first * BLOCK, min(last * BLOCK, self.shape[1])
-        content = file.read_at(4 * (end - begin), place.offset + 4 * begin)
-        if checksums(content) != place.checks[first:last]:
+        content = file.read_at(4 * (end - begin), position.offset + 4 * begin)
+        if checksums(content) != position.checks[first:last]:
             self.store.forget()
             content = self.store.vectors([self.ids[row]])[0, begin:end].tobytes()
         return np.frombuffer(content, np.float32)[start - begin : stop - begin]
 
     @functools.cached_property
-    def _places(self) -> list[Place] | None:
+    def _positions(self) -> list[Position] | None:
         """Where all vectors stand; None if one of them cannot be read from there."""
-        places = []
+        positions = []
         for id_ in self.ids:
-            if (place := self.store.place(id_)) is None:
+            if (position := self.store.position(id_)) is None:
                 return None
-            places.append(place)
-        return places
+            positions.append(position)
+        return positions
 
     @functools.cached_property
     def _copied(self) -> IO[bytes]:

@@ -47,7 +47,7 @@ BLOCK = 2**14  # values of a vector with a checksum of their own, to be read aga
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """Where a vector stands in a file as it is in memory.
 
     Attributes:
@@ -213,7 +213,7 @@ class ParameterStore:
         self._parts: dict[str, list[int]] = {}  # part to ids
         self._opened: dict[str, _Part] = {}
         # By id, of vectors that have been read: the open file, how many bytes to read, and where.
-        self._found: dict[int, tuple[pa.NativeFile, int, Place]] = {}
+        self._found: dict[int, tuple[pa.NativeFile, int, Position]] = {}
         self._listed: dict[str, FileEntry] = {}  # by the manifest
         if artifact.exists():
             for name, entry in artifact.manifest().files.items():
@@ -305,12 +305,12 @@ class ParameterStore:
                 part, row = self._rows[id_]
                 file = self._opened.get(part)
                 if file and (offset := file.find(row, vector)):
-                    place = Place(self._name(part), offset, checksums(vector.data))
-                    self._found[id_] = file.stream, vector.nbytes, place
+                    where = Position(self._name(part), offset, checksums(vector.data))
+                    self._found[id_] = file.stream, vector.nbytes, where
         position = {id_: index for index, id_ in enumerate(read)}
         return matrix[[position[id_] for id_ in ids]]
 
-    def place(self, id_: int) -> Place | None:
+    def position(self, id_: int) -> Position | None:
         """Returns where a network's vector stands; None if it cannot be read from there, as of an object store."""
         if id_ not in self._found:
             self.vectors([id_])
@@ -326,9 +326,9 @@ class ParameterStore:
         """Returns vectors (len(ids), D) from where they were found; None if one has changed since."""
         read = []
         for id_ in ids:
-            file, size, place = self._found[id_]
-            content = file.read_at(size, place.offset)
-            if checksums(content) != place.checks:
+            file, size, position = self._found[id_]
+            content = file.read_at(size, position.offset)
+            if checksums(content) != position.checks:
                 return None
             read.append(content)
         return np.frombuffer(bytearray().join(read), np.float32).reshape(len(ids), -1)
