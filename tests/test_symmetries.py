@@ -185,9 +185,11 @@ def test_a_group_on_both_axes_of_a_tensor_is_matched():
     network = trained(Odd("square"))
     subset = resolve(ALL, network)
     found = find_symmetries(network, subset, images(SMALL))
-    vectors = torch.stack([subset.flatten(dict(Odd("square").named_parameters())) for _ in range(5)])
+    vectors = torch.randn(6, subset.size, generator=torch.Generator().manual_seed(0))
+    vectors[5] = found.permuted(vectors[:1], found.random(1, torch.Generator().manual_seed(1)))[0]
     matched = found.permuted(vectors, match(found, vectors[0], vectors, 0))
-    assert ((matched - vectors[0]).norm(dim=1)[1:] < (vectors - vectors[0]).norm(dim=1)[1:]).all()
+    before, after = ((rows - vectors[0]).norm(dim=1) for rows in (vectors, matched))
+    assert (after <= before).all() and (after < before).sum() >= 3  # where it stands may be the best a group finds
 
 
 def test_independent_networks_come_nearer_and_stay_the_same():
