@@ -23,6 +23,8 @@ def prepare(resources: Resources) -> None:
     if not ray_address(resources):
         # Makes a local Ray listen on the loopback interface alone, as it does by default on macOS and Windows.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # How often Ray Train looks whether its workers have ended; every 2 s is for many nodes.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
     # Under `uv run`, Ray would build the environment anew for its workers, from a copy of the current folder.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     # How long a group that has lost a worker waits for the others to leave; Ray's default is 30 s.

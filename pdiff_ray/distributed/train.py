@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from pdiff_ray.common.errors import PdiffError
@@ -59,7 +61,7 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
     gpus = gpu_share(resources.gpus_per_worker, workers)
     per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     name = f"ray-train-{uuid.uuid4().hex[:8]}"
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _work,
         train_loop_config={"jobs": list(jobs), "events": events, "gpus": gpus},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=per_worker),
@@ -73,9 +75,6 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
             failure_config=FailureConfig(max_failures=resources.max_failures + len(jobs) - 1),
         ),
     )
-    controllers: list[Any] = []
-    # In place of a handler of Ctrl-C that would stay when the training is over, and would end the driver with code 0.
-    trainer._register_sigint_handler = controllers.append  # type: ignore[attr-defined]
     try:
         trainer.fit()
     except TrainingFailedError as error:
@@ -92,11 +91,35 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
                 if not artifact.exists():  # a trial must not build what only a group of workers may
                     report_failure(events, artifact.key, f"the group of workers has ended: {reason}")
     finally:
-        for controller in controllers:  # and the workers with it, if it is there
+        for controller in trainer.controllers:  # and the workers with it, if it is there
             ray.kill(controller)
         with contextlib.suppress(OSError):  # it has Ray's marker files only; the results are artifacts
             storage.fs.delete_dir(storage.path(f"tmp/{name}"))
     return failures(events)
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer, which waits for nobody at its end, and leaves Ctrl-C as it was.
+
+    Attributes:
+        controllers: the actor that runs the workers, once it has been started.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.controllers: list[Any] = []
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        # Ray's handler would stay when the training is over, and would end the driver with code 0.
+        self.controllers.append(controller)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        if ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url:
+            return callbacks
+        # It asks the dashboard whether the controller lives. Without one it asks in vain, or a cluster of long ago of
+        # which Ray's folder still has the address, and the end of the training waits for it: 1.5 s, or 12 s.
+        return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
 
 
 def useful_workers(jobs: Sequence[Job]) -> int:
