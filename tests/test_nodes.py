@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -93,6 +94,8 @@ def cluster(tmp_path):
     driver = tmp_path / "driver"
     driver.mkdir()
     shared = {**JOINED, "PDIFF_TEST_CLUSTER": address, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    # Short, for the sockets in it, and not Ray's own, where the address would stay and mislead every later Ray.
+    shared["RAY_TMPDIR"] = tempfile.mkdtemp(dir="/tmp")
     own = ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000"]
     ray_start("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", *own, **shared)
     try:
@@ -105,6 +108,7 @@ def cluster(tmp_path):
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("PDIFF_TEST_CLUSTER") == address:
                     process.kill()
+        shutil.rmtree(shared["RAY_TMPDIR"], ignore_errors=True)
 
 
 LOCAL = """
