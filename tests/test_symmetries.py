@@ -189,7 +189,8 @@ def test_a_group_on_both_axes_of_a_tensor_is_matched():
     vectors[5] = found.permuted(vectors[:1], found.random(1, torch.Generator().manual_seed(1)))[0]
     matched = found.permuted(vectors, match(found, vectors[0], vectors, 0))
     before, after = ((rows - vectors[0]).norm(dim=1) for rows in (vectors, matched))
-    assert (after <= before).all() and (after < before).sum() >= 3  # where it stands may be the best a group finds
+    assert (after <= before).all()
+    assert (after < before).sum() >= 3  # one may stand where the group finds nothing better
 
 
 def test_independent_networks_come_nearer_and_stay_the_same():
