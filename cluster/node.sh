@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# What a node of a Ray cluster needs beside Ray, whoever has started it:
+#   cluster/node.sh install SITE    checks the machine, installs what is pinned; shells get its PATH, SITE, and Ray's token mode
+#   cluster/node.sh sweep FILE ...  is `pdiff sweep` in this folder, where jobs do not start
+#   cluster/node.sh mlflow          starts MLflow on the head's loopback interface, for as long as Ray's head is there
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+here=$PWD
+python=3.11  # of every node
+uv=0.13.9
+export PATH="$here/.venv/bin:$HOME/.local/bin:$PATH"
+
+install() {
+  command -v uv >/dev/null || curl -LsSf "https://astral.sh/uv/$uv/install.sh" | UV_NO_MODIFY_PATH=1 sh
+  uv lock --quiet --python "$python"
+  uv run --quiet --no-project --python "$python" cluster/check_node.py uv.lock
+  uv sync --quiet --frozen --no-dev --group cluster --python "$python"
+  # First, as much of what follows there ends early where nobody types.
+  local line="export PATH=$here/.venv/bin:\$HOME/.local/bin:\$PATH RAY_AUTH_MODE=token PDIFF_SITE=$here/$1"
+  touch ~/.bashrc
+  if ! grep -qxF "$line" ~/.bashrc; then
+    { echo "$line"; cat ~/.bashrc; } >~/.bashrc.new
+    mv ~/.bashrc.new ~/.bashrc
+  fi
+}
+
+mlflow_server() {
+  export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true
+  mkdir -p ~/mlflow
+  setsid bash -c '
+    mlflow server --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri "sqlite:///$HOME/mlflow/mlflow.db" \
+      --artifacts-destination "$HOME/mlflow/files" &
+    while pgrep -u "$(id -u)" gcs_server >/dev/null; do sleep 2; done
+    kill -- -$$
+  ' >~/mlflow/log 2>&1 </dev/null &
+}
+
+case ${1:-} in
+  install) install "$2" ;;
+  mlflow) mlflow_server ;;
+  sweep) exec python -m pdiff_ray.sweep "${@:2}" ;;
+  *) sed -n '2,5s/^# //p' cluster/node.sh >&2; exit 2 ;;
+esac
