@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import os
+import re
 import shutil
 import signal
 import socket
@@ -129,17 +130,51 @@ def test_without_an_address_ray_is_a_local_one(cluster):
     assert ended.stdout.strip() not in ("", address)
 
 
+def pdiff(arguments, driver, **environment):
+    """Runs the command line as a driver of the cluster."""
+    code = "from pdiff_ray.cli.main import main; main()"
+    environment = {**os.environ, **JOINED, "PDIFF_CACHE": str(driver / "cache"), **environment}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=driver, env=environment, capture_output=True, text=True, timeout=500)
+
+
+def test_the_doctor_looks_at_every_node(cluster, bucket, tmp_path):
+    address, driver = cluster
+    mlflow_uri = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    found = pdiff(["doctor", "--address", address, "--storage", bucket], driver, **mlflow_uri)
+    lines = [line for line in found.stdout.splitlines() if " node " in line]
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert len(lines) == 3
+    assert all(line.startswith("ok ") and "GiB of memory free" in line for line in lines)
+    assert "ok      token: is asked for" in found.stdout
+
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "pdiff_ray", other / "pdiff_ray")
+    (other / "pdiff_ray/sweep.py").write_text("# another version")
+    shared = {**JOINED, "PDIFF_TEST_CLUSTER": address, "PYTHONPATH": str(other), "PDIFF_CACHE": str(tmp_path / "three")}
+    ray_start(f"--address={address}", "--num-cpus=1", "--node-ip-address=127.0.0.1", hidden=[driver], **shared)
+    storage = driver / "storage"
+    found = pdiff(["doctor", "--address", address, "--storage", storage], driver, **mlflow_uri)
+    lines = [line for line in found.stdout.splitlines() if " node " in line]
+    assert found.returncode == 1
+    assert len(lines) == 4
+    assert sum("where the driver has" in line for line in lines) == 1
+    assert sum("set storage to what every node reaches" in line for line in lines) == 3  # the head sees it
+    refused = pdiff(["sweep", TINY, "--address", address, "--storage", bucket], driver, **mlflow_uri)
+    assert refused.returncode == 1
+    assert re.fullmatch(
+        r"error: node [\d.]+: pdiff_ray \S+ of sources \w+ where the driver has .*\n", refused.stderr
+    ), refused.stderr
+
+
 def test_nodes_share_only_storage_and_mlflow(cluster, bucket, mlflow_server, tmp_path):
     address, driver = cluster
     file = driver / "nodes.yaml"
     resources = {"workers": 2, "actors": 2}
     content = {"base": str(TINY), "name": "nodes", "resources": resources, "sweep": SWEEP}
     file.write_text(yaml.safe_dump(content, sort_keys=False))
-    code = "from pdiff_ray.cli.main import main; main()"
     places = ["--storage", bucket, "--tracking-uri", mlflow_server, "--address", address]
-    command = [sys.executable, "-c", code, "sweep", str(file), *places]
-    environment = {**os.environ, **JOINED, "PDIFF_CACHE": str(driver / "cache")}
-    done = subprocess.run(command, cwd=driver, env=environment, capture_output=True, text=True, timeout=500)
+    done = pdiff(["sweep", file, *places], driver)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 of 4 trials finished" in done.stdout
     assert "secret" not in done.stdout + done.stderr

@@ -46,18 +46,15 @@ def examine(experiment: Experiment) -> Iterator[Finding]:
             yield Finding(what, True, examined(experiment))
         except (PdiffError, ImportError, OSError) as error:
             yield Finding(what, False, str(error))
+    yield from _cluster(experiment)
 
 
 def _devices(experiment: Experiment) -> str:
-    import torch
     import torchvision  # noqa: F401  (fails here if it does not fit torch)
 
-    count = torch.cuda.device_count()
-    if count and not torch.cuda.is_available():
-        raise PdiffError(f"{count} GPUs that CUDA {torch.version.cuda} cannot use; update their driver")
-    if not count:
-        return "no GPU; everything runs on the CPU"
-    return ", ".join(torch.cuda.get_device_name(index) for index in range(count))
+    from pdiff_ray.common.devices import describe_devices
+
+    return describe_devices().replace("no GPU", "no GPU; everything runs on the CPU")
 
 
 def _storage(experiment: Experiment) -> str:
@@ -89,7 +86,7 @@ def _ray(experiment: Experiment) -> str:
     distributed.prepare(experiment.resources)
     from pdiff_ray.distributed import session
 
-    with session.connect(experiment.resources, lambda *_: None):
+    with session.connect(experiment.resources, lambda *_: None, equal=False):
         resources = session.cluster_resources()
     where = distributed.ray_address(experiment.resources) or "a local Ray starts"
     return f"{where}: {resources.get('CPU', 0):g} cores, {resources.get('GPU', 0):g} GPUs"
@@ -100,3 +97,26 @@ def _mlflow(experiment: Experiment) -> str:
 
     uri = tracking.tracking_uri(experiment, Storage(experiment.storage_uri))
     return f"{without_secrets(uri)}: {tracking.reachable(uri, tracking.experiment_name(experiment))}"
+
+
+def _cluster(experiment: Experiment) -> Iterator[Finding]:
+    """Yields what the nodes of a cluster say of themselves, and whether it asks for a token."""
+    from pdiff_ray import distributed
+
+    address = distributed.ray_address(experiment.resources)
+    if not address:
+        return
+    from pdiff_ray.distributed import nodes, session
+
+    try:
+        with session.connect(experiment.resources, lambda *_: None, equal=False):
+            for node in nodes.examine(experiment.data, Storage(experiment.storage_uri)):
+                text = "; ".join([*node.problems, node.text] if node.text else node.problems)
+                yield Finding(f"node {node.address}", not node.problems, text)
+    except PdiffError:
+        return  # said of Ray or of storage already
+    if nodes.open_to_all(address):
+        text = "lets in who has no token; start Ray with RAY_AUTH_MODE=token on all nodes (cluster/README.md)"
+        yield Finding("token", False, text)
+    else:
+        yield Finding("token", True, "is asked for")

@@ -242,15 +242,18 @@ def log_command(file: str, **options: Any) -> None:
 @click.command()
 @click.argument("file", type=click.Path(), required=False)
 @click.option("--storage", "storage_uri", help="Folder or URI of results.")
+@click.option("--address", help="Ray cluster, of which every node is looked at.")
 @json_option
-def doctor(file: str | None, storage_uri: str | None, as_json: bool) -> None:
+def doctor(file: str | None, storage_uri: str | None, address: str | None, as_json: bool) -> None:
     """Check what an experiment (FILE, or the defaults) needs: versions, devices, storage, data, Ray, MLflow."""
     from pdiff_ray.cli.doctor import examine
     from pdiff_ray.config import loading
-    from pdiff_ray.config.schema import Experiment
+    from pdiff_ray.config.schema import Experiment, Resources
 
-    overrides = [f"storage={storage_uri}"] if storage_uri else []
-    experiment = loading.load(file, overrides) if file else Experiment(name="doctor", storage=storage_uri)
+    given = {"storage": storage_uri, "resources.address": address}
+    overrides = [f"{name}={value}" for name, value in given.items() if value]
+    default = Experiment(name="doctor", storage=storage_uri, resources=Resources(address=address))
+    experiment = loading.load(file, overrides) if file else default
     findings = []
     for finding in examine(experiment):
         findings.append(finding)

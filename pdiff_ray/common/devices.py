@@ -40,6 +40,18 @@ def differentiable_in_vmap(device: torch.device) -> contextlib.AbstractContextMa
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def describe_devices() -> str:
+    """Returns the names of this machine's GPUs.
+
+    Raises:
+        PdiffError: there are some that cannot be used.
+    """
+    count = torch.cuda.device_count()
+    if count and not torch.cuda.is_available():
+        raise PdiffError(f"{count} GPUs that CUDA {torch.version.cuda} cannot use; update their driver")
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(count)) or "no GPU"
+
+
 def free_bytes(device: torch.device) -> float:
     """Returns how many bytes of a GPU's memory this process can still use, within its share of that memory."""
     free, total = torch.cuda.mem_get_info(device)

@@ -11,6 +11,7 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorErro
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.kept import default_cache
+from pdiff_ray.distributed.nodes import check_software, software
 from pdiff_ray.distributed.session import gpu_share, reason_of, report_progress, take_place
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.evaluation import Evaluator, Task
@@ -21,15 +22,23 @@ from pdiff_ray.storage.artifacts import Artifact
 class _Worker:
     """What an actor does; it reads and writes storage itself, so that only names travel."""
 
-    def __init__(self, experiment: Experiment, artifacts: Mapping[str, Artifact], events: str, gpus: float) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        artifacts: Mapping[str, Artifact],
+        events: str,
+        gpus: float,
+        driver: Mapping[str, str],
+    ) -> None:
         device = take_place(experiment.resources.cpus_per_actor, gpus)
-        self.experiment, self.artifacts = experiment, artifacts
+        self.experiment, self.artifacts, self.driver = experiment, artifacts, driver
         self.context = Context(device, default_cache(), progress=report_progress(events))
         self.evaluator: Evaluator | None = None
 
     @ray.method(max_task_retries=-1)  # a call while it is restarted waits, instead of counting as another death
     def ready(self) -> None:
-        """Returns when the actor has found a place and has started."""
+        """Returns when the actor has found a place, which may be a node that has just come, and has started."""
+        check_software(self.driver)
 
     def build(self, stage: str, failures: int) -> None:
         self.evaluator = None  # its vectors make room
@@ -52,7 +61,8 @@ class Pool:
         actor = ray.remote(_Worker).options(
             num_cpus=resources.cpus_per_actor, num_gpus=gpus, max_restarts=resources.max_failures
         )
-        self.actors: list[Any] = [actor.remote(experiment, artifacts, events, gpus) for _ in range(resources.actors)]
+        given = experiment, artifacts, events, gpus, software()
+        self.actors: list[Any] = [actor.remote(*given) for _ in range(resources.actors)]
         self.deaths = dict.fromkeys(self.actors, 0)
 
     def build(self, stage: str) -> None:

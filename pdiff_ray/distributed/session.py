@@ -25,7 +25,7 @@ from pdiff_ray.common.devices import exact_float32, limit_threads
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Progress
 from pdiff_ray.config.schema import Resources
-from pdiff_ray.distributed import ray_address
+from pdiff_ray.distributed import nodes, ray_address
 
 POLL_S = 0.3
 ANSWER_S = 60.0  # that an actor beside the driver may take to answer, on a busy machine
@@ -61,16 +61,17 @@ class _Events:
 
 
 @contextlib.contextmanager
-def connect(resources: Resources, progress: Progress) -> Iterator[str]:
+def connect(resources: Resources, progress: Progress, *, equal: bool = True) -> Iterator[str]:
     """Connects to Ray, and yields the name of the actor through which workers report.
 
     If this process is connected to Ray already, that connection is used, and is left open at the end.
 
     Args:
         progress: called in this process with the progress that workers report.
+        equal: refuses a cluster with a node whose software is not this process's.
 
     Raises:
-        PdiffError: nothing listens at the address, or a local Ray has too few cores or GPUs.
+        PdiffError: nothing listens at the address, software differs, or a local Ray has too few cores or GPUs.
     """
     address, ours = ray_address(resources), not ray.is_initialized()
     if address:
@@ -94,6 +95,8 @@ def connect(resources: Resources, progress: Progress) -> Iterator[str]:
     thread.start()
     try:
         with told_of_losses(), watched(address):
+            if address and equal:
+                nodes.check_nodes()
             yield name
             stop.set()
             thread.join()

@@ -21,6 +21,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.kept import default_cache
+from pdiff_ray.distributed.nodes import check_software, software
 from pdiff_ray.distributed.session import failures, gpu_share, lost, report_failure, report_progress, take_place
 from pdiff_ray.stages import base, zoo
 from pdiff_ray.stages.context import Context
@@ -63,7 +64,7 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
     name = f"ray-train-{uuid.uuid4().hex[:8]}"
     trainer = _Trainer(
         _work,
-        train_loop_config={"jobs": list(jobs), "events": events, "gpus": gpus},
+        train_loop_config={"jobs": list(jobs), "events": events, "gpus": gpus, "software": software()},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=per_worker),
         # NCCL allows only one process per GPU.
         torch_config=TorchConfig("nccl" if gpus >= 1 else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
@@ -114,7 +115,7 @@ class _Trainer(TorchTrainer):
         self.controllers.append(controller)
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
         if ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url:
             return callbacks
         # It asks the dashboard whether the controller lives. Without one it asks in vain, or a cluster of long ago of
@@ -139,6 +140,11 @@ def place_among(jobs: Sequence[Job], stage: str, job: Job) -> str:
 def _work(config: dict[str, Any]) -> None:
     jobs, events = config["jobs"], config["events"]
     device = take_place(jobs[0].experiment.resources.cpus_per_worker, config["gpus"], get_device())
+    try:
+        check_software(config["software"])
+    except PdiffError as error:
+        report_failure(events, "software", str(error))
+        raise
     worker, progress = ray.train.get_context(), report_progress(events)
     rank, world = worker.get_world_rank(), worker.get_world_size()
     failed = failures(events)  # those before a restart, which does not help them

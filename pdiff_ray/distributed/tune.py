@@ -24,6 +24,7 @@ from pdiff_ray.common.errors import PdiffError, StorageError
 from pdiff_ray.common.secrets import without_secrets
 from pdiff_ray.config.schema import Tracking
 from pdiff_ray.data.kept import default_cache
+from pdiff_ray.distributed.nodes import check_software, software
 from pdiff_ray.distributed.session import (
     beside_driver,
     failures,
@@ -63,6 +64,7 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
         "threads": resources.cpus_per_trial,
         "gpus": gpus,
         "rungs": sweep.scheduler == "asha",
+        "software": software(),
     }
     scheduler = _ASHA(ledger) if sweep.scheduler == "asha" else None
     searcher = _LedgerSearcher(ledger, unbuildable, shared, on_change)
@@ -114,6 +116,7 @@ def _trial(config: dict[str, Any], storage: str) -> None:
     for rung, value in config["curve"]:
         report_rung(rung, value)
     try:
+        check_software(config["software"])
         objective = run_trial(
             config["experiments"],
             Storage(storage),
