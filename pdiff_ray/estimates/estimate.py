@@ -26,11 +26,11 @@ from pdiff_ray.estimates.flops import Counts, count
 from pdiff_ray.evaluation import recalibration
 from pdiff_ray.generators.encoders import GATE_MEMBERS
 from pdiff_ray.stages.alignment import BLOCK_VALUES
-from pdiff_ray.stages.evaluation import made_networks
+from pdiff_ray.stages.evaluation import TASK_BYTES, made_networks
 from pdiff_ray.stages.zoo import runs_of
 from pdiff_ray.storage.artifacts import Artifact, Manifest, finished, read_manifest
 from pdiff_ray.storage.files import Storage
-from pdiff_ray.storage.matrix import CHUNK_BYTES, ROWS_BYTES
+from pdiff_ray.storage.matrix import CHUNK_BYTES, HELD_BYTES, ROWS_BYTES
 from pdiff_ray.training.subset import full_steps
 
 EFFICIENCY = 0.25  # of the rate of matrix products: 0.1 in small networks and autoencoders, 0.7 in large networks
@@ -165,7 +165,7 @@ class Estimator:
         # Values, gradients and an optimizer's two moments; and what the backward pass of a batch reads.
         trained = 4 * weights + training.batch_size / r.workers * counts.bytes
         tuned = trained if zoo.regime == "independent" else 4 * vector + zoo.batch_size * counts.bytes
-        judging = images.bytes + weights + evaluation.networks_per_task * vector
+        judging = images.bytes + weights + min(evaluation.networks_per_task * vector, TASK_BYTES)
         # Vectors as they are, normalized, and decoded; else the columns and samples that are read or drawn at a time.
         vectors, drawn, actor = 4 * members * vector, 2 * (members + e.sampling.samples) * vector, r.cpus_per_actor
         if not e.generator.in_memory:
@@ -176,7 +176,7 @@ class Estimator:
             "alignment": (seconds(aligned), 3 * 4.0 * min(BLOCK_VALUES, zoo.size * counts.subset.size), 1, actor),
             "generator": (seconds(fit + gates), judging + vectors + fitting, 1, actor),
             "samples": (seconds(sample), drawn + fitting, 1, actor),
-            "evaluation": (evaluation_s, judging + tuned + members * vector, r.actors, actor),
+            "evaluation": (evaluation_s, judging + tuned + min(members * vector, HELD_BYTES), r.actors, actor),
             "report": (REPORT_S, 0.0, 1, actor),
         }
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from pdiff_ray.evaluation.copying import autocorrelation_time
 from pdiff_ray.evaluation.similarity import CHUNK_VALUES, mean_within, unpack_wrong
+from pdiff_ray.storage.matrix import Vectors, pieces
 from pdiff_ray.storage.parameters import Record
 
 LEAST_MEMBERS = 20  # below, ranks and autocorrelations say more of K than of the zoo, and are not judged
@@ -139,7 +140,7 @@ class Diagnosis:
 
 
 def diagnose(
-    vectors: np.ndarray | None,
+    vectors: np.ndarray | Vectors | None,
     runs: Sequence[int],
     steps: Sequence[int | None] | None = None,
     wrong: np.ndarray | None = None,
@@ -148,7 +149,7 @@ def diagnose(
     """Measures a zoo.
 
     Args:
-        vectors: of the members (K, D); None leaves out what is said of them.
+        vectors: of the members (K, D), which need not be in memory; None leaves out what is said of them.
         runs: the training run of each member (K).
         steps: of training behind each member (K), by which those of a run are ordered; default: as they come.
         wrong: which test images each member gets wrong (K, T), bool.
@@ -157,7 +158,7 @@ def diagnose(
     notes, values = notes or {}, dict[str, float | None]()
     judged = len(runs) >= LEAST_MEMBERS
     if vectors is not None and len(vectors) > 1:
-        values |= _of_vectors(vectors, in_runs(runs, steps))
+        values |= _of_vectors(Vectors.of(vectors), in_runs(runs, steps))
     if wrong is not None:
         same = mean_within(wrong)
         values["disagreement"] = None if same is None else 1 - same
@@ -177,7 +178,7 @@ def diagnose(
 
 
 def diagnose_members(
-    vectors: np.ndarray, records: Sequence[Record], notes: Mapping[str, Any] | None = None
+    vectors: np.ndarray | Vectors, records: Sequence[Record], notes: Mapping[str, Any] | None = None
 ) -> Diagnosis:
     """Measures a zoo by its members' vectors (K, D) and rows (K), of which those of a run have its seed."""
     places = {seed: place for place, seed in enumerate(dict.fromkeys(record.seed for record in records))}
@@ -194,7 +195,7 @@ def in_runs(runs: Sequence[int], steps: Sequence[int | None] | None = None) -> l
     return [order[of == run] for run in np.unique(of)]
 
 
-def _of_vectors(vectors: np.ndarray, members: Sequence[np.ndarray]) -> dict[str, float | None]:
+def _of_vectors(vectors: Vectors, members: Sequence[np.ndarray]) -> dict[str, float | None]:
     moved, scaled, norm = _products(vectors)
     squares = np.diag(moved)[:, None] + np.diag(moved)[None] - 2 * moved
     distance = np.sqrt(squares.clip(0))[np.triu_indices(len(vectors), 1)].mean()
@@ -209,17 +210,16 @@ def _of_vectors(vectors: np.ndarray, members: Sequence[np.ndarray]) -> dict[str,
     return found
 
 
-def _products(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def _products(vectors: Vectors) -> tuple[np.ndarray, np.ndarray, float]:
     """Returns scalar products (K, K) of centred members, and of those with each value at standard deviation 1.
 
     Returns:
         Both, and the norm of the mean member.
     """
-    count, dimension = vectors.shape
+    count = len(vectors)
     moved, scaled, norm = np.zeros((count, count)), np.zeros((count, count)), 0.0
-    width = max(1, CHUNK_VALUES // count)
-    for start in range(0, dimension, width):
-        piece = vectors[:, start : start + width].astype(np.float64)
+    for columns in pieces(vectors, values=CHUNK_VALUES):
+        piece = vectors.columns(columns.start, columns.stop).cpu().numpy().astype(np.float64)
         mean = piece.mean(0)
         piece -= mean
         norm += float(np.square(mean).sum())

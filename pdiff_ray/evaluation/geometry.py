@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pdiff_ray.storage.matrix import Vectors, pieces
+
 CHUNK_VALUES = 2**22  # held in float64 at a time, however large D is
 PAIR_VALUES = 2**21  # of vectors and pairs of members, held at a time
 BANDS = (3, 10, 30, 100)  # principal components up to which energies are averaged
@@ -53,7 +55,7 @@ class Geometry:
     takes one pass. Works for any K; see `degenerate`.
 
     Attributes:
-        members: (K, D), any dtype and device, not copied.
+        members: (K, D), any dtype and device, not copied; they need not be in memory.
         gram: products of the members, seen from their mean (K, K), float64.
         squares: squared distances among members (K, K).
         mean_distance: among members; the unit of length in features. 0 if they do not differ.
@@ -61,11 +63,11 @@ class Geometry:
         names: of the features.
     """
 
-    def __init__(self, members: Tensor) -> None:
-        self.members = members
+    def __init__(self, members: Tensor | Vectors) -> None:
+        self.members = members = Vectors.of(members)
         count = len(members)
         self.gram = torch.zeros(count, count, dtype=torch.float64, device=members.device)
-        for _, centred in self._columns(members):
+        for _, centred in self._columns():
             self.gram += centred @ centred.T
         self.squares = _squares(self.gram)
         pairs = torch.triu_indices(count, count, 1, device=members.device)
@@ -124,25 +126,29 @@ class Geometry:
         cosines = _cosines(self.gram, lengths, lengths).masked_fill(itself, -1)
         return Place(distances, lengths, cosines, self.components, torch.ones_like(lengths))
 
-    def place(self, vectors: Tensor) -> Place:
-        """Returns where vectors (n, D) lie."""
+    def place(self, vectors: Tensor | Vectors) -> Place:
+        """Returns where vectors (n, D) lie, which need not be in memory."""
+        vectors = Vectors.of(vectors)
         count, num = len(self.members), len(vectors)
         like = self.gram
         products, squares = like.new_zeros(num, count), like.new_zeros(num)
         standardized, moving = like.new_zeros(num), 0
-        for block, centred in self._columns(self.members, vectors):
+        for block, centred in self._columns(vectors):
             products += block @ centred.T
-            squares += block.square().sum(1)
+            energies = block.square_()
+            squares += energies.sum(1)
             variance = centred.square().sum(0) / max(1, count - 1)
             moves = variance > 0
-            standardized += (block[:, moves].square() / variance[moves]).clamp(max=MAX_SQUARE).sum(1)
-            moving += int(moves.sum())
+            if not moves.all():  # else nothing is copied
+                energies, variance = energies[:, moves], variance[moves]
+            standardized += energies.div_(variance).clamp_(max=MAX_SQUARE).sum(1)
+            moving += len(variance)
         lengths = self.gram.diagonal()
         distances = (squares[:, None] - 2 * products + lengths).clamp(min=0).sqrt()
         cosines = _cosines(products, squares, lengths)
         return Place(distances, squares, cosines, products @ self._directions, standardized / max(1, moving))
 
-    def features(self, vectors: Tensor) -> Tensor:
+    def features(self, vectors: Tensor | Vectors) -> Tensor:
         """Returns the features (n, F) of vectors (n, D): lengths and energies as logarithms; see `names`."""
         return self.features_of(self.place(vectors))
 
@@ -209,15 +215,13 @@ class Geometry:
         found = (start - 2 * share * along + share.square() * length).clamp(min=0).sqrt()
         return torch.minimum(found, place.nearest)
 
-    def _columns(self, members: Tensor, vectors: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _columns(self, vectors: Vectors | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields chunks of the columns of vectors (n, width) and members (K, width), seen from the members' mean."""
-        vectors = members[:0] if vectors is None else vectors
-        width = max(1, CHUNK_VALUES // (len(members) + len(vectors)))
-        for start in range(0, members.shape[1], width):
-            piece = slice(start, start + width)
-            block = members[:, piece].double()
+        for piece in pieces(self.members, *([] if vectors is None else [vectors]), values=CHUNK_VALUES):
+            block = self.members.columns(piece.start, piece.stop).double()
             mean = block.mean(0)
-            yield vectors[:, piece].to(block.device).double() - mean, block - mean
+            others = block[:0] if vectors is None else vectors.columns(piece.start, piece.stop)
+            yield others.to(block.device) - mean, block - mean
 
 
 def _cosines(products: Tensor, squares: Tensor, lengths: Tensor) -> Tensor:

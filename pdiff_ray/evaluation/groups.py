@@ -6,6 +6,7 @@ Shapes: K members that the generator has learned from, D values each.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.common.registry import imported
 from pdiff_ray.config.schema import Evaluation, Experiment
 from pdiff_ray.networks.subset import Subset
+from pdiff_ray.storage.matrix import Vectors
 from pdiff_ray.storage.parameters import Record, is_group
 
 
@@ -39,10 +41,10 @@ class Material:
     Attributes:
         experiment: whose networks they are.
         subset: the tensors of a vector.
-        members: vectors (K, D) that the generator has learned from.
+        vectors: (K, D) that the generator has learned from; they need not be in memory.
         member: gives the vector (D,) of any member of the zoo by its id.
         sample: gives the vector (D,) of the generated network with a number.
-        draw: gives the vector (D,) that a simple generator with these settings draws, fitted to `members`, with a seed.
+        draw: gives the vector (D,) that a simple generator with these settings draws, fitted to `vectors`, with a seed.
         encode, decode: gives the latents (latent,) of a vector (D,), and the other way round, by the generator.
         num_latents: gives the number of values that a latent has.
         train: gives the vector (D,) that a vector becomes in some training steps of the zoo's kind, with a seed.
@@ -50,7 +52,7 @@ class Material:
 
     experiment: Experiment
     subset: Subset
-    members: np.ndarray
+    vectors: Vectors
     member: Callable[[int], np.ndarray]
     sample: Callable[[int], np.ndarray]
     draw: Callable[[Mapping[str, Any], int], np.ndarray]
@@ -58,6 +60,11 @@ class Material:
     decode: Callable[[np.ndarray], np.ndarray]
     num_latents: Callable[[], int]
     train: Callable[[np.ndarray, int, int], np.ndarray]
+
+    @functools.cached_property
+    def members(self) -> np.ndarray:
+        """The vectors (K, D), all in memory."""
+        return self.vectors.all().cpu().numpy()
 
 
 class Group:
@@ -120,7 +127,7 @@ class Ensemble(Group):
         return [Recipe()]
 
     def vector(self, record: Record, material: Material) -> np.ndarray:
-        return material.members.mean(0)
+        return np.concatenate([values.cpu().numpy().mean(0) for _, values in material.vectors.chunks()])
 
 
 class Drawn(Group):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pdiff_ray.evaluation.geometry import Geometry
+from pdiff_ray.storage.matrix import Vectors
 
 WORDS = {
     "replica": "members, or members with less noise than parts them from each other",
@@ -70,7 +71,7 @@ class Family(NamedTuple):
     """
 
     word: str
-    vectors: Tensor | Callable[[], Tensor]
+    vectors: Tensor | Vectors | Callable[[], Tensor | Vectors]
     of: str = ""
 
 

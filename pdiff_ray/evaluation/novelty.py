@@ -20,6 +20,7 @@ from torch import Tensor
 from pdiff_ray.evaluation.copying import Copying, data_copying, effective_number
 from pdiff_ray.evaluation.geometry import Geometry, Place
 from pdiff_ray.evaluation.kinds import WORDS, Family, Kind, log_t, mixture
+from pdiff_ray.storage.matrix import Vectors
 
 DEGREES = ("replica", "noise")  # of one thing
 MAJORITY = 0.7  # the share from which on a word holds for the whole; below, samples are a mixture
@@ -122,9 +123,9 @@ class Novelty:
 
 def assess(
     geometry: Geometry,
-    samples: Tensor,
+    samples: Tensor | Vectors,
     families: Mapping[str, Family],
-    yardsticks: Mapping[str, Tensor],
+    yardsticks: Mapping[str, Tensor | Vectors],
     sample_losses: Tensor | None = None,
     losses: Mapping[str, Tensor] | None = None,
     seed: int = 0,
@@ -150,7 +151,7 @@ class Known:
         self,
         geometry: Geometry,
         families: Mapping[str, Family],
-        yardsticks: Mapping[str, Tensor],
+        yardsticks: Mapping[str, Tensor | Vectors],
         losses: Mapping[str, Tensor] | None = None,
         seed: int = 0,
     ) -> None:
@@ -204,7 +205,7 @@ class Known:
                 found[kind.word][name] = row
         return found
 
-    def assess(self, samples: Tensor, losses: Tensor | None = None) -> Novelty:
+    def assess(self, samples: Tensor | Vectors, losses: Tensor | None = None) -> Novelty:
         """Says what samples (n, D) are, one by one and as a whole.
 
         Args:
@@ -245,7 +246,7 @@ class Known:
                 found[row] = log_t((values - logs.mean()).square() / variance, 1, math.log(variance) / 2)
         return found
 
-    def _facts(self, samples: Tensor, place: Place) -> dict[str, Any]:
+    def _facts(self, samples: Tensor | Vectors, place: Place) -> dict[str, Any]:
         """Returns what is measured of samples, whatever they are: fields of `Novelty`, `collapsed` to `copying`."""
         geometry, num, count = self.geometry, len(samples), len(self.geometry.members)
         facts: dict[str, Any] = dict.fromkeys(("spread", "effective_rank", "members_rank"))

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pdiff_ray.storage.matrix import Vectors, pieces
+
 CHUNK_VALUES = 2**22
 
 
@@ -36,17 +38,17 @@ def mean_within(wrong: np.ndarray) -> float | None:
     return float(iou(wrong, wrong)[np.triu_indices(len(wrong), 1)].mean())
 
 
-def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Returns the L2 distances (n, m) of vectors (n, D) and (m, D), in float64.
+def distances(first: np.ndarray | Vectors, second: np.ndarray | Vectors) -> np.ndarray:
+    """Returns the L2 distances (n, m) of vectors (n, D) and (m, D), in float64; they need not be in memory.
 
     From |a - b|^2 = |a|^2 - 2 ab + |b|^2, which takes a matrix product instead of n m differences; seen from one of the
     vectors, so that close ones lose no digits to what they have in common.
     """
+    both = Vectors.of(first), Vectors.of(second)
     squares = np.zeros((len(first), len(second)))
-    width = max(1, CHUNK_VALUES // (len(first) + len(second)))  # of columns at a time: copies may not fit into memory
-    for start in range(0, first.shape[1], width):
-        piece = slice(start, start + width)
-        origin = second[0, piece].astype(np.float64)
-        a, b = (vectors[:, piece] - origin for vectors in (first, second))
+    for piece in pieces(*both, values=CHUNK_VALUES):  # copies may not fit into memory
+        a, b = (vectors.columns(piece.start, piece.stop).cpu().numpy() for vectors in both)
+        origin = b[0].astype(np.float64)
+        a, b = a - origin, b - origin
         squares += np.square(a).sum(1)[:, None] - 2 * a @ b.T + np.square(b).sum(1)
     return np.sqrt(squares.clip(0))

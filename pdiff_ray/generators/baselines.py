@@ -17,9 +17,10 @@ from torch import Tensor
 from pdiff_ray.common.seeds import rng
 from pdiff_ray.config import schema
 from pdiff_ray.generators.interface import Fitting, Generator, State
-from pdiff_ray.generators.subspace import Subspace, centred
+from pdiff_ray.generators.subspace import Combinations, Subspace, centred
 from pdiff_ray.networks.subset import Subset
-from pdiff_ray.storage.matrix import HeldVectors, Vectors, rows_at_a_time
+from pdiff_ray.storage.matrix import HeldVectors, Vectors, is_held, rows_at_a_time
+from pdiff_ray.storage.parameters import BLOCK
 
 NUM_VIEW_DIMENSIONS = 32
 
@@ -80,7 +81,7 @@ class Baseline(Generator):
 
     def load_state(self, state: State, members: Vectors | Tensor) -> None:
         self.members = Vectors.of(members)
-        for name in ("_held", "subspace"):
+        for name in ("_held", "_stds", "subspace"):
             self.__dict__.pop(name, None)
 
     def sample(self, count: int, sampling: schema.Sampling, device: torch.device) -> Tensor:
@@ -92,9 +93,19 @@ class Baseline(Generator):
             vectors = torch.empty(len(weights), self.subset.size, device=device)
             for columns, mean, factor in self.factors():
                 moved = weights @ factor.to(device)
-                vectors[:, columns] = mean.to(device) + (moved * self._scale if self.weighs_members else moved)
+                vectors[:, columns] = mean.to(device) + (moved * self.scale if self.weighs_members else moved)
             yield self.finish(vectors, random)
             del vectors  # before the next ones are drawn
+
+    def drawn(self, count: int, sampling: schema.Sampling, device: torch.device) -> Vectors:
+        """Returns what `sample` does if that can be held, else other draws, which are made some columns at a time."""
+        if is_held(count, self.subset.size):
+            return Vectors.of(self.sample(count, sampling, device))
+        return Draws(self, count, sampling.seed or 0, device)
+
+    def spreads(self, columns: slice, weights: Tensor) -> Tensor | None:
+        """Returns the standard deviation (n, c) or (c,) of what is added to samples at some columns; None: nothing."""
+        return None
 
     def weights(self, count: int, random: torch.Generator) -> Tensor:
         """Draws the weights (n, K) of samples; default: none has any, and all samples are the mean."""
@@ -108,11 +119,11 @@ class Baseline(Generator):
         """Gives, for some columns at a time, the members' mean (c,), and the centred ones over sqrt(K - 1) (K, c)."""
         if self.members.in_memory:
             return self._held
-        return ((columns, mean, values / self._scale) for columns, mean, values in centred(self.members))
+        return ((columns, mean, values / self.scale) for columns, mean, values in centred(self.members))
 
     @functools.cached_property
     def _held(self) -> list[tuple[slice, Tensor, Tensor]]:
-        return [(columns, mean, values / self._scale) for columns, mean, values in centred(self.members)]
+        return [(columns, mean, values / self.scale) for columns, mean, values in centred(self.members)]
 
     @functools.cached_property
     def subspace(self) -> Subspace:
@@ -125,12 +136,32 @@ class Baseline(Generator):
         return order[:, :of]
 
     @property
-    def _scale(self) -> float:
+    def scale(self) -> float:
+        """What the centred members are divided by."""
         return float(max(1, len(self.members) - 1) ** 0.5)
 
     def encode(self, vectors: Vectors | Tensor) -> Tensor:
         """Projections on the leading principal components."""
         return self.subspace.coordinates(Vectors.of(vectors))[:, :NUM_VIEW_DIMENSIONS].float()
+
+
+class Draws(Combinations):
+    """Draws of a baseline (n, D), made some columns at a time."""
+
+    def __init__(self, baseline: Baseline, count: int, seed: int, device: torch.device) -> None:
+        self._baseline, self._seed = baseline, seed
+        self._weights = baseline.weights(count, rng(device, seed, "samples"))
+        super().__init__(baseline.members, self._weights if baseline.weighs_members else self._weights / baseline.scale)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        vectors, moving = super().columns(start, stop), slice(start, stop)
+        spreads = self._baseline.spreads(moving, self._weights)
+        if spreads is not None:  # each block of columns has numbers of its own, however many are read
+            blocks = range(start // BLOCK, -(-stop // BLOCK))
+            numbers = [normal(len(self), BLOCK, rng(self.device, self._seed, "noise", block)) for block in blocks]
+            noise = torch.cat(numbers, 1)[:, start - blocks[0] * BLOCK :][:, : stop - start]
+            vectors += spreads.to(self.device) * noise
+        return vectors
 
 
 def normal(count: int, values: int, random: torch.Generator) -> Tensor:
@@ -151,6 +182,10 @@ class DiagonalGaussian(Baseline):
     """The Gaussian with each value's own mean and variance among the members; arXiv 2506.07998's strongest baseline."""
 
     Settings = DiagonalSettings
+
+    def spreads(self, columns: slice, weights: Tensor) -> Tensor:
+        values = self.members.columns(columns.start, columns.stop)
+        return values.std(0, correction=min(1, len(values) - 1))
 
     def finish(self, vectors: Tensor, random: torch.Generator) -> Tensor:
         drawn = normal(len(vectors), self.subset.size, random)
@@ -208,6 +243,26 @@ class Noise(Baseline):
 
     def weights(self, count: int, random: torch.Generator) -> Tensor:
         return super().weights(count, random).scatter(1, self.some(count, 1, random), 1.0)
+
+    def spreads(self, columns: slice, weights: Tensor) -> Tensor:
+        stds = self.settings.sigma * self._stds[weights.argmax(1).to(self._stds.device)]
+        sizes = self._overlaps(columns)
+        return stds.repeat_interleave(torch.tensor(sizes, device=stds.device), 1, output_size=sum(sizes))
+
+    @functools.cached_property
+    def _stds(self) -> Tensor:
+        """Standard deviations (K, tensors) of the members' tensors."""
+        sums = torch.zeros(2, len(self.members), len(self.subset.entries), dtype=torch.double)
+        for columns, values in self.members.chunks():
+            parts = values.double().split(self._overlaps(columns), 1)
+            sums += torch.stack([torch.stack([part.sum(1), part.square().sum(1)]) for part in parts], 2).to(sums)
+        means, squares = sums / torch.tensor([entry.size for entry in self.subset.entries])
+        return (squares - means.square()).clamp(min=0).sqrt().float()
+
+    def _overlaps(self, columns: slice) -> list[int]:
+        """Returns how many of some columns each tensor has."""
+        ends = ((entry.offset, entry.offset + entry.size) for entry in self.subset.entries)
+        return [max(0, min(end, columns.stop) - max(start, columns.start)) for start, end in ends]
 
     def finish(self, vectors: Tensor, random: torch.Generator) -> Tensor:
         noise = normal(len(vectors), self.subset.size, random)

@@ -171,6 +171,12 @@ class SubspaceEncoder(Encoder):
         return (self.subspace.coordinates(vectors) / self.scale).float()
 
     def decode(self, latents: Tensor) -> Tensor:
+        return self._points(latents).all()
+
+    def decoded(self, latents: Tensor) -> Vectors:
+        return self._points(latents)
+
+    def _points(self, latents: Tensor) -> Vectors:
         assert self.subspace is not None
         return self.subspace.points(latents * self.scale)
 

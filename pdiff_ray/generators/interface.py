@@ -95,6 +95,10 @@ class Generator(ABC):
         """Returns the vectors (n, D) of latents (n, `num_latents`), of which standard normal ones are usual."""
         raise NotImplementedError
 
+    def decoded(self, latents: Tensor) -> Vectors:
+        """Returns what `decode` does, made some columns at a time if that is possible."""
+        return Vectors.of(self.decode(latents))
+
 
 class Encoder(ABC):
     """A way from vectors to latents and back; see `ENCODERS`.
@@ -124,6 +128,10 @@ class Encoder(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Returns the vectors (n, D) of latents (n, Z), on their device."""
+
+    def decoded(self, latents: Tensor) -> Vectors:
+        """Returns what `decode` does, made some columns at a time if that is possible."""
+        return Vectors.of(self.decode(latents))
 
     @abstractmethod
     def state(self) -> State:

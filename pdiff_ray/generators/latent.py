@@ -24,7 +24,7 @@ from pdiff_ray.generators.interface import Fitting, Generator, Process, State
 from pdiff_ray.generators.normalizer import Normalizer
 from pdiff_ray.generators.processes import PROCESSES, DiffusionProcessSettings
 from pdiff_ray.networks.subset import Subset
-from pdiff_ray.storage.matrix import Vectors, rows_at_a_time
+from pdiff_ray.storage.matrix import Vectors, is_held, rows_at_a_time
 
 Standardization = Literal["dimension", "together", "none"]
 
@@ -225,10 +225,12 @@ class Latent(Generator):
         """Notes whether decoded members keep their validation accuracy: no process can be better than the decoder."""
         if fitting.judge is None or not self._encoder.lossy:
             return
-        chosen = spread_out(len(vectors))
-        with torch.inference_mode():
-            decoded = self.encoder.decode(latents[chosen])
-        before, after = (float(fitting.judge(v).mean()) for v in (vectors.rows(chosen), decoded))
+        chosen, accuracies = spread_out(len(vectors)), list[tuple[Tensor, ...]]()
+        for some in torch.tensor(chosen).split(rows_at_a_time(self.subset.size)):
+            with torch.inference_mode():
+                decoded = self.encoder.decode(latents[some])
+            accuracies.append(tuple(fitting.judge(v) for v in (vectors.rows(some.tolist()), decoded)))
+        before, after = (float(torch.cat(parts).mean()) for parts in zip(*accuracies, strict=True))
         fitting.notes["gate"] = {
             "members": len(chosen),
             "validation_accuracy": before,
@@ -258,6 +260,12 @@ class Latent(Generator):
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         return self.encoder.decode(self.latents.to(latents.device).unnormalize(latents))
+
+    @torch.inference_mode()
+    def decoded(self, latents: Tensor) -> Vectors:
+        if is_held(len(latents), self.subset.size):
+            return Vectors.of(self.decode(latents))
+        return self.encoder.decoded(self.latents.to(latents.device).unnormalize(latents))
 
     def state(self) -> State:
         assert self.process is not None

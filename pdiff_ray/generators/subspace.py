@@ -74,13 +74,31 @@ class Subspace:
             products.addmm_(moved, values.T.to(products.device))
         return products @ self._units.to(products.device)
 
-    def points(self, coordinates: Tensor) -> Tensor:
-        """Returns the vectors (n, D), float32, that have coordinates (n, r), on their device."""
+    def points(self, coordinates: Tensor) -> Combinations:
+        """Returns the vectors (n, D) that have coordinates (n, r), on their device."""
         weights = coordinates.double() @ self._units.T.to(coordinates.device)
-        points = torch.empty(len(coordinates), self.members.shape[1], device=coordinates.device)
-        for columns, mean, values in centred(self.members):
-            points[:, columns] = torch.addmm(mean.to(points), weights.float(), values.to(points))
-        return points
+        return Combinations(self.members, weights.float())
+
+
+class Combinations(Vectors):
+    """The members' mean and combinations of the centred members, float32, made some columns at a time.
+
+    Args:
+        weights: of the centred members (n, K), float32, on the device of the vectors.
+    """
+
+    def __init__(self, members: Vectors, weights: Tensor) -> None:
+        self.members, self.weights, self.device = members, weights, weights.device
+        self.shape = (len(weights), members.shape[1])
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        values = self.members.columns(start, stop).float()
+        mean = values.mean(0)
+        return torch.addmm(mean.to(self.device), self.weights, (values - mean).to(self.device))
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        for columns, _ in self.members.chunks():
+            yield columns, self.columns(columns.start, columns.stop)
 
 
 def centred(members: Vectors, dtype: torch.dtype = torch.float32) -> Iterator[tuple[slice, Tensor, Tensor]]:

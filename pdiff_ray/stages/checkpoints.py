@@ -30,7 +30,7 @@ from pdiff_ray.stages.zoo import commit, subset_of
 from pdiff_ray.storage import weights
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.matching import match
-from pdiff_ray.storage.matrix import StoredVectors
+from pdiff_ray.storage.matrix import StoredVectors, rows_at_a_time
 from pdiff_ray.storage.parameters import PARTS, ParameterStore, Record, stamp
 from pdiff_ray.storage.vectors import read_vectors
 from pdiff_ray.storage.weights import Weight
@@ -140,7 +140,6 @@ def import_zoo(
     if options.base:
         report.base = f"{options.base} (--base)"
         wanted.take_base(wanted.read(options.base, options.base.name))
-    vectors: list[Tensor] = []
     members: list[Checkpoint] = []
     seen: dict[bytes, str] = {}
     for checkpoint in checkpoints:  # all are read before anything is stored
@@ -156,7 +155,6 @@ def import_zoo(
             report.left_out[checkpoint.name] = f"equal to {seen[digest]} in zoo.subset"
             continue
         seen[digest] = checkpoint.name
-        vectors.append(vector)
         members.append(checkpoint)
     for checkpoint in members:
         report.take(checkpoint)
@@ -172,9 +170,14 @@ def import_zoo(
     for name in storage.list(f"{artifacts['zoo'].folder}/{PARTS}"):  # of an import that was interrupted
         storage.delete(name)
     store = ParameterStore(artifacts["zoo"])
-    for start in range(0, count, IMPORT_STACK):
-        stack = range(start, min(start + IMPORT_STACK, count))
-        records = [Record(i, "original", vector=vectors[i].numpy(), step=_step(members[i]), **stamp()) for i in stack]
+    stack_size = min(IMPORT_STACK, rows_at_a_time(wanted.subset.size))
+    for start in range(0, count, stack_size):
+        stack = range(start, min(start + stack_size, count))
+        vectors = [wanted.vector(members[i]).numpy() for i in stack]  # once more: all of them may not fit into memory
+        records = [
+            Record(i, "original", vector=vector, step=_step(members[i]), **stamp())
+            for i, vector in zip(stack, vectors, strict=True)
+        ]
         store.append(records, wanted.subset)
         progress("import", stack.stop, count, "")
     origin = {"imported_from": str(folder)}

@@ -35,10 +35,12 @@ from pdiff_ray.stages.generator import load_generator
 from pdiff_ray.stages.judging import base_judge, describe_sharing
 from pdiff_ray.stages.verdict import summary_of
 from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.matrix import StoredVectors
 from pdiff_ray.storage.parameters import ParameterStore, Record, stamp
 from pdiff_ray.training.subset import SubsetTraining, training_frontier
 
 SUMMARY_FILE = "summary.json"
+TASK_BYTES = 2**29  # of vectors that are judged together
 
 Task = list[Record]  # networks that are judged together, without vectors
 
@@ -161,8 +163,10 @@ class Evaluator:
     def evaluate(self, task: Sequence[Record]) -> int:
         """Judges and stores the networks of a task, but those that are there; returns how many the task has."""
         present = set(self.store.ids)
-        if records := [record for record in task if record.id not in present]:
-            rows, about = self.judged(records)
+        records = [record for record in task if record.id not in present]
+        at_once = max(1, TASK_BYTES // (4 * self.material.subset.size)) if records else 1
+        for start in range(0, len(records), at_once):
+            rows, about = self.judged(records[start : start + at_once])
             self.store.append(rows, self.material.subset, about)
         return len(task)
 
@@ -190,7 +194,7 @@ class Evaluator:
             if compared:
                 changed = judge.predictions(chosen[compared]) != self.judge.predictions(chosen[compared])
                 counts |= {"compared_predictions": changed.numel(), "changed_predictions": int(changed.sum())}
-        nearest = distances(vectors, self.material.members)
+        nearest = distances(vectors, self.material.vectors)
         for row, record in zip(nearest, records, strict=True):
             if record.group == "original":
                 row[self._places[record.id]] = np.inf  # itself
@@ -216,12 +220,16 @@ class Evaluator:
                 f"{samples.artifact.location}: holds other tensors than the zoo, which was made anew by a version "
                 "whose rules choose others; delete it, with the generator's folder, and run again"
             )
-        members, places = zoo.vectors(self.experiment.split.learned), self._places
+        members, places = StoredVectors.open(zoo, self.experiment.split.learned), self._places
+
+        def member(id_: int) -> np.ndarray:
+            return members.rows([places[id_]])[0].numpy() if id_ in places else zoo.vectors([id_])[0]
+
         return Material(
             self.experiment,
             zoo.subset(),
             members,
-            lambda id_: members[places[id_]] if id_ in places else zoo.vectors([id_])[0],
+            member,
             lambda number: samples.vectors([number])[0],
             self._drawn,
             lambda vector: self._generator.encode(self._on_device(vector))[0].cpu().numpy(),
@@ -232,7 +240,7 @@ class Evaluator:
 
     @functools.cached_property
     def _places(self) -> dict[int, int]:
-        """Where learned members are in `material.members`, by id."""
+        """Where learned members are in `material.vectors`, by id."""
         return {id_: place for place, id_ in enumerate(self.experiment.split.learned)}
 
     @functools.cached_property
@@ -242,8 +250,11 @@ class Evaluator:
 
     @functools.cached_property
     def member_distance(self) -> float:
-        """The mean distance among members."""
-        return _spread(self.material.members)
+        """The mean L2 distance among members; 0 of one."""
+        vectors = self.material.vectors
+        if len(vectors) < 2:
+            return 0.0
+        return float(distances(vectors, vectors).sum() / (len(vectors) * (len(vectors) - 1)))
 
     def _vector(self, record: Record) -> np.ndarray:
         vector, size = self.groups[record.group].vector(record, self.material), self.material.subset.size
@@ -271,14 +282,14 @@ class Evaluator:
         sampling = schema.Sampling(samples=1, seed=seed)
         if self._simple is None or self._simple[0] != settings:  # the last one is kept: a task is of one group
             generator = make_generator(schema.Generator.model_validate(dict(settings)), self.material.subset)
-            members = torch.from_numpy(self.material.members).to(self.context.device)
-            generator.fit(members, Fitting(self.context.device, 0))
+            members, device = self.material.vectors, self.context.device
+            generator.fit(members.all().to(device) if members.in_memory else members, Fitting(device, 0))
             self._simple = settings, generator
         return self._simple[1].sample(1, sampling, self.context.device)[0].cpu().numpy()
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        return load_generator(self.experiment, self.artifacts, torch.from_numpy(self.material.members))
+        return load_generator(self.experiment, self.artifacts, self.material.vectors)
 
     def _on_device(self, values: np.ndarray) -> torch.Tensor:
         """Returns a row as a batch of one."""
@@ -291,10 +302,3 @@ class Evaluator:
         training.load(torch.from_numpy(vector)[None])
         training.run(self.judge.dataset, 0, steps, [seed])
         return training.vectors()[0].cpu().numpy()
-
-
-def _spread(vectors: np.ndarray) -> float:
-    """Returns the mean L2 distance among vectors (n, D); 0 for one."""
-    if len(vectors) < 2:
-        return 0.0
-    return float(distances(vectors, vectors).sum() / (len(vectors) * (len(vectors) - 1)))

@@ -20,7 +20,7 @@ from pdiff_ray.stages.base import HISTORY_FILE, load_state
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.judging import base_judge
 from pdiff_ray.storage.artifacts import Artifact
-from pdiff_ray.storage.matrix import StoredVectors
+from pdiff_ray.storage.matrix import StoredVectors, Vectors
 from pdiff_ray.storage.trees import load_tree, save_tree
 
 GENERATOR_FILE = "generator.safetensors"
@@ -87,12 +87,12 @@ def commit_generator(
 
 
 def load_generator(
-    experiment: Experiment, artifacts: Mapping[str, Artifact], members: Tensor | None = None
+    experiment: Experiment, artifacts: Mapping[str, Artifact], members: Vectors | None = None
 ) -> Generator:
     """Loads the fitted generator, on the CPU.
 
     Args:
-        members: (K, D) that it has learned from, where they are in memory.
+        members: (K, D) that it has learned from, if they are open already.
     """
     zoo = members_of(artifacts)
     generator = make_generator(experiment.generator, zoo.subset())

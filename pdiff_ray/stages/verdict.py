@@ -19,6 +19,7 @@ from pdiff_ray.evaluation.kinds import Family, recipes
 from pdiff_ray.evaluation.metrics import metrics_of
 from pdiff_ray.evaluation.novelty import Known
 from pdiff_ray.evaluation.summary import summarize
+from pdiff_ray.generators.baselines import Baseline
 from pdiff_ray.generators.interface import Fitting, Generator
 from pdiff_ray.generators.table import make_generator
 from pdiff_ray.networks.subset import Subset
@@ -26,17 +27,18 @@ from pdiff_ray.stages.alignment import members_of
 from pdiff_ray.stages.generator import load_generator
 from pdiff_ray.stages.zoo import runs_of
 from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.matrix import StoredVectors, Vectors, is_held
 from pdiff_ray.storage.parameters import ParameterStore, Record
 
-DRAWS = 200  # vectors of each kind
+DRAWS, LONG_DRAWS = 200, 50  # vectors of each kind; and of long ones, which take time and are all alike
 COPIED = 0.5  # of the distance to a member's nearest fellow: decoded members that are nearer to theirs are replicas
 NO_LOSS = 1e6  # stands for a loss that is no number
 
 
 def families(
-    members: Tensor, geometry: Geometry, subset: Subset, seed: int, fitted: Generator | None = None
+    members: Vectors, geometry: Geometry, subset: Subset, seed: int, fitted: Generator | None = None
 ) -> dict[str, Family]:
-    """Returns the known ways of making vectors from members (K, D), each drawn when it is wanted.
+    """Returns the known ways of making vectors from members (K, D), drawn when wanted, long ones by columns.
 
     Args:
         seed: of the draws.
@@ -44,11 +46,14 @@ def families(
             members and of random latents is known as well.
     """
 
-    def drawn(name: str, settings: Mapping[str, Any]) -> Tensor:
+    draws = DRAWS if is_held(DRAWS, subset.size) else LONG_DRAWS
+
+    def drawn(name: str, settings: Mapping[str, Any]) -> Vectors:
         generator = make_generator(schema.Generator.model_validate(dict(settings)), subset)
+        assert isinstance(generator, Baseline)
         generator.fit(members, Fitting(members.device, 0))
-        sampling = schema.Sampling(samples=DRAWS, seed=derive_seed(seed, "kinds", name))
-        return generator.sample(DRAWS, sampling, members.device)
+        sampling = schema.Sampling(samples=draws, seed=derive_seed(seed, "kinds", name))
+        return generator.drawn(draws, sampling, members.device)
 
     found = {
         name: Family(recipe.word, functools.partial(drawn, name, recipe.generator), recipe.of)
@@ -56,13 +61,13 @@ def families(
     }
     if fitted is not None and fitted.num_latents is not None:
         random = rng(members.device, seed, "kinds", "latents")
-        latents = torch.randn(DRAWS, fitted.num_latents, generator=random, device=members.device)
-        decoded = fitted.decode(fitted.encode(members))
+        latents = torch.randn(draws, fitted.num_latents, generator=random, device=members.device)
+        decoded = fitted.decoded(fitted.encode(members))
         # A decoder that smooths gives no copies: what comes back must be within half the way to the nearest fellow.
         back, apart = geometry.place(decoded).distances.diagonal(), geometry.among.nearest
         word = "replica" if float(back.median()) < COPIED * float(apart.median()) else "interpolation"
         found["decoded"] = Family(word, decoded, "decoded members")
-        found["autoencoder"] = Family("gaussian-like", lambda: fitted.decode(latents), "normal latents, decoded")
+        found["autoencoder"] = Family("gaussian-like", lambda: fitted.decoded(latents), "normal latents, decoded")
     return found
 
 
@@ -72,17 +77,17 @@ def summary_of(
     """Returns what is said of the judged networks, as JSON values: `evaluation.summary.summarize` has its parts."""
     zoo, split, config = members_of(artifacts), experiment.split, experiment.evaluation
     about, seed = artifacts["base"].manifest().info, experiment.sampling.seed or 0
-    vectors = zoo.vectors(split.learned)
-    members = torch.from_numpy(vectors).to(device)
+    members = StoredVectors.open(zoo, split.learned, device)
     geometry = Geometry(members)
     kept_back = {"held_out": held_out_by_run(experiment), "second_run": split.second_run}
-    yardsticks = {name: torch.from_numpy(zoo.vectors(ids)).to(device) for name, ids in kept_back.items() if ids}
+    yardsticks = {name: StoredVectors.open(zoo, ids, device) for name, ids in kept_back.items() if ids}
     losses = _losses(records, geometry)
     fitted = load_generator(experiment, artifacts, members) if experiment.generator.lossy else None
     known = Known(geometry, families(members, geometry, zoo.subset(), seed, fitted), yardsticks, losses, seed)
-    samples = torch.from_numpy(ParameterStore(artifacts["samples"]).vectors()).to(device)
+    drawn = ParameterStore(artifacts["samples"])
+    samples = StoredVectors.open(drawn, drawn.ids, device)
     learned = [record for record in records if record.group == "original"]
-    diagnosis = diagnose_members(vectors, learned, artifacts["generator"].manifest().info)
+    diagnosis = diagnose_members(members, learned, artifacts["generator"].manifest().info)
     return summarize(
         records,
         about["test_images"],

@@ -32,13 +32,13 @@ from pdiff_ray.stages.base import load_network, load_state, train_network, untra
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.judging import base_judge, describe_sharing
 from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.matrix import StoredVectors, rows_at_a_time
 from pdiff_ray.storage.parameters import ParameterStore, Record, stamp
 from pdiff_ray.storage.sealed import unseal
 from pdiff_ray.storage.trees import save_tree
 from pdiff_ray.training.subset import SubsetTraining, training_frontier
 
 SHARING_FILE = "sharing.json"
-DIAGNOSED_VALUES = 2**29  # of a zoo that is diagnosed by the worker that completes it; the evaluation reads all anyway
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def commit(
     info |= about or {}
     if len(accuracies):
         info |= {"mean_test_accuracy": float(accuracies.mean()), "std_test_accuracy": float(accuracies.std())}
-    if config.members * subset.size <= DIAGNOSED_VALUES:
-        info["diagnosis"] = diagnose_members(store.vectors(range(config.members)), records[: config.members]).to_list()
+    vectors = StoredVectors.open(store, range(config.members))
+    info["diagnosis"] = diagnose_members(vectors, records[: config.members]).to_list()
     artifact.commit({"subset.json": subset.to_json().encode()}, info, seconds, store.manifest_entries(ids))
 
 
@@ -210,6 +210,7 @@ class _FromBase:
             training.restore([state for run in runs if (state := self._state(run))])
         pending: list[Record] = []
         last = len(runs[0].member_ids) - 1
+        most = min(self.experiment.evaluation.networks_per_task, rows_at_a_time(self.subset.size))
         for position in range(made, last + 1):
             stop = self._step_of(runs[0], position)
             first = self._step_of(runs[0], position - 1) if position else 0
@@ -223,7 +224,7 @@ class _FromBase:
             for id_, vector, seed in zip(ids, training.vectors().cpu().numpy(), seeds, strict=True):
                 if id_ not in self.present:
                     pending.append(Record(id_, group_of(id_, config), vector=vector, seed=seed, step=stop, **stamp()))
-            if len(pending) >= self.experiment.evaluation.networks_per_task or position == last:
+            if len(pending) >= most or position == last:
                 self._store(pending)
                 pending = []
                 for run, state in zip(runs, training.states(position + 1), strict=True):

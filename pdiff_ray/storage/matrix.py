@@ -21,6 +21,7 @@ from pdiff_ray.storage.parameters import BLOCK, ParameterStore, Position, checks
 
 CHUNK_BYTES = 2**24  # of columns that are read at a time, if a block of them is not more
 ROWS_BYTES = 2**27  # of whole vectors that are held at a time
+HELD_BYTES = 2**28  # of vectors that are held, as long as they are used; more of them stay in files
 CPU = torch.device("cpu")
 
 
@@ -38,16 +39,21 @@ class Vectors(ABC):
     in_memory: bool = False
 
     @staticmethod
-    def of(vectors: Tensor | Vectors) -> Vectors:
-        """Returns vectors, which may be a tensor (n, D), as such."""
-        return vectors if isinstance(vectors, Vectors) else HeldVectors(vectors)
+    def of(vectors: Tensor | np.ndarray | Vectors) -> Vectors:
+        """Returns vectors, which may be a tensor or an array (n, D), as such."""
+        if isinstance(vectors, Vectors):
+            return vectors
+        return HeldVectors(vectors if isinstance(vectors, Tensor) else torch.from_numpy(vectors))
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    @abstractmethod
     def rows(self, chosen: Sequence[int]) -> Tensor:
         """Reads some vectors (len(chosen), D)."""
+        rows, picks = torch.empty(len(chosen), self.shape[1], device=self.device), list(chosen)
+        for columns, values in self.chunks():
+            rows[:, columns] = values[picks]
+        return rows
 
     @abstractmethod
     def columns(self, start: int, stop: int) -> Tensor:
@@ -64,6 +70,20 @@ class Vectors(ABC):
         for start in range(0, dimension, width):
             stop = min(start + width, dimension)
             yield slice(start, stop), self.columns(start, stop)
+
+
+def pieces(*matrices: Vectors, values: int) -> Iterator[slice]:
+    """Yields columns that vectors have in common, so many at a time that all of them have about as many values."""
+    width = max(1, values // max(1, sum(map(len, matrices))))
+    if not all(vectors.in_memory for vectors in matrices):
+        width = max(1, width // BLOCK) * BLOCK  # as files are read
+    for start in range(0, matrices[0].shape[1], width):
+        yield slice(start, min(start + width, matrices[0].shape[1]))
+
+
+def is_held(count: int, dimension: int) -> bool:
+    """Returns whether so many vectors of D values are held in memory, however often they are used."""
+    return 4 * count * dimension <= HELD_BYTES
 
 
 def rows_at_a_time(dimension: int) -> int:
@@ -108,11 +128,24 @@ class StoredVectors(Vectors):
     def __init__(self, store: ParameterStore, ids: Sequence[int] | None = None, device: torch.device = CPU) -> None:
         self.store, self.ids, self.device = store, list(store.ids if ids is None else ids), device
         self.shape = (len(self.ids), store.subset().size)
+        self._last: tuple[tuple[int, int], Tensor] | None = None  # columns, as several take the same ones in turn
+
+    @staticmethod
+    def open(store: ParameterStore, ids: Sequence[int], device: torch.device = CPU) -> Vectors:
+        """Returns vectors of a store's networks: held where they are few or short, else in its files."""
+        stored = StoredVectors(store, ids, device)
+        return HeldVectors(stored.all()) if is_held(*stored.shape) else stored
 
     def rows(self, chosen: Sequence[int]) -> Tensor:
         return torch.from_numpy(self.store.vectors([self.ids[row] for row in chosen])).to(self.device)
 
     def columns(self, start: int, stop: int) -> Tensor:
+        if self._last is None or self._last[0] != (start, stop):
+            self._last = None  # before the next ones are read
+            self._last = (start, stop), self._columns(start, stop)
+        return self._last[1]
+
+    def _columns(self, start: int, stop: int) -> Tensor:
         values = np.empty((len(self.ids), stop - start), np.float32)
         positions = self._positions
         if positions is None:
