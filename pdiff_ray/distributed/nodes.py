@@ -23,9 +23,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdiff_ray.common.devices import describe_devices
 from pdiff_ray.common.errors import PdiffError, StorageError
-from pdiff_ray.config.schema import Data
+from pdiff_ray.config.schema import Data, Resources
 from pdiff_ray.data import sources
 from pdiff_ray.data.kept import default_cache
+from pdiff_ray.distributed import ray_address
 from pdiff_ray.storage.files import TEMPORARY, Storage
 
 ANSWER_S = 120.0  # that a node may take to start a process and to look at its data
@@ -54,6 +55,11 @@ def software() -> dict[str, str]:
     return versions | {"pdiff_ray": f"{metadata.version('pdiff-ray')} of sources {_sources()}"}
 
 
+def expected_software(resources: Resources) -> dict[str, str]:
+    """Returns what workers compare their software with: nothing on a local Ray, which has this process's."""
+    return software() if ray_address(resources) else {}
+
+
 @functools.cache
 def _sources() -> str:
     folder, digest = Path(__file__).parents[1], hashlib.sha256()
@@ -77,7 +83,7 @@ def check_software(expected: Mapping[str, str]) -> None:
     Raises:
         PdiffError
     """
-    if found := differences(expected):
+    if expected and (found := differences(expected)):
         raise PdiffError(_refusal(ray.util.get_node_ip_address(), found))
 
 

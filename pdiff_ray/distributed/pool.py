@@ -11,7 +11,7 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorErro
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.kept import default_cache
-from pdiff_ray.distributed.nodes import check_software, software
+from pdiff_ray.distributed.nodes import check_software, expected_software
 from pdiff_ray.distributed.session import gpu_share, reason_of, report_progress, take_place
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.evaluation import Evaluator, Task
@@ -61,7 +61,7 @@ class Pool:
         actor = ray.remote(_Worker).options(
             num_cpus=resources.cpus_per_actor, num_gpus=gpus, max_restarts=resources.max_failures
         )
-        given = experiment, artifacts, events, gpus, software()
+        given = experiment, artifacts, events, gpus, expected_software(resources)
         self.actors: list[Any] = [actor.remote(*given) for _ in range(resources.actors)]
         self.deaths = dict.fromkeys(self.actors, 0)
 

@@ -21,7 +21,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.kept import default_cache
-from pdiff_ray.distributed.nodes import check_software, software
+from pdiff_ray.distributed.nodes import check_software, expected_software
 from pdiff_ray.distributed.session import failures, gpu_share, lost, report_failure, report_progress, take_place
 from pdiff_ray.stages import base, zoo
 from pdiff_ray.stages.context import Context
@@ -64,7 +64,12 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
     name = f"ray-train-{uuid.uuid4().hex[:8]}"
     trainer = _Trainer(
         _work,
-        train_loop_config={"jobs": list(jobs), "events": events, "gpus": gpus, "software": software()},
+        train_loop_config={
+            "jobs": list(jobs),
+            "events": events,
+            "gpus": gpus,
+            "software": expected_software(resources),
+        },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=per_worker),
         # NCCL allows only one process per GPU.
         torch_config=TorchConfig("nccl" if gpus >= 1 else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),

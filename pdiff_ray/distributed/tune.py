@@ -24,7 +24,7 @@ from pdiff_ray.common.errors import PdiffError, StorageError
 from pdiff_ray.common.secrets import without_secrets
 from pdiff_ray.config.schema import Tracking
 from pdiff_ray.data.kept import default_cache
-from pdiff_ray.distributed.nodes import check_software, software
+from pdiff_ray.distributed.nodes import check_software, expected_software
 from pdiff_ray.distributed.session import (
     beside_driver,
     failures,
@@ -64,7 +64,7 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
         "threads": resources.cpus_per_trial,
         "gpus": gpus,
         "rungs": sweep.scheduler == "asha",
-        "software": software(),
+        "software": expected_software(resources),
     }
     scheduler = _ASHA(ledger) if sweep.scheduler == "asha" else None
     searcher = _LedgerSearcher(ledger, unbuildable, shared, on_change)
