@@ -13,6 +13,7 @@ print(pd.judge(experiment, samples).to_pandas())
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,7 +21,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import display
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config import loading, schema
@@ -124,10 +125,19 @@ class FittedGenerator:
         notes: findings, such as the variance that reconstructions leave unexplained.
     """
 
-    def __init__(self, vectors: Tensor, settings: schema.Generator, subset: Subset, device: torch.device) -> None:
+    def __init__(
+        self,
+        vectors: Tensor,
+        settings: schema.Generator,
+        subset: Subset,
+        device: torch.device,
+        known: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
         self._device, self._generator = device, make_generator(settings, subset)
         with display() as progress:
             fitting = Fitting(device, derive_seed(settings.seed or 0, "fit"), progress=progress)
+            if settings.condition:
+                fitting = replace(fitting, known=lambda name: _known(known or {}, name, len(vectors)))
             self._generator.fit(vectors.to(device), fitting)
         self.history, self.notes = fitting.history, fitting.notes
 
@@ -148,6 +158,7 @@ def fit(
     *,
     seed: int = 0,
     subset: Subset | None = None,
+    known: Mapping[str, Sequence[float]] | None = None,
     **settings: Any,
 ) -> FittedGenerator:
     """Fits a generator to vectors (K, D), float32, on a GPU if there is one.
@@ -156,6 +167,7 @@ def fit(
         generator: its name (field `generator.name`).
         seed: of its initialisation and training.
         subset: where tensors begin and end in a vector, for normalization by tensor; default: one tensor.
+        known: of each vector, by the name that `process.condition` has: `{"validation_accuracy": [...]}`.
         settings: further fields of the section `generator`, such as `diffusion={"steps": 1000}`, or of the generator
             `latent` `encoder={"name": "subspace"}` and `process={"name": "flow"}`.
 
@@ -168,7 +180,15 @@ def fit(
     section = loading.parse(schema.Generator, {"name": generator, "seed": seed, **settings}, "generator")
     whole = subset or Subset((Entry("values", (vectors.shape[1],), 0, "parameter"),))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return FittedGenerator(vectors.float(), section, whole, device)
+    return FittedGenerator(vectors.float(), section, whole, device, known)
+
+
+def _known(known: Mapping[str, Sequence[float]], name: str, count: int) -> Tensor:
+    """Returns what is known of so many vectors by a name (K,)."""
+    values = torch.as_tensor(known.get(name, ()), dtype=torch.double)
+    if values.shape != (count,):
+        raise ConfigError(f"known: {name!r} has shape {tuple(values.shape)}; ({count},) is wanted, a number per vector")
+    return values
 
 
 def judge(experiment: Experiment, vectors: Tensor, splits: Sequence[str] = JUDGED_SPLITS) -> pa.Table:

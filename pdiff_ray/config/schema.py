@@ -19,6 +19,8 @@ OwnName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # module:attribute
 
 
 MAX_NETWORKS = 100_000  # of a group: each is a row, and an entry of lists
+# What is known of each member without test data, as its row in the store has it.
+Condition = Literal["train_accuracy", "train_loss", "validation_accuracy", "validation_loss", "step"]
 SEEDED = ("training", "zoo", "generator", "sampling")  # sections that follow the experiment's seed
 
 
@@ -249,6 +251,18 @@ class Generator(Choice):
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Raises ValueError if the generator cannot draw samples in this way."""
+        if self.condition is None and (sampling.condition is not None or sampling.guidance != 1):
+            field = "guidance" if sampling.condition is None else "condition"
+            raise ValueError(
+                f"sampling.{field} is {getattr(sampling, field)}, but the generator has learned no condition; set "
+                "generator.process.condition of a diffusion or a flow (generator.name: latent), or leave it out"
+            )
+        highest = 1.0 if "accuracy" in (self.condition or "") else float("inf")
+        if self.condition != "step" and not all(0 <= value <= highest for value in sampling.asked):
+            raise ValueError(
+                f"sampling.condition is {sampling.condition}, which is no {self.condition}; accuracies are fractions, "
+                "losses mean cross-entropies"
+            )
 
     def check_dimension(self, dimension: int) -> None:
         """Raises ConfigError if the generator cannot learn vectors with this number of values."""
@@ -260,6 +274,11 @@ class Generator(Choice):
     def sampler(self) -> str | None:
         """The sampler where `sampling.sampler` says none."""
         return "ddpm"
+
+    @property
+    def condition(self) -> Condition | None:
+        """What samples can be asked for."""
+        return None
 
     @property
     def lossy(self) -> bool:
@@ -355,12 +374,29 @@ CHOICES.update(generator=Generator, encoder=Encoder, process=Process)
 class Sampling(Section):
     """Drawing new vectors from the generator (stage `samples`)."""
 
+    added = frozenset({"condition", "guidance"})
+
     samples: int = Field(100, ge=1, le=MAX_NETWORKS, description="number of new networks")
     sampler: Annotated[str, Known("pdiff_ray.generators.samplers:SAMPLERS")] | None = Field(
         None, description="how noise becomes latents; default: ddpm of a diffusion, midpoint of a flow"
     )
     steps: int | None = Field(None, ge=1, description="of the sampler; default: all timesteps, or 50 of a flow")
+    condition: float | Annotated[tuple[float, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="what is asked for of the generator's condition: a number, or several in turn; default: what "
+        "members have, evenly spread over their ranks",
+    )
+    guidance: float = Field(
+        1.0, ge=0, description="how much samples follow what is asked for: 0 not at all, 1 as was learned, or more"
+    )
     seed: int | None = Field(None, description="default: the experiment's seed")
+
+    @property
+    def asked(self) -> tuple[float, ...]:
+        """The numbers that `condition` gives."""
+        if self.condition is None:
+            return ()
+        return self.condition if isinstance(self.condition, tuple) else (self.condition,)
 
 
 class Evaluation(Section):
@@ -465,6 +501,11 @@ class Experiment(Section):
             raise ValueError(
                 f"generator.members is {wanted}, but the zoo has {self.zoo.members} (zoo.members){kept_back}, so that "
                 f"{there} can be learned; lower the first or raise the second"
+            )
+        if self.generator.condition == "step" and (self.zoo.imported or self.zoo.regime == "independent"):
+            raise ValueError(
+                "the generator's condition is step, but only members that were trained from the base one after another "
+                "(zoo.regime trajectory or branches) have one; take another condition"
             )
         workers, batch_size = self.resources.workers, self.training.batch_size
         if workers > 1 and (batch_size % workers or batch_size < 2 * workers):

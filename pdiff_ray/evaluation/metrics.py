@@ -126,10 +126,17 @@ def selection_correlation(networks: JudgedGroup) -> float | None:
 
     Where it is near 0, the best network is one of many: choosing has found nothing. Nothing is chosen by it.
     """
-    scores, accuracies = (_ranks(np.array(values)) for values in (networks.scores, networks.values("test_accuracy")))
-    if len(scores) != len(accuracies) or not scores.std() or not accuracies.std():
+    return rank_correlation(np.array(networks.scores), networks.values("test_accuracy"))
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Returns Spearman's correlation of values, or rows of values, with others; None if one is flat, or they are not of
+    the same networks.
+    """
+    ranks = _ranks(first), _ranks(second)
+    if len(first) != len(second) or not all(values.std() for values in ranks):
         return None
-    return float(np.corrcoef(scores, accuracies)[0, 1])
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -308,7 +315,11 @@ def named_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
         if metric.name and group.get(field) is not None
     }
     shares = summary["verdict"].get("shares", {})
-    return numbers | {f"generated/share_{word.replace('-', '_')}": share for word, share in shares.items()}
+    numbers |= {f"generated/share_{word.replace('-', '_')}": share for word, share in shares.items()}
+    for field, found in summary.get("condition", {}).get("correlations", {}).items():
+        ends = {"": found["estimate"], "_lower": found["lower"], "_upper": found["upper"]}
+        numbers |= {f"generated/asked_{field}{end}": value for end, value in ends.items() if value is not None}
+    return numbers
 
 
 def verdict_words(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -18,8 +18,10 @@ from torch.nn import functional
 
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.common.registry import Registry
+from pdiff_ray.config.schema import Condition
 from pdiff_ray.config.section import Known, Section
 from pdiff_ray.generators.autoencoder import MAX_PARAMETERS, BatchNorm
+from pdiff_ray.generators.conditioning import ConditionedDenoiser
 
 ONEDNN, ONEDNN_BATCH = torch.backends.mkldnn.is_available(), 16  # for fewer rows MKL takes less time
 
@@ -28,6 +30,7 @@ class DenoiserSettings(Section):
     """A denoiser and its training."""
 
     section: ClassVar[str] = "generator.diffusion"
+    added = frozenset({"condition", "condition_dropout"})
 
     denoiser: Annotated[str, Known("pdiff_ray.generators.diffusion:DENOISERS")] = Field(
         "mlp", description="residual MLP, residual 1D CNN, or 1D CNN that widens and narrows, with skips"
@@ -39,6 +42,14 @@ class DenoiserSettings(Section):
     batch_size: int = Field(50, ge=1, description="latents per step; all of them if there are fewer")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW, with a cosine schedule")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    condition: Condition | None = Field(
+        None,
+        description="what it is told of each member, and sampling.condition asks for: train_accuracy, train_loss, "
+        "validation_accuracy, validation_loss or step; default: nothing",
+    )
+    condition_dropout: float = Field(
+        0.1, ge=0, lt=1, description="probability with which it is not told, as sampling.guidance needs"
+    )
 
 
 class DiffusionSettings(DenoiserSettings):
@@ -172,6 +183,12 @@ DENOISERS: Registry[Callable[[int, int, int], Any]] = Registry(
 )
 
 
+def make_denoiser(settings: DenoiserSettings, latent_dim: int) -> Any:
+    """Makes a denoiser by its settings, which may be told a condition if these name one."""
+    denoiser = DENOISERS[settings.denoiser](latent_dim, settings.width, settings.depth)
+    return ConditionedDenoiser(denoiser) if settings.condition else denoiser
+
+
 class Diffusion(nn.Module):
     """A denoiser and the noise schedule it is trained for, linear betas."""
 
@@ -181,7 +198,7 @@ class Diffusion(nn.Module):
         super().__init__()
         self.settings, self.latent_dim = settings, latent_dim
         self.prediction, self.num_timesteps = settings.prediction, settings.num_timesteps
-        self.denoiser = DENOISERS[settings.denoiser](latent_dim, settings.width, settings.depth)
+        self.denoiser = make_denoiser(settings, latent_dim)
         betas = torch.linspace(settings.beta_start, settings.beta_end, settings.num_timesteps)
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pdiff_ray.generators.diffusion import DENOISERS, DenoiserSettings
+from pdiff_ray.generators.diffusion import DenoiserSettings, make_denoiser
 
 TIME_SCALE = 1000  # of a time from 0 to 1, for embeddings that are made for timesteps
 
@@ -21,7 +21,7 @@ class Flow(nn.Module):
     def __init__(self, settings: DenoiserSettings, latent_dim: int) -> None:
         super().__init__()
         self.settings, self.latent_dim = settings, latent_dim
-        self.denoiser = DENOISERS[settings.denoiser](latent_dim, settings.width, settings.depth)
+        self.denoiser = make_denoiser(settings, latent_dim)
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """Returns the velocity (B, Z) at x (B, Z) and times (B,) or (1,)."""

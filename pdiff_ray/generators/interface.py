@@ -34,6 +34,7 @@ class Fitting:
         preview: is given a rung (1 to NUM_RUNGS) and vectors (n, D), float32, that the generator gives so far: decoded
             members while an autoencoder is trained, then samples. May raise to end the fitting.
         graphs: whether steps on a GPU may be CUDA graphs.
+        known: gives, by name, what is known of each vector (K,): a field of its row such as "validation_accuracy".
     """
 
     device: torch.device
@@ -45,6 +46,7 @@ class Fitting:
     preview: Callable[[int, Tensor], None] | None = None
     checkpoint_s: float = 10.0
     graphs: bool = True
+    known: Callable[[str], Tensor] | None = None
     history: dict[str, list[float]] = field(default_factory=dict)  # losses per step, by model; filled in
     notes: dict[str, Any] = field(default_factory=dict)  # findings for the record, such as the gate's; filled in
 
@@ -77,6 +79,10 @@ class Generator(ABC):
     def draw(self, count: int, sampling: schema.Sampling, device: torch.device) -> Iterator[Tensor]:
         """Yields what `sample` returns, some rows at a time, if the generator need not hold all of them."""
         yield self.sample(count, sampling, device)
+
+    def asked(self, count: int, sampling: schema.Sampling) -> Tensor | None:
+        """Returns what so many samples are asked for (count,), if the generator has learned a condition."""
+        return None
 
     @abstractmethod
     def state(self) -> State:
@@ -162,6 +168,10 @@ class Process(ABC):
     @abstractmethod
     def sample(self, count: int, sampling: schema.Sampling, device: torch.device) -> Tensor:
         """Draws latents (count, Z), determined by `sampling.seed`, by `sampling.sampler` and in `sampling.steps`."""
+
+    def asked(self, count: int, sampling: schema.Sampling) -> Tensor | None:
+        """Returns what so many latents are asked for (count,), if the process has learned a condition."""
+        return None
 
     @abstractmethod
     def state(self) -> State:

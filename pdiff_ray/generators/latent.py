@@ -92,6 +92,10 @@ class LatentBase(schema.Generator):
         return next(iter(self.parts[1].samplers), None)
 
     @property
+    def condition(self) -> schema.Condition | None:
+        return getattr(self.parts[1], "condition", None)
+
+    @property
     def lossy(self) -> bool:
         return self.parts[0].lossy
 
@@ -104,6 +108,7 @@ class LatentBase(schema.Generator):
         return f"{encoder.name} and {process.name}"
 
     def check_sampling(self, sampling: schema.Sampling) -> None:
+        super().check_sampling(sampling)
         self.parts[1].check_sampling(sampling)
 
     def check_dimension(self, dimension: int) -> None:
@@ -245,12 +250,16 @@ class Latent(Generator):
     def draw(self, count: int, sampling: schema.Sampling, device: torch.device) -> Iterator[Tensor]:
         assert self.process is not None
         try:
-            self._process.check_sampling(sampling)
+            self.settings.check_sampling(sampling)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         latents = self.process.sample(count, sampling, device)
         for chosen in latents.split(rows_at_a_time(self.subset.size)):
             yield self.decode(chosen)
+
+    def asked(self, count: int, sampling: schema.Sampling) -> Tensor | None:
+        assert self.process is not None
+        return self.process.asked(count, sampling)
 
     @torch.inference_mode()
     def encode(self, vectors: Vectors | Tensor) -> Tensor:

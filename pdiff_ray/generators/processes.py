@@ -11,11 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.common.operations import Operations
 from pdiff_ray.common.registry import Registry
 from pdiff_ray.common.seeds import rng
 from pdiff_ray.config import schema
 from pdiff_ray.generators import samplers
+from pdiff_ray.generators.conditioning import ConditionedTraining
 from pdiff_ray.generators.diffusion import DenoiserSettings, Diffusion, DiffusionSettings
 from pdiff_ray.generators.flow import Flow
 from pdiff_ray.generators.interface import PROCESS_RUNGS, Fitting, Process, State
@@ -49,7 +51,8 @@ class DenoisingSettings(schema.Process, DenoiserSettings):
     def cost(self, num_latents: int, members: int, sampling: schema.Sampling) -> tuple[float, float]:
         denoised, embedded = _counts(self.model_copy(update={"steps": 1}), num_latents)
         learned = 3.0 * self.steps * min(self.batch_size, members) * (denoised + embedded)  # as the autoencoder's
-        return learned, float(self.evaluations(sampling) * (embedded + sampling.samples * denoised))
+        passes = 2 if self.condition and sampling.guidance not in (0, 1) else 1  # untold and told
+        return learned, float(self.evaluations(sampling) * (embedded + sampling.samples * passes * denoised))
 
 
 class DiffusionProcessSettings(DenoisingSettings, DiffusionSettings):
@@ -108,19 +111,30 @@ class GaussianProcessSettings(schema.Process):
 
 
 class Denoising(Process):
-    """A process that is a trained denoiser, and a sampler that follows it."""
+    """A process that is a trained denoiser, and a sampler that follows it.
+
+    Attributes:
+        known: what the denoiser is told of each latent that it learns (K,), if it learns a condition.
+    """
 
     Settings: ClassVar[type[DenoisingSettings]] = DenoisingSettings
 
     def __init__(self, settings: DenoisingSettings, num_latents: int) -> None:
         self.settings, self.model = settings, settings.make(num_latents)
+        self.known = torch.zeros(0)
 
     def fit(self, latents: Tensor, fitting: Fitting) -> None:
         self.model.to(fitting.device)
+        model: Diffusion | Flow | ConditionedTraining = self.model
+        if self.settings.condition:
+            self.known = self._told(self.settings.condition, fitting)
+            condition = self._standardized(self.known).to(latents)
+            latents = torch.cat([latents, condition[:, None]], 1)
+            model = ConditionedTraining(self.model, self.settings.condition_dropout)
         few = self.settings.preview.model_copy(update={"seed": fitting.seed % 2**31})
         fit_model(
             self.settings.name,
-            self.model,
+            model,
             latents,
             self.settings,
             fitting,
@@ -130,14 +144,44 @@ class Denoising(Process):
         )
 
     def sample(self, count: int, sampling: schema.Sampling, device: torch.device) -> Tensor:
-        return samplers.sample(self.model.to(device), count, sampling, device)
+        model, asked = self.model.to(device), self.asked(count, sampling)
+        if asked is None:
+            return samplers.sample(model, count, sampling, device)
+        condition = self._standardized(asked).float().to(device)
+        with torch.inference_mode(), model.denoiser.told(condition, sampling.guidance):
+            return samplers.sample(model, count, sampling, device)
+
+    def asked(self, count: int, sampling: schema.Sampling) -> Tensor | None:
+        if not self.settings.condition:
+            return None
+        if sampling.asked:
+            return torch.tensor(sampling.asked, dtype=torch.double).repeat(count // len(sampling.asked) + 1)[:count]
+        shares = (torch.arange(count, dtype=torch.double) + 0.5) / count
+        return torch.quantile(self.known[self.known.isfinite()], shares)
+
+    def _told(self, name: str, fitting: Fitting) -> Tensor:
+        """Returns what is known of the members (K,), in float64."""
+        field = f"{self.settings.section}.condition"
+        if fitting.known is None:
+            raise ConfigError(f"{field} is {name}, but nothing is known of the vectors; give it, or leave it out")
+        known = fitting.known(name).double().cpu()
+        if len(known[known.isfinite()].unique()) < 2:
+            raise ConfigError(f"{field} is {name}, in which members do not differ; take another one, or leave it out")
+        return known
+
+    def _standardized(self, values: Tensor) -> Tensor:
+        """Returns values of the condition as the denoiser is told them."""
+        known = self.known[self.known.isfinite()]
+        return (values - known.mean()) / known.std(correction=0)
 
     def state(self) -> State:
-        return {self.settings.name: self.model.state_dict()}
+        told = {"known": self.known} if self.settings.condition else {}
+        return {self.settings.name: self.model.state_dict(), **told}
 
     def load_state(self, state: State) -> None:
         self.model.load_state_dict(state[self.settings.name])
         self.model.eval()
+        self.known = state.get("known", self.known)
 
 
 class DiffusionProcess(Denoising):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pdiff_ray.common.seeds import rng
 from pdiff_ray.config.schema import Optimizer
 from pdiff_ray.generators.autoencoder import Autoencoder, AutoencoderSettings
+from pdiff_ray.generators.conditioning import ConditionedTraining
 from pdiff_ray.generators.diffusion import DenoiserSettings, Diffusion
 from pdiff_ray.generators.flow import Flow
 from pdiff_ray.generators.graphs import graphed
@@ -41,7 +42,7 @@ def _averaged(model: nn.Module) -> dict[str, Tensor]:
 
 def fit_model(
     name: str,
-    model: Autoencoder | Diffusion | Flow,
+    model: Autoencoder | Diffusion | Flow | ConditionedTraining,
     data: Tensor,
     settings: AutoencoderSettings | DenoiserSettings,
     fitting: Fitting,

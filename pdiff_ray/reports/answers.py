@@ -1,4 +1,4 @@
-"""The three answers that a result comes down to, with numbers and intervals: for page, terminal and MLflow."""
+"""The answers that a result comes down to, with numbers and intervals: for page, terminal and MLflow."""
 
 from __future__ import annotations
 
@@ -39,10 +39,13 @@ class Answer:
 
 
 def answers(summary: Mapping[str, Any]) -> tuple[Answer, ...]:
-    """Returns whether it worked, is new, and is better than the simplest thing that works; nothing of old summaries."""
+    """Returns whether it worked, is new, and is better than the simplest thing that works, and, of samples that were
+    asked for something, whether they follow; nothing of old summaries.
+    """
     if "comparison" not in summary:
         return ()
-    return _worked(summary), _new(summary), _better(summary["comparison"])
+    found = _worked(summary), _new(summary), _better(summary["comparison"])
+    return (*found, _follows(summary["condition"])) if "condition" in summary else found
 
 
 def warnings(summary: Mapping[str, Any]) -> list[str]:
@@ -120,3 +123,20 @@ def _better(comparison: Mapping[str, Any]) -> Answer:
     word = comparison["word"]
     text = comparison["text"].removeprefix(f"{word}: ")
     return Answer("Is it better than the simplest thing that works?", *known[word], text[:1].upper() + text[1:])
+
+
+def _follows(condition: Mapping[str, Any]) -> Answer:
+    """Answers by the field of the condition's own kind on test images, which is the first."""
+    parts, words = [], list[Word]()
+    for field, found in condition["correlations"].items():
+        among = f" (among members {found['members']:+.2f})" if found["members"] is not None else ""
+        if found["estimate"] is None:
+            words.append("unknown")
+            parts.append(f"{field.replace('_', ' ')}: unknown, as nothing varies{among}")
+            continue
+        words.append("yes" if found["lower"] > 0 else "no" if found["upper"] < 0 else "undecided")
+        numbers = f"{found['estimate']:+.2f} [{found['lower']:+.2f}, {found['upper']:+.2f}]"
+        parts.append(f"{numbers} with {field.replace('_', ' ')}{among}")
+    asked = f"{condition['condition'].replace('_', ' ')} from {condition['lowest']:.4g} to {condition['highest']:.4g}"
+    text = f"{condition['samples']} samples were asked for {asked}; its rank correlation is {', '.join(parts)}."
+    return Answer("Does asking for more give more?", words[0], "less" if words[0] == "no" else "", text)

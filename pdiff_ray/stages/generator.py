@@ -12,6 +12,7 @@ from torch import Tensor
 from pdiff_ray.common.devices import enough_memory
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config.schema import Experiment
+from pdiff_ray.evaluation.judge import Judge, judged
 from pdiff_ray.generators.interface import Fitting, Generator
 from pdiff_ray.generators.table import make_generator
 from pdiff_ray.networks.subset import Subset
@@ -20,7 +21,8 @@ from pdiff_ray.stages.base import HISTORY_FILE, load_state
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.judging import base_judge
 from pdiff_ray.storage.artifacts import Artifact
-from pdiff_ray.storage.matrix import StoredVectors, Vectors
+from pdiff_ray.storage.matrix import StoredVectors, Vectors, rows_at_a_time
+from pdiff_ray.storage.parameters import ParameterStore, Record
 from pdiff_ray.storage.trees import load_tree, save_tree
 
 GENERATOR_FILE = "generator.safetensors"
@@ -47,6 +49,12 @@ def build(
         judgements = judge.judge(vectors, ["validation"])
         return torch.tensor([j.validation_accuracy for j in judgements])
 
+    def known(name: str) -> Tensor:
+        rows = zoo.records(experiment.split.learned)
+        if name != "step" and any(getattr(row, name) is None for row in rows):  # as they are other code's
+            rows = _judged(rows, zoo, judge, "selection" if name.startswith("train") else "validation")
+        return torch.tensor([getattr(row, name) for row in rows], dtype=torch.double)
+
     fitting = Fitting(
         device=context.device,
         seed=derive_seed(settings.seed or 0, "fit"),
@@ -56,12 +64,23 @@ def build(
         progress=context.progress,
         preview=preview,
         checkpoint_s=context.checkpoint_s,
+        known=known,
     )
     generator = make_generator(settings, subset)
     with enough_memory("training of the generator", settings.memory_fields):
         generator.fit(StoredVectors(zoo, experiment.split.learned, context.device), fitting)
     info = {**fitting.notes, "final_loss": {name: losses[-1] for name, losses in fitting.history.items()}}
     commit_generator(artifact, generator, subset, fitting.history, info, time.monotonic() - started)
+
+
+def _judged(rows: Sequence[Record], zoo: ParameterStore, judge: Judge, split: str) -> list[Record]:
+    """Returns rows of members with what is found of them on a split, some at a time."""
+    found: list[Record] = []
+    count = rows_at_a_time(zoo.subset().size)
+    for chosen in (rows[start : start + count] for start in range(0, len(rows), count)):
+        vectors = torch.from_numpy(zoo.vectors([row.id for row in chosen]))
+        found += map(judged, chosen, judge.judge(vectors, [split]))
+    return found
 
 
 def commit_generator(

@@ -27,6 +27,8 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
     generator = load_generator(experiment, artifacts)
     context.progress("samples", 0, sampling.samples, sampling.sampler or "")
     subset, store, drawn = zoo.subset(), ParameterStore(artifact), 0
+    asked = generator.asked(sampling.samples, sampling)
+    wanted = [None] * sampling.samples if asked is None else asked.tolist()
     with enough_memory("sampling", "sampling.samples"):
         for vectors in generator.draw(sampling.samples, sampling, context.device):
             if count := int((~vectors.isfinite()).any(1).sum()):
@@ -35,7 +37,10 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
                     "or with a lower learning rate, or choose another sampling.sampler"
                 )
             rows = enumerate(vectors.cpu().numpy(), drawn)
-            records = [Record(id_, "generated", vector=row, seed=sampling.seed, **stamp()) for id_, row in rows]
+            records = [
+                Record(id_, "generated", vector=row, seed=sampling.seed, asked=wanted[id_], **stamp())
+                for id_, row in rows
+            ]
             size = experiment.evaluation.networks_per_task
             for start in range(0, len(records), size):
                 store.append(records[start : start + size], subset)

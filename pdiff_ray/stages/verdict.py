@@ -12,6 +12,7 @@ from torch import Tensor
 from pdiff_ray.common.seeds import derive_seed, rng
 from pdiff_ray.config import schema
 from pdiff_ray.config.schema import Experiment
+from pdiff_ray.evaluation.conditioning import compare_asked
 from pdiff_ray.evaluation.diagnostics import diagnose_members
 from pdiff_ray.evaluation.geometry import Geometry
 from pdiff_ray.evaluation.groups import GROUPS, Drawn, groups_of
@@ -88,7 +89,7 @@ def summary_of(
     samples = StoredVectors.open(drawn, drawn.ids, device)
     learned = [record for record in records if record.group == "original"]
     diagnosis = diagnose_members(members, learned, artifacts["generator"].manifest().info)
-    return summarize(
+    summary = summarize(
         records,
         about["test_images"],
         about["num_classes"],
@@ -99,6 +100,12 @@ def summary_of(
         seed,
         about["validation_images"],
     )
+    if condition := experiment.generator.condition:
+        generated = [record for record in records if record.group == "generated"]
+        wanted = ParameterStore(artifacts["samples"]).records([record.number or 0 for record in generated])
+        asked = [record.asked for record in wanted if record.asked is not None]
+        summary["condition"] = compare_asked(condition, asked, generated, learned, seed)
+    return summary
 
 
 def held_out_by_run(experiment: Experiment) -> list[int]:
