@@ -102,7 +102,7 @@ def summary_of(
     )
     if condition := experiment.generator.condition:
         generated = [record for record in records if record.group == "generated"]
-        wanted = ParameterStore(artifacts["samples"]).records([record.number or 0 for record in generated])
+        wanted = drawn.records([record.number or 0 for record in generated])
         asked = [record.asked for record in wanted if record.asked is not None]
         summary["condition"] = compare_asked(condition, asked, generated, learned, seed)
     return summary
