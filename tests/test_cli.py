@@ -21,7 +21,8 @@ from pdiff_ray.cli.main import cli, guarded
 from pdiff_ray.config import loading
 from pdiff_ray.reports.answers import conclusion
 from pdiff_ray.stages.base import load_network
-from pdiff_ray.stages.table import STAGES
+from pdiff_ray.stages.table import STAGES, artifacts_of
+from pdiff_ray.storage.files import Storage
 from pdiff_ray.storage.parameters import ParameterStore, Record
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
@@ -334,6 +335,16 @@ def test_recalibrated_networks_are_not_exported_whole(tmp_path):
     key = artifacts["zoo"].key
     assert "--subset-only" in pdiff("export", key, tmp_path / "out", "--storage", tmp_path, code=2)
     assert "4 networks" in pdiff("export", key, tmp_path / "out", "--subset-only", "--storage", tmp_path)
+
+
+def test_independent_networks_without_batchnorm_are_exported_whole(tmp_path):
+    zoo = {"regime": "independent", "subset": "all", "members": 2}
+    sections = {"network": {"name": "s1"}, "training": {"epochs": 1}, "zoo": zoo, "storage": str(tmp_path)}
+    experiment = loading.parse_experiment({"name": "whole", **sections}, "a test")
+    artifacts = artifacts_of(experiment, Storage(str(tmp_path)))
+    assert experiment.zoo.batchnorm == "recalibrated"
+    build(experiment, artifacts, "base", "zoo")
+    assert "2 networks" in pdiff("export", artifacts["zoo"].key, tmp_path / "out", "--storage", tmp_path)
 
 
 def test_reports_hold_no_credentials(storage, tmp_path):

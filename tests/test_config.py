@@ -89,7 +89,7 @@ REFUSED = {
     "empty range of layers": ("zoo: {subset: {norm_layers: [4, 4]}}", ["zoo.subset", "[4, 4]", "[start, stop)"]),
     "layers counted from 0": ("zoo: {subset: {norm_layers: [0, 2]}}", ["zoo.subset", "[0, 2]", "from 1"]),
     "independent with frozen statistics": (
-        "zoo: {regime: independent, subset: all}",
+        "zoo: {regime: independent, subset: all, batchnorm: frozen}",
         ["zoo", "regime independent", "frozen", "'included' or 'recalibrated'"],
     ),
     "independent with a part": (

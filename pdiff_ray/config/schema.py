@@ -167,7 +167,9 @@ class Zoo(Section):
     )
     subset: SubsetRule = Field(SubsetRule(last_norm_layers=2), description="which parameters are generated")
     batchnorm: Literal["frozen", "included", "recalibrated"] = Field(
-        "frozen", description="running statistics: the base's, part of the vector, or measured anew before evaluation"
+        "frozen",
+        description="running statistics: the base's, part of the vector, or measured anew before evaluation, the "
+        "default of independent members",
     )
     warmup_steps: int = Field(100, ge=0, description="steps before those of the first member")
     steps_per_member: int | Literal["epoch"] = Field(10, description="steps between members")
@@ -179,6 +181,13 @@ class Zoo(Section):
     precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast of forward and backward")
     imported: str | None = Field(None, description="label of a zoo that `pdiff import` brought in; nothing is trained")
     seed: int | None = Field(None, description="default: the experiment's seed")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _statistics(cls, value: Any) -> Any:
+        """Has statistics measured anew where members share no base: what lies between them has others than they."""
+        independent = isinstance(value, dict) and value.get("regime") == "independent"
+        return {"batchnorm": "recalibrated", **value} if independent else value
 
     @model_validator(mode="after")
     def _possible(self) -> Zoo:

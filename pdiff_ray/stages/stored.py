@@ -114,7 +114,7 @@ class Networks:
         trial, reported = self._trial(), self._reported(chosen)
         if trial and (trial.labels is None or len(reported) < len(chosen)):
             why = "no evaluation of them is there" if trial.labels is not None else "an earlier version kept no images"
-            if self._batchnorm == "recalibrated":
+            if self._measured_anew:
                 why = "that was found with statistics measured anew (zoo.batchnorm)"
             console.print(
                 f"note: predictions are compared with the judged networks', not with what was reported: {why}"
@@ -147,7 +147,7 @@ class Networks:
 
     def _reported(self, ids: Sequence[int]) -> dict[int, tuple[bytes, str]]:
         """Returns, by id, which test images networks were reported to get wrong, and the precision of that."""
-        if self._batchnorm == "recalibrated":  # with statistics that were measured for it
+        if self._measured_anew:  # with statistics that were measured for it
             return {}
         storage, wanted = self.artifact.storage, set(ids)
         found = {record.id: (record.wrong, "float32") for record in self._store.records(ids) if record.wrong}
@@ -171,16 +171,19 @@ class Networks:
         return ("generated",) if self.artifact.stage == "samples" else MEMBER_GROUPS
 
     @functools.cached_property
-    def _batchnorm(self) -> str | None:
-        """The policy of the zoo; None if the zoo is not there any more."""
+    def _measured_anew(self) -> bool:
+        """Whether the networks were judged with running statistics that are not kept; no if the zoo is gone."""
         try:
-            return self._made_from("zoo").config.get("batchnorm")
+            if self._made_from("zoo").config.get("batchnorm") != "recalibrated":
+                return False
+            base = self._made_from("base")
         except StorageError:
-            return None
+            return False
+        return any(name.endswith(".running_mean") for name in load_tree(base.read(NETWORK_FILE), base.location))
 
     def _check_whole(self) -> None:
         """Raises ConfigError if the networks have no running statistics of their own."""
-        if self._batchnorm == "recalibrated":
+        if self._measured_anew:
             raise ConfigError(
                 f"{self.artifact.folder}: zoo.batchnorm is recalibrated, so these networks have no running statistics "
                 "of their own; export with --subset-only, and measure them on training images"
