@@ -226,6 +226,24 @@ def test_more_than_this_machine_has(tmp_path, ray):
         check_resources(Resources(workers=1000), {"CPU": 4.0})
 
 
+def test_workers_of_a_group_meet_where_ray_is(ray):
+    """Whatever a host's name stands for, other nodes reach the address that Ray uses."""
+    import psutil
+
+    def meet(nodes):
+        from pdiff_ray.distributed import train
+
+        for node in nodes:
+            train.ray.util.get_node_ip_address = lambda node=node: node
+            train.name_interface()
+            yield os.environ.pop("GLOO_SOCKET_IFNAME")
+
+    addresses = {a.address: name for name, all in psutil.net_if_addrs().items() for a in all if "." in a.address}
+    assert "127.0.0.1" in addresses
+    named = ray.remote(max_calls=1)(lambda nodes: list(meet(nodes)))
+    assert ray.get(named.remote(list(addresses))) == list(addresses.values())
+
+
 def test_gpus_are_shared_such_that_all_find_a_place(monkeypatch):
     from pdiff_ray.distributed import session
 

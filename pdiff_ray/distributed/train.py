@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 import torch.distributed as dist
 from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -72,7 +75,7 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
         },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=per_worker),
         # NCCL allows only one process per GPU.
-        torch_config=TorchConfig("nccl" if gpus >= 1 else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=_TorchConfig("nccl" if gpus >= 1 else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         run_config=RunConfig(
             name=name,
             storage_filesystem=storage.fs,
@@ -102,6 +105,29 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
         with contextlib.suppress(OSError):  # it has Ray's marker files only; the results are artifacts
             storage.fs.delete_dir(storage.path(f"tmp/{name}"))
     return failures(events)
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(name_interface)
+        super().on_start(worker_group, backend_config)
+
+
+class _TorchConfig(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
+
+
+def name_interface() -> None:
+    """Has Gloo listen where this node's Ray does.
+
+    By itself it asks what the host's name stands for, which often is an address that other nodes do not reach.
+    """
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 class _Trainer(TorchTrainer):
