@@ -8,8 +8,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from test_generators import CPU, SUBSET, draw, fitted, small
+from torch import nn
 
-from pdiff_ray.config.schema import Sampling
+from pdiff_ray.config.schema import Generator, Sampling, SubsetRule
 from pdiff_ray.generators import graphs, samplers
 from pdiff_ray.generators.autoencoder import BatchNorm
 from pdiff_ray.generators.diffusion import DENOISERS, Diffusion, DiffusionSettings
@@ -19,7 +20,7 @@ from pdiff_ray.generators.interface import Fitting
 from pdiff_ray.generators.latent import LatentDiffusionSettings
 from pdiff_ray.generators.samplers import DIFFUSION_SAMPLERS, SAMPLERS, GraphStep, spaced_timesteps
 from pdiff_ray.generators.table import make_generator
-from pdiff_ray.networks.subset import Entry, Subset
+from pdiff_ray.networks.subset import Entry, Subset, resolve
 
 
 def make_scheduler(settings, sampling):
@@ -318,3 +319,45 @@ def test_default_recipe_recovers_a_gaussian():
     assert relative_std.max() < 1.3
     assert (torch.corrcoef(drawn.T) - torch.corrcoef(vectors.T)).abs().mean() < 0.1
     assert torch.cdist(drawn, vectors).min() > 0.1 * std.norm()  # and copies no member
+
+
+def test_tokens_are_chunks_of_tensors():
+    """A value reaches its own token alone where no layer mixes them, and comes back in its place."""
+    module = nn.Sequential(nn.Linear(30, 3), nn.BatchNorm1d(3))
+    subset = resolve(SubsetRule(all=True), module, "included")
+    denoiser = DENOISERS["tokens"](subset.size, 8, 0).eval()
+    denoiser.arrange(subset)
+    x, time = draw(2, subset.size), denoiser.embedding(torch.tensor([3]))
+    tensors, tokens = subset.unflatten(x[0]), -(-90 // 32)
+    assert len(denoiser.places) == tokens + 5  # of the weight; a bias, and BatchNorm's four
+    assert len(denoiser.places.unique(dim=0)) == tokens + 5
+    padded = torch.cat([x[0], torch.zeros(1)])[denoiser.index].view(-1, 32)
+    torch.testing.assert_close(padded[:tokens].flatten()[:90], tensors["0.weight"].flatten())
+    torch.testing.assert_close(padded[tokens, :3], tensors["0.bias"])
+    assert not padded[tokens, 3:].any()
+    gradient = torch.autograd.functional.jacobian(lambda v: denoiser(v[None], time)[0], x[0])
+    reached = gradient.abs() > 1e-9
+    owner = (denoiser.slots // 32)[:, None]
+    assert torch.equal(reached, owner == owner.T)
+
+
+def test_a_transformer_over_tokens_learns_what_the_vectors_are():
+    """Members on a circle in 70 dimensions, of three tensors: nothing of it is in one token."""
+    entries = (Entry("a.weight", (6, 10), 0, "parameter"), Entry("a.bias", (6,), 60, "parameter"))
+    subset = Subset((*entries, Entry("b.bias", (4,), 66, "parameter")))
+    angles = 2 * torch.pi * torch.rand(200, generator=torch.Generator().manual_seed(0))
+    plane = torch.linalg.qr(draw(70, 2)).Q.T * 70**0.5
+    vectors = torch.stack([angles.cos(), angles.sin()], 1) @ plane
+    process = {"name": "flow", "denoiser": "tokens", "width": 16, "depth": 2, "steps": 250, "lr": 3e-3}
+    settings = {"name": "latent", "seed": 0, "encoder": {"name": "none"}, "process": process}
+    generator = make_generator(Generator.model_validate(settings), subset)
+    generator.fit(vectors, Fitting(CPU, 0))
+    drawn = generator.sample(200, Sampling(seed=0, steps=20), CPU)
+    radius = (drawn @ plane.T / 70).norm(dim=1)
+    assert 0.85 < float(radius.median()) < 1.1
+    assert float(radius.std()) < 0.25  # a Gaussian's is 0.46
+    again = make_generator(Generator.model_validate(settings), subset)
+    again.load_state(generator.state(), vectors)
+    torch.testing.assert_close(
+        again.sample(9, Sampling(seed=0, steps=5), CPU), generator.sample(9, Sampling(seed=0, steps=5), CPU)
+    )

@@ -22,7 +22,10 @@ from pdiff_ray.config.schema import Condition
 from pdiff_ray.config.section import Known, Section
 from pdiff_ray.generators.autoencoder import MAX_PARAMETERS, BatchNorm
 from pdiff_ray.generators.conditioning import ConditionedDenoiser
+from pdiff_ray.networks.subset import Entry, Subset
 
+TOKEN_VALUES, HEAD_WIDTH, FREQUENCIES = 4, 32, 16  # values of a token per width, width of a head at least
+KINDS = ("weight", "bias", "running_mean", "running_var")  # by tensors' names; each of one axis, or of more
 ONEDNN, ONEDNN_BATCH = torch.backends.mkldnn.is_available(), 16  # for fewer rows MKL takes less time
 
 
@@ -33,10 +36,17 @@ class DenoiserSettings(Section):
     added = frozenset({"condition", "condition_dropout"})
 
     denoiser: Annotated[str, Known("pdiff_ray.generators.diffusion:DENOISERS")] = Field(
-        "mlp", description="residual MLP, residual 1D CNN, or 1D CNN that widens and narrows, with skips"
+        "mlp",
+        description="residual MLP, residual 1D CNN, 1D CNN that widens and narrows, with skips, or transformer over "
+        "chunks of each tensor (of generator latent with encoder none)",
     )
-    width: int = Field(256, ge=8, le=65_536, description="hidden width (mlp), or channels (cnn; unet: at first)")
-    depth: int = Field(3, ge=1, le=1000, description="residual blocks; unet: widths, each twice the one before")
+    width: int = Field(
+        256,
+        ge=8,
+        le=65_536,
+        description="hidden width (mlp; tokens: of 4 x as many values), or channels (cnn; unet: at first)",
+    )
+    depth: int = Field(3, ge=1, le=1000, description="blocks; unet: widths, each twice the one before")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="0 switches the average of the weights off")
     steps: int = Field(600, ge=1, description="training steps")
     batch_size: int = Field(50, ge=1, description="latents per step; all of them if there are fewer")
@@ -177,9 +187,69 @@ class UNetDenoiser(nn.Module):
         return hidden[:, 0]
 
 
+class TokenDenoiser(nn.Module):
+    """A transformer over tokens, chunks of each tensor of the vector that a latent is; called as `MLPDenoiser` is.
+
+    A token knows where it is by sinusoids of its layer and of its place in the tensor, and by the tensor's kind, as in
+    Wang et al. (2025, RPG, arXiv 2501.11587). What a multiple of x, by time, predicts is added: no token needs to carry
+    the noise of more values than it is wide.
+    """
+
+    index: Tensor  # (N * C,) of a latent's values in the N tokens, Z for what fills the last token of a tensor
+    slots: Tensor  # (Z,) of the values in the tokens
+    places: Tensor  # (N, what is known of a place)
+
+    def __init__(self, latent_dim: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.embedding = TimestepEmbedding(width)
+        self.latent_dim, self.chunk = latent_dim, TOKEN_VALUES * width
+        self.arrange(Subset((Entry("latent", (latent_dim,), 0, "parameter"),)))
+        self.place = nn.Sequential(nn.Linear(self.places.shape[1], width), nn.SiLU(), nn.Linear(width, width))
+        self.first = nn.Linear(self.chunk, width)
+        heads = math.gcd(width, max(1, width // HEAD_WIDTH))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, functional.gelu, batch_first=True, norm_first=True)
+            for _ in range(depth)
+        )
+        self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.chunk))
+        self.scale = nn.Sequential(nn.SiLU(), nn.Linear(width, 1))
+
+    def arrange(self, subset: Subset) -> None:
+        """Cuts latents that are vectors of a subset into tokens of its tensors; until then a latent is one tensor."""
+        layers, index, slots, places = subset.layers, list[Tensor](), list[Tensor](), list[Tensor]()
+        for entry in subset.entries:
+            count = -(-entry.size // self.chunk)
+            values, fill = torch.arange(entry.size), count * self.chunk - entry.size
+            slots.append(values + sum(map(len, index)))
+            index.append(functional.pad(values + entry.offset, (0, fill), value=self.latent_dim))
+            layer, _, name = entry.name.rpartition(".")
+            kind = KINDS.index(name) if name in KINDS else len(KINDS)
+            known = [kind + len(KINDS) + 1 if len(entry.shape) > 1 else kind] * count
+            kinds = functional.one_hot(torch.tensor(known), 2 * len(KINDS) + 2)
+            at = [_sinusoids(torch.full((count,), layers.index(layer))), _sinusoids(torch.arange(count))]
+            places.append(torch.cat([*at, kinds], 1))
+        self.register_buffer("index", torch.cat(index), persistent=False)
+        self.register_buffer("slots", torch.cat(slots), persistent=False)
+        self.register_buffer("places", torch.cat(places), persistent=False)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        tokens = functional.pad(x, (0, 1))[:, self.index].unflatten(1, (-1, self.chunk))
+        hidden = self.first(tokens) + self.place(self.places)
+        for layer in self.layers:
+            hidden = layer(hidden + time[:, None])
+        return self.last(hidden).flatten(1)[:, self.slots] + self.scale(time) * x
+
+
+def _sinusoids(positions: Tensor) -> Tensor:
+    """Returns sines and cosines of positions (n,), at wavelengths from a few positions to thousands."""
+    angles = positions[:, None] * torch.logspace(0, -4, FREQUENCIES)
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
 # Classes or functions of the latent's dimension, a width and a depth. A denoiser has an `embedding` of timesteps (B,).
+# One with a method `arrange` is told the subset where latents are vectors.
 DENOISERS: Registry[Callable[[int, int, int], Any]] = Registry(
-    "denoiser", {"mlp": MLPDenoiser, "cnn": CNNDenoiser, "unet": UNetDenoiser}
+    "denoiser", {"mlp": MLPDenoiser, "cnn": CNNDenoiser, "unet": UNetDenoiser, "tokens": TokenDenoiser}
 )
 
 

@@ -192,6 +192,7 @@ class NoEncoder(Encoder):
     """The normalized vectors themselves."""
 
     Settings = NoneSettings
+    keeps_places = True
 
     def __init__(self, settings: NoneSettings, subset: Subset) -> None:
         self.settings, self.subset, self.num_latents = settings, subset, subset.size

@@ -112,11 +112,13 @@ class Encoder(ABC):
     Attributes:
         Settings: the class of the section `generator.encoder` where it is chosen.
         num_latents: Z; of an encoder that finds it from the vectors, 0 until then.
+        keeps_places: whether latents are vectors, each value in its place.
     """
 
     Settings: ClassVar[type[schema.Encoder]] = schema.Encoder
 
     num_latents: int = 0
+    keeps_places: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, settings: Any, subset: Subset) -> None:
@@ -160,6 +162,9 @@ class Process(ABC):
     @abstractmethod
     def __init__(self, settings: Any, num_latents: int) -> None:
         """Makes a process of latents of so many values, from its `Settings`."""
+
+    def arrange(self, subset: Subset) -> None:  # noqa: B027  # most need not know
+        """Is told, before anything else, that latents are vectors of a subset, each value in its place."""
 
     @abstractmethod
     def fit(self, latents: Tensor, fitting: Fitting) -> None:

@@ -224,6 +224,8 @@ class Latent(Generator):
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._random_state)
             self.process = PROCESSES[self._process.name](self._process, num_latents)
+        if self.encoder.keeps_places:
+            self.process.arrange(self.subset)
         return self.process
 
     def _gate(self, vectors: Vectors, latents: Tensor, fitting: Fitting) -> None:

@@ -22,6 +22,7 @@ from pdiff_ray.generators.diffusion import DenoiserSettings, Diffusion, Diffusio
 from pdiff_ray.generators.flow import Flow
 from pdiff_ray.generators.interface import PROCESS_RUNGS, Fitting, Process, State
 from pdiff_ray.generators.training import fit_model
+from pdiff_ray.networks.subset import Subset
 
 PREVIEW_SAMPLES, PREVIEW_STEPS = 10, 20
 
@@ -122,6 +123,11 @@ class Denoising(Process):
     def __init__(self, settings: DenoisingSettings, num_latents: int) -> None:
         self.settings, self.model = settings, settings.make(num_latents)
         self.known = torch.zeros(0)
+
+    def arrange(self, subset: Subset) -> None:
+        for part in self.model.modules():
+            if arrange := getattr(part, "arrange", None):
+                arrange(subset)
 
     def fit(self, latents: Tensor, fitting: Fitting) -> None:
         self.model.to(fitting.device)
