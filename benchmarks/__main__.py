@@ -27,6 +27,7 @@ BENCHMARKS = {
     "fit": "latents",
     "fit_memory": "latents",
     "growth_D": "latents",
+    "verdict_D": "latents",
     "verdict": "verdict",
     "align": "aligning",
     "actors": "cluster",

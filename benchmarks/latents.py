@@ -121,9 +121,16 @@ def growth_D(
             yield result("growth_D", what, "the default generator", [(ours, other)], unit="MiB")
 
 
-def _process(values: int, members: int, samples: int, settings: Mapping[str, Any]) -> float:
-    """Returns the highest memory (MiB) of a process that does `from_store_to_samples`."""
-    arguments = json.dumps([values, members, samples, {"seed": 0, **settings}])
+def verdict_D(values: int = 10**7, members: int = 50, samples: int = 20) -> Iterator[Result]:
+    """Memory of a process that fits, draws and then says what the samples are, by vectors alone."""
+    ours = _process(values, members, samples, SUBSPACE, told=True)
+    what = f"process: {samples} samples told from copies, noise and Gaussians of {members} vectors of {values:,} values"
+    yield result("verdict_D", what, f"a limit of {LIMIT_MIB} MiB", [(ours, LIMIT_MIB)], target=1.0, unit="MiB")
+
+
+def _process(values: int, members: int, samples: int, settings: Mapping[str, Any], told: bool = False) -> float:
+    """Returns the highest memory (MiB) of a process that does `from_store_to_samples`, and `verdict_of` if told."""
+    arguments = json.dumps([values, members, samples, {"seed": 0, **settings}, told])
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.latents", folder, arguments]
         fill(folder, values, members)
@@ -140,8 +147,10 @@ def fill(folder: str, values: int, members: int) -> None:
     artifact.commit({}, {}, 0.0, store.manifest_entries(range(members)))
 
 
-def from_store_to_samples(folder: str, values: int, members: int, samples: int, settings: Mapping[str, Any]) -> None:
-    """Does what the stages generator and samples do with vectors."""
+def from_store_to_samples(
+    folder: str, values: int, members: int, samples: int, settings: Mapping[str, Any], told: bool
+) -> None:
+    """Does what the stages generator and samples do with vectors, and that of the evaluation if it is told so."""
     storage = Storage(folder)
     zoo, drawn = ParameterStore(Artifact(storage, "zoo", {}, {})), ParameterStore(Artifact(storage, "samples", {}, {}))
     generator = make_generator(Generator.model_validate(dict(settings)), zoo.subset())
@@ -152,6 +161,23 @@ def from_store_to_samples(folder: str, values: int, members: int, samples: int, 
         drawn.append(records, zoo.subset())
         del vectors, records  # before the next ones are drawn, as the stage does
     generator.encode(StoredVectors(drawn))
+    if told:
+        verdict_of(StoredVectors(zoo), StoredVectors(drawn), zoo.subset())
+
+
+def verdict_of(members: StoredVectors, samples: StoredVectors, subset: Subset) -> None:
+    """Does what the evaluation does with vectors, with one kind of each sort: the others take as much."""
+    from pdiff_ray.evaluation.diagnostics import diagnose
+    from pdiff_ray.evaluation.geometry import Geometry
+    from pdiff_ray.evaluation.novelty import assess
+    from pdiff_ray.evaluation.similarity import distances
+    from pdiff_ray.stages.verdict import families
+
+    diagnose(members, range(len(members)))
+    distances(samples, members)
+    geometry = Geometry(members)
+    known = families(members, geometry, subset, 0)
+    assess(geometry, samples, {name: known[name] for name in ("copies", "noise 0.5", "gaussian per value")}, {})
 
 
 if __name__ == "__main__":

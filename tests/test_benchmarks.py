@@ -33,13 +33,14 @@ RUNS = {
     ),
     "fit_memory": lambda: latents.fit_memory(members=8, values=20_000),
     "growth_D": lambda: latents.growth_D((1000,), members=4, samples=2),
+    "verdict_D": lambda: latents.verdict_D(1000, members=12, samples=12),
     "growth": lambda: judging.growth((2, 4, 8), (20, 40, 60), (LAST_NORMS,)),
 }
 BRIEF_ZOO = {"training": {"epochs": 2}, "zoo": {"members": 50, "steps_per_member": 2}}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("fit", "growth_D") else []) for n in RUNS]
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("fit", "growth_D", "verdict_D") else []) for n in RUNS]
 )
 def test_it_runs(name):
     results = list(RUNS[name]())
