@@ -21,6 +21,7 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from pdiff_ray.common import signals
 from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.kept import default_cache
@@ -147,7 +148,9 @@ class _Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-        if ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url:
+        with signals.kept():
+            known = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)  # what is connected to
+        if known.dashboard_url:
             return callbacks
         # It asks the dashboard whether the controller lives. Without one it asks in vain, or a cluster of long ago of
         # which Ray's folder still has the address, and the end of the training waits for it: 1.5 s, or 12 s.
