@@ -54,7 +54,7 @@ def _devices(experiment: Experiment) -> str:
 
     from pdiff_ray.common.devices import describe_devices
 
-    return describe_devices().replace("no GPU", "no GPU; everything runs on the CPU")
+    return describe_devices() or "no GPU; everything runs on the CPU"
 
 
 def _storage(experiment: Experiment) -> str:
@@ -113,8 +113,9 @@ def _cluster(experiment: Experiment) -> Iterator[Finding]:
             for node in nodes.examine(experiment.data, Storage(experiment.storage_uri)):
                 text = "; ".join([*node.problems, node.text] if node.text else node.problems)
                 yield Finding(f"node {node.address}", not node.problems, text)
-    except PdiffError:
-        return  # said of Ray or of storage already
+    except PdiffError as error:
+        yield Finding("nodes", False, str(error))
+        return
     if nodes.open_to_all(address):
         text = "lets in who has no token; start Ray with RAY_AUTH_MODE=token on all nodes (cluster/README.md)"
         yield Finding("token", False, text)

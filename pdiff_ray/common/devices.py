@@ -41,7 +41,7 @@ def differentiable_in_vmap(device: torch.device) -> contextlib.AbstractContextMa
 
 
 def describe_devices() -> str:
-    """Returns the names of this machine's GPUs.
+    """Returns the names of this machine's GPUs; empty if there is none.
 
     Raises:
         PdiffError: there are some that cannot be used.
@@ -49,7 +49,7 @@ def describe_devices() -> str:
     count = torch.cuda.device_count()
     if count and not torch.cuda.is_available():
         raise PdiffError(f"{count} GPUs that CUDA {torch.version.cuda} cannot use; update their driver")
-    return ", ".join(torch.cuda.get_device_name(index) for index in range(count)) or "no GPU"
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(count))
 
 
 def free_bytes(device: torch.device) -> float:

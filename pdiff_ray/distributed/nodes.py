@@ -184,7 +184,7 @@ def _look(
     if found := differences(expected):
         problems.append(f"{found}; bring this checkout and its environment to all nodes")
     try:
-        devices = describe_devices()
+        devices = describe_devices() or "no GPU"
     except PdiffError as error:
         devices = "no usable GPU"
         problems.append(str(error))

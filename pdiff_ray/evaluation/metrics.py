@@ -130,9 +130,7 @@ def selection_correlation(networks: JudgedGroup) -> float | None:
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Returns Spearman's correlation of values, or rows of values, with others; None if one is flat, or they are not of
-    the same networks.
-    """
+    """Returns Spearman's correlation of values (n,) and (n,); None if either is flat, or they are not as many."""
     ranks = _ranks(first), _ranks(second)
     if len(first) != len(second) or not all(values.std() for values in ranks):
         return None
