@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdiff_ray.common.devices import describe_devices
@@ -88,15 +88,17 @@ def check_software(expected: Mapping[str, str]) -> None:
 
 
 def check_nodes() -> None:
-    """Finds nodes whose software is not the driver's, among those that are there.
+    """Finds nodes whose software is not the driver's, among those that are there and answer.
+
+    One that is busy or goes is left to `check_software`, by which its workers begin.
 
     Raises:
         PdiffError
     """
     for _, address, found in list(_ask(differences, software())):  # Ray prints errors that nobody has asked for
-        if isinstance(found, Exception):
+        if isinstance(found, RayTaskError):
             raise PdiffError(_refusal(address, f"cannot load this project ({_last_line(found)})"))
-        if found:
+        if found and not isinstance(found, RayError):
             raise PdiffError(_refusal(address, found))
 
 

@@ -30,7 +30,7 @@ from pdiff_ray.stages.zoo import commit, subset_of
 from pdiff_ray.storage import weights
 from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.matching import match
-from pdiff_ray.storage.matrix import StoredVectors, rows_at_a_time
+from pdiff_ray.storage.matrix import StoredVectors, is_held, rows_at_a_time
 from pdiff_ray.storage.parameters import PARTS, ParameterStore, Record, stamp
 from pdiff_ray.storage.vectors import read_vectors
 from pdiff_ray.storage.weights import Weight
@@ -140,7 +140,8 @@ def import_zoo(
     if options.base:
         report.base = f"{options.base} (--base)"
         wanted.take_base(wanted.read(options.base, options.base.name))
-    members: list[Checkpoint] = []
+    members, vectors = list[Checkpoint](), list[Tensor]()
+    held = is_held(count, wanted.subset.size)  # else files are read once more
     seen: dict[bytes, str] = {}
     for checkpoint in checkpoints:  # all are read before anything is stored
         if len(members) == count:
@@ -156,6 +157,7 @@ def import_zoo(
             continue
         seen[digest] = checkpoint.name
         members.append(checkpoint)
+        vectors += [vector] if held else []
     for checkpoint in members:
         report.take(checkpoint)
     if len(members) < count:
@@ -173,10 +175,10 @@ def import_zoo(
     stack_size = min(IMPORT_STACK, rows_at_a_time(wanted.subset.size))
     for start in range(0, count, stack_size):
         stack = range(start, min(start + stack_size, count))
-        vectors = [wanted.vector(members[i]).numpy() for i in stack]  # once more: all of them may not fit into memory
+        read = (vectors[i] if held else wanted.vector(members[i]) for i in stack)
         records = [
-            Record(i, "original", vector=vector, step=_step(members[i]), **stamp())
-            for i, vector in zip(stack, vectors, strict=True)
+            Record(i, "original", vector=vector.numpy(), step=_step(members[i]), **stamp())
+            for i, vector in zip(stack, read, strict=True)
         ]
         store.append(records, wanted.subset)
         progress("import", stack.stop, count, "")
