@@ -29,6 +29,11 @@ EVALUATED = [stage for stage in STAGES if stage not in ("alignment", "report")] 
 TINY = Path(__file__).parent / "tiny.yaml"
 
 
+def marked(marker, *values):
+    """Returns values of a test's parameter that only `pytest -m MARKER` tries."""
+    return [pytest.param(value, marks=getattr(pytest.mark, marker)) for value in values]
+
+
 def tiny(storage, *overrides):
     """The tiny experiment with its results in a folder, and its artifacts."""
     experiment = loading.load(TINY, [f"storage={storage}", *overrides])

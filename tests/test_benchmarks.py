@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from helpers import marked
 from test_partition import CONVNET, LAST_NORMS
 
 from benchmarks import __main__ as command
@@ -58,8 +59,7 @@ def test_the_verdict_is_asked_for_over_seeds(tmp_path):
     assert "| members | 1 |" in found.note
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", verdict.KINDS)
+@pytest.mark.parametrize("kind", [*marked("slow", "trajectory", "branches"), *marked("long", "independent")])
 def test_the_verdict_is_right_on_known_kinds(kind, tmp_path):
     """Of each sort of zoo one seed; `docs/method.md` has ten."""
     (found,) = verdict.verdict(1, [kind], storage=str(tmp_path))

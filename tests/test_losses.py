@@ -67,7 +67,6 @@ ONE_ZOO = {"parameters": {"generator.members": [4, 12]}}
     ("name", "seen", "sections"),
     [
         ("gcs/gcs_server", " 0/400", LONG),
-        ("raylet/raylet", " 0/400", LONG),
         ("raylet/raylet", "trial 0", {"generator": LONG["generator"]}),
         ("TrainController", " 0/400", LONG),
         # Several zoos may each lose a worker.

@@ -8,7 +8,7 @@ import sys
 import mlflow
 import pytest
 import yaml
-from helpers import TINY
+from helpers import TINY, marked
 
 from pdiff_ray.common import signals
 
@@ -81,8 +81,7 @@ def test_a_sweep_that_is_terminated_ends_its_run(tmp_path):
 LONG = {"zoo": {"members": 400}, "generator": {"diffusion": {"steps": 20000}}}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [*marked("slow", signal.SIGINT, signal.SIGTERM), *marked("long", signal.SIGHUP)])
 @pytest.mark.parametrize(
     ("seen", "sections"),
     [("Ray: 0/1", {}), (" 0/400", LONG), (" 12/12", {"generator": LONG["generator"]})],
@@ -96,8 +95,7 @@ def test_on_ray_nothing_but_the_message_is_printed(tmp_path, number, seen, secti
     assert "Traceback" not in said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [*marked("long", signal.SIGINT), *marked("slow", signal.SIGTERM)])
 def test_after_training_on_ray_too(tmp_path, number):
     code, said = ended(sent(number), TINY, tmp_path, "zoo: done", "--set", "generator.diffusion.steps=20000")
     assert code == 128 + number, said

@@ -17,7 +17,7 @@ from urllib.parse import parse_qs
 
 import mlflow
 import pytest
-from helpers import TINY, until
+from helpers import TINY, marked, until
 from mlflow.utils import validation
 from test_tracking import conditions, found_by
 
@@ -87,11 +87,6 @@ def by_kind(client, name="tiny"):
         found[run.data.tags["kind"]].append(run)
     found["trial"].sort(key=lambda run: int(run.data.tags.get("pdiff.trial", -1)))
     return found
-
-
-def rarely(*values):
-    """Values of a parameter that only `-m slow` tries."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def check_complete(ledger, client, name="tiny"):
@@ -350,7 +345,7 @@ def test_a_deleted_experiment_is_told_at_the_start_and_logged_once_it_is_restore
     check_complete(whole, client_of(whole))
 
 
-@pytest.mark.parametrize("what", ["experiment", "sweep", *rarely("experiment, for good", "trial", "renamed")])
+@pytest.mark.parametrize("what", ["experiment", "sweep", *marked("slow", "experiment, for good", "trial", "renamed")])
 def test_what_is_deleted_while_a_sweep_goes_on_is_written_again(again, capsys, what):
     ledger = again()
     client = client_of(ledger)
