@@ -100,6 +100,7 @@ def test_opens_with_question_and_command(path):
 SHARED = {
     "ablate_layers": {"base": 3, "zoo": 15},
     "ablate_members": {"base": 1, "zoo": 1, "generator": 15},
+    "beat_baselines": {"base": 2, "zoo": 6, "alignment": 2},
     "ablate_encoder": {"base": 1, "zoo": 1, "generator": 18},
     "ablate_noise": {"base": 1, "zoo": 1, "generator": 36},
     "ablate_optimizer": {"base": 3, "zoo": 18},
