@@ -329,12 +329,30 @@ def test_checkpoints_that_are_no_state_dicts(content, tmp_path):
     assert "0.pth" in text
 
 
-def test_recalibrated_networks_are_not_exported_whole(tmp_path):
-    experiment, artifacts = tiny(tmp_path, "zoo.batchnorm=recalibrated", "zoo.members=4")
-    build(experiment, artifacts, "base", "zoo")
-    key = artifacts["zoo"].key
-    assert "--subset-only" in pdiff("export", key, tmp_path / "out", "--storage", tmp_path, code=2)
-    assert "4 networks" in pdiff("export", key, tmp_path / "out", "--subset-only", "--storage", tmp_path)
+def test_recalibrated_networks_are_exported_with_the_statistics_they_were_judged_with(tmp_path):
+    aligned = ("zoo.subset=all", "zoo.batchnorm=recalibrated", "alignment.method=weight_matching")
+    experiment, artifacts = tiny(tmp_path, *aligned, "zoo.members=6", "sampling.samples=3")
+    build(experiment, artifacts, "base", "zoo", "alignment", "generator", "samples")
+    base = load_file(next((tmp_path / artifacts["base"].folder).glob("network-*.safetensors")))
+    names = [name for name in base if name.endswith("running_var")]
+    places = ("--storage", tmp_path)
+
+    def exported(stage, *options, code=0):
+        return pdiff("export", artifacts[stage].key, tmp_path / "out" / stage, *options, *places, code=code)
+
+    assert "which are measured when it is judged" in exported("samples", code=2)
+    assert "3 networks" in exported("samples", "--subset-only")
+    shutil.rmtree(tmp_path / "out")
+    build(experiment, artifacts, "evaluation")
+    for stage, count in (("zoo", experiment.zoo.size), ("samples", 3)):
+        said = exported(stage)
+        assert f"{count} networks" in said
+        assert "note" not in said  # predictions were compared with what was reported
+        files = [load_file(file) for file in sorted((tmp_path / "out" / stage).iterdir())]
+        assert len(files) == count
+        for name in names:
+            assert len({tuple(file[name].tolist()) for file in files} | {tuple(base[name].tolist())}) == count + 1
+    assert "before it was aligned" in exported("alignment", code=2)
 
 
 def test_independent_networks_without_batchnorm_are_exported_whole(tmp_path):

@@ -69,6 +69,7 @@ def test_round_trip(store, artifact):
         test_loss=3.5,
         wrong=b"\x00\xff",
         wrong_classes=b"\x03\x01",
+        statistics=b"\x01",
         asked=0.5,
         nearest_distance=0.75,
         created_at=datetime(2026, 1, 2, 3, 4, 5, 6, UTC),

@@ -24,8 +24,9 @@ from pdiff_ray.evaluation.memory import Capacity
 from pdiff_ray.evaluation.recalibration import fresh_statistics, recalibrate
 from pdiff_ray.networks.frontier import Kept, keep
 from pdiff_ray.networks.partition import PartitionedNetwork, partition_network
-from pdiff_ray.networks.subset import Subset
+from pdiff_ray.networks.subset import Subset, first_names
 from pdiff_ray.storage.parameters import Record, class_type
+from pdiff_ray.storage.trees import save_tree
 
 JUDGED_SPLITS = ("selection", "validation", "test")
 EXAMPLE_IMAGES = 4  # to trace a network with
@@ -43,6 +44,7 @@ class Judgement:
     test_loss: float | None = None
     wrong: bytes | None = None
     wrong_classes: bytes | None = None
+    statistics: bytes | None = None
 
 
 @dataclass
@@ -152,6 +154,11 @@ class Judge:
         results: list[dict[str, float | bytes]] = [{} for _ in vectors]
         with self._inference(splits) as seconds:
             tensors = [self._tensors(vector) for vector in vectors.to(self.device)]
+            if self.batchnorm == "recalibrated":
+                measured = fresh_statistics(self.network).keys()
+                names = {name: first for name, first in first_names(self.network).items() if first in measured}
+                for own, result in zip(tensors, results, strict=True):
+                    result["statistics"] = save_tree({name: own[first] for name, first in names.items()})
             for name in splits:
                 losses = torch.zeros(len(tensors), dtype=torch.float64, device=self.device)
                 # In one piece: small tensors kept between the large ones of a chunk would leave holes in memory.

@@ -139,7 +139,11 @@ class _Alignment:
             if due:
                 records = self.zoo.records([self.ids[row] for row in due])
                 vectors = self._permuted(due, self.orders).numpy()
-                store.append([replace(r, vector=v) for r, v in zip(records, vectors, strict=True)], self.subset)
+                permuted = [
+                    replace(record, vector=vector, statistics=None)  # which have the units of the zoo's vectors
+                    for record, vector in zip(records, vectors, strict=True)
+                ]
+                store.append(permuted, self.subset)
             self.context.progress("alignment", rows[-1] + 1, len(self.ids), "writing")
 
     def spread(self, orders: Sequence[Tensor]) -> float:

@@ -200,9 +200,14 @@ class Evaluator:
                 row[self._places[record.id]] = np.inf  # itself
         scale = self.member_distance or 1.0
         rows = [
-            # A lone member has no other: its distance stays unknown.
-            replace(r, nearest_distance=float(d) / scale if np.isfinite(d) else None, **stamp())
-            for r, d in zip(rows, nearest.min(1), strict=True)
+            # A lone member has no other: its distance stays unknown. Statistics are kept of what can be exported.
+            replace(
+                row,
+                nearest_distance=float(d) / scale if np.isfinite(d) else None,
+                statistics=row.statistics if i in pending and row.number is not None else None,
+                **stamp(),
+            )
+            for i, (row, d) in enumerate(zip(rows, nearest.min(1), strict=True))
         ]
         return rows, {**about, "counts": counts, "span": (started, time.time())}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,21 @@ from pdiff_ray.storage.trees import load_tree
 MAX_SIZE = 2048  # in pixels, of images that are made to try networks on
 # Of the largest logit: batches of other sizes, other devices and precisions round otherwise.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What was reported of a network.
+
+    Attributes:
+        wrong: which test images it gets wrong, as in `Record`.
+        precision: in which that was found.
+        statistics: by name, that were measured anew for it.
+    """
+
+    wrong: bytes
+    precision: str
+    statistics: Mapping[str, Tensor]
 
 
 class Trial:
@@ -76,13 +92,12 @@ class Trial:
         self._judged, self._fresh = (build_network(config, info, seed).eval() for seed in ("judged", "anew"))
 
     @torch.no_grad()
-    def check(self, file: Path, vector: Tensor, wrong: bytes | None = None, precision: str = "float32") -> None:
+    def check(self, file: Path, vector: Tensor, reported: Reported | None = None) -> None:
         """Compares a file with the network of a vector (D,), and with what was reported of it.
 
         Args:
             file: of a whole network, or of the subset alone.
-            wrong: which test images the network got wrong, as in `Record`; None if it is not known.
-            precision: in which that was found.
+            reported: None if nothing is known.
 
         Raises:
             PdiffError: they differ.
@@ -93,18 +108,19 @@ class Trial:
         except RuntimeError as error:
             raise PdiffError(f"its network does not load it: {text_of(error)}") from None
         logits = self._fresh(self.images)
-        if not same_logits(logits, call_with(self._judged, self.subset.unflatten(vector), self.images)):
+        own = {**self.subset.unflatten(vector), **(reported.statistics if reported else {})}
+        if not same_logits(logits, call_with(self._judged, own, self.images)):
             raise PdiffError(
                 "loaded into a network that is built anew, it gives other logits than the network that was judged: "
                 "something in the network is random, or tied, that its state dict does not tell (zoos that earlier "
                 "versions made of networks with tied parameters have to be made again)"
             )
-        if wrong is not None and self.labels is not None:
-            tolerance = TOLERANCE.get(precision, TOLERANCE["float32"]) * logits.abs().max()
-            reported = torch.from_numpy(np.unpackbits(np.frombuffer(wrong, np.uint8))[: len(logits)]).bool()
+        if reported and self.labels is not None:
+            tolerance = TOLERANCE.get(reported.precision, TOLERANCE["float32"]) * logits.abs().max()
+            wrong = torch.from_numpy(np.unpackbits(np.frombuffer(reported.wrong, np.uint8))[: len(logits)]).bool()
             right = logits.gather(1, self.labels[:, None])[:, 0]
             others = logits.scatter(1, self.labels[:, None], -torch.inf).amax(1)
-            odd = torch.where(reported, right - others, others - right) > tolerance
+            odd = torch.where(wrong, right - others, others - right) > tolerance
             if odd.any():
                 raise PdiffError(
                     f"it is right or wrong about {int(odd.sum())} of {len(odd)} test images where the opposite was "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,10 +16,10 @@ from pdiff_ray.common.progress import console
 from pdiff_ray.config.split import MEMBER_GROUPS
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.base import NETWORK_FILE
-from pdiff_ray.stages.exports import Trial
+from pdiff_ray.stages.exports import Reported, Trial
 from pdiff_ray.storage.artifacts import Artifact, Manifest, find, finished, is_finished, opened, read_manifest
 from pdiff_ray.storage.files import Storage
-from pdiff_ray.storage.parameters import ParameterStore, without_vector
+from pdiff_ray.storage.parameters import ParameterStore, Record, without_vector
 from pdiff_ray.storage.trees import load_tree, save_tree
 
 
@@ -79,11 +79,20 @@ class Networks:
             subset_only: gives the generated tensors alone, for `load_state_dict(strict=False)`.
 
         Raises:
-            ConfigError: whole networks are asked for that have no running statistics of their own.
+            ConfigError: whole networks are asked for whose running statistics are measured by an evaluation that is
+                not there.
         """
+        chosen = self.ids if ids is None else ids
+        needed = self._measured_anew and not subset_only
+        return self._state_dicts(chosen, subset_only, self._reported(chosen) if needed else {})
+
+    def _state_dicts(
+        self, ids: Sequence[int], subset_only: bool, reported: Mapping[int, Reported]
+    ) -> Iterator[dict[str, Tensor]]:
         base = {} if subset_only else self._base()
-        for id_ in self.ids if ids is None else ids:
-            yield {**base, **self.subset.under_all_names(self.subset.unflatten(self.vectors([id_])[0]))}
+        for id_ in ids:
+            own = self.subset.under_all_names(self.subset.unflatten(self.vectors([id_])[0]))
+            yield {**base, **own, **(reported[id_].statistics if id_ in reported else {})}
 
     def export(
         self, folder: Path, ids: Sequence[int] | None = None, *, subset_only: bool = False, overwrite: bool = False
@@ -101,32 +110,32 @@ class Networks:
             PdiffError: a network does not compute what it should; it has no file then.
         """
         chosen = list(dict.fromkeys(self.ids if ids is None else ids))
+        # What was found with statistics measured anew says nothing of a subset without them.
+        reported = {} if self._measured_anew and subset_only else self._reported(chosen)
         names = {record.id: f"{record.group}-{record.id:04d}.safetensors" for record in self._store.records(chosen)}
         there = [id_ for id_ in chosen if not overwrite and (folder / names[id_]).exists()]
-        for id_, tensors in zip(there, self.state_dicts(there, subset_only=subset_only), strict=True):
+        for id_, tensors in zip(there, self._state_dicts(there, subset_only, reported), strict=True):
             if (folder / names[id_]).read_bytes() != save_tree(tensors):
                 raise ConfigError(
                     f"{folder / names[id_]}: is there already, with another content; choose another folder, or replace "
                     "it with --overwrite"
                 )
-        if not subset_only:
-            self._check_whole()
-        trial, reported = self._trial(), self._reported(chosen)
+        trial = self._trial()
         if trial and (trial.labels is None or len(reported) < len(chosen)):
             why = "no evaluation of them is there" if trial.labels is not None else "an earlier version kept no images"
-            if self._measured_anew:
-                why = "that was found with statistics measured anew (zoo.batchnorm)"
+            if self._measured_anew and subset_only:
+                why = "that was found with statistics measured anew (zoo.batchnorm), which whole networks have"
             console.print(
                 f"note: predictions are compared with the judged networks', not with what was reported: {why}"
             )
-        for id_, tensors in zip(chosen, self.state_dicts(chosen, subset_only=subset_only), strict=True):
+        for id_, tensors in zip(chosen, self._state_dicts(chosen, subset_only, reported), strict=True):
             target = folder / names[id_]
             temporary = target.with_name(f".{target.name}.tmp")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 temporary.write_bytes(save_tree(tensors))
                 if trial:
-                    trial.check(temporary, self.vectors([id_])[0], *reported.get(id_, ()))
+                    trial.check(temporary, self.vectors([id_])[0], reported.get(id_))
                 temporary.replace(target)
             except PdiffError as error:
                 raise PdiffError(f"{target}: network {id_} is not exported: {error}") from None
@@ -145,25 +154,46 @@ class Networks:
             console.print(f"note: the files are not tried: {error}", markup=False)
             return None
 
-    def _reported(self, ids: Sequence[int]) -> dict[int, tuple[bytes, str]]:
-        """Returns, by id, which test images networks were reported to get wrong, and the precision of that."""
-        if self._measured_anew:  # with statistics that were measured for it
-            return {}
+    def _reported(self, ids: Sequence[int]) -> dict[int, Reported]:
+        """Returns, by id, what was reported of networks.
+
+        Raises:
+            ConfigError: their running statistics were to be measured anew, and are not there.
+        """
+        anew = self._measured_anew
+        found: dict[int, Reported] = {}
+
+        def note(records: Iterable[Record], precision: str) -> None:
+            for record in records:
+                if record.number in wanted and record.wrong and (record.statistics or not anew):
+                    tree = load_tree(record.statistics, f"network {record.number}") if record.statistics else {}
+                    found.setdefault(record.number, Reported(record.wrong, precision, tree))
+
         storage, wanted = self.artifact.storage, set(ids)
-        found = {record.id: (record.wrong, "float32") for record in self._store.records(ids) if record.wrong}
+        if self.artifact.stage != "samples":
+            note(self._store.records(ids), "float32")
         for folder in finished(storage):
             if wanted <= found.keys():
                 break
             if not folder.startswith("evaluation/"):
                 continue
             try:
-                if self.artifact.folder in dict(lineage(storage, folder)):
+                made_from = list(dict(lineage(storage, folder)))
+                if anew and self.artifact.stage != "samples":  # statistics are in the order of the members' units
+                    made_from = [name for name in made_from if name.startswith(("alignment/", "zoo/"))][:1]
+                if self.artifact.folder in made_from:
                     evaluation = opened(storage, read_manifest(storage, folder))
-                    for record in ParameterStore(evaluation).records():
-                        if record.group in self._groups and record.number in wanted and record.wrong:
-                            found.setdefault(record.number, (record.wrong, str(evaluation.config.get("precision"))))
+                    own = (row for row in ParameterStore(evaluation).records() if row.group in self._groups)
+                    note(own, str(evaluation.config.get("precision")))
             except StorageError as error:  # a damaged evaluation, maybe of other networks
                 console.print(f"note: {error}", markup=False)
+        if anew and (missing := sorted(wanted - found.keys())):
+            raise ConfigError(
+                f"{self.artifact.folder}: there are no running statistics of network {missing[0]}, which are measured "
+                "when it is judged (zoo.batchnorm is recalibrated); run its experiment to the evaluation (delete one "
+                "of an earlier version, which has not kept them), or export with --subset-only"
+                + ("; or export the zoo as it was before it was aligned" if self.artifact.stage == "alignment" else "")
+            )
         return found
 
     @property
@@ -181,17 +211,8 @@ class Networks:
             return False
         return any(name.endswith(".running_mean") for name in load_tree(base.read(NETWORK_FILE), base.location))
 
-    def _check_whole(self) -> None:
-        """Raises ConfigError if the networks have no running statistics of their own."""
-        if self._measured_anew:
-            raise ConfigError(
-                f"{self.artifact.folder}: zoo.batchnorm is recalibrated, so these networks have no running statistics "
-                "of their own; export with --subset-only, and measure them on training images"
-            )
-
     def _base(self) -> dict[str, Tensor]:
         """Returns the tensors of the base network."""
-        self._check_whole()
         base = self._made_from("base")
         return load_tree(base.read(NETWORK_FILE), base.location)
 

@@ -83,6 +83,7 @@ class Record:
     test_loss: float | None = None
     wrong: bytes | None = None  # which test images it gets wrong: np.packbits over the test set
     wrong_classes: bytes | None = None  # the classes that it takes those for, in their order: see `class_type`
+    statistics: bytes | None = None  # BatchNorm's that were measured for it, by `save_tree`
     asked: float | None = None  # of a sample: what it was to be, by the generator's condition
     nearest_distance: float | None = None  # L2 to the nearest (other) member over the mean distance among members
     created_at: datetime | None = None
@@ -107,7 +108,7 @@ _ARROW_TYPES = {
 }
 _TYPES = {f.name: _ARROW_TYPES[str(f.type).removesuffix(" | None")] for f in fields(Record) if f.name != "vector"}
 COLUMNS = tuple(_TYPES)
-_LATER = {"wrong_classes", "asked"}  # columns that files of earlier versions lack
+_LATER = {"wrong_classes", "asked", "statistics"}  # columns that files of earlier versions lack
 
 
 def class_type(num_classes: int) -> str:
