@@ -359,6 +359,15 @@ def test_a_named_pipe_is_no_file(root):
         (b"[]", "AttributeError"),
         (b'{"groups": [{}], "verdict": {"text": ""}}', "KeyError"),
         (b"[" * 100_000, "RecursionError"),
+        (
+            b'{"verdict": {"text": ""}, "groups": ['
+            + b", ".join(
+                b'{"group": "%s", "networks": 1, "best": 0.5, "best_id": [1]}' % group
+                for group in (b"original", b"ensemble", b"generated")
+            )
+            + b"]}",
+            "TypeError",
+        ),
     ],
 )
 def test_a_summary_that_is_none(tmp_path, content, expected):

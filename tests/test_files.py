@@ -2,6 +2,7 @@
 without a word."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,16 @@ def test_hidden_and_other_files_never_count(tmp_path):
     found = sources.inventory(config)
     assert found.images == before.images
     assert sorted(found.unused) == ["test/Thumbs.db", "train/ant/notes.txt", "train/loose.png", "train_unlabelled"]
+
+
+@pytest.mark.parametrize(("source", "name"), [("folder", "train/a/x.png"), ("parquet", "train.parquet")])
+def test_a_named_pipe_is_no_image(tmp_path, source, name):
+    (tmp_path / "train/a").mkdir(parents=True)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test.parquet").touch()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"{tmp_path / name} cannot be decoded: it is no regular file"):
+        files.find(source, tmp_path)
 
 
 def test_links_that_lead_back_are_followed_once(tmp_path):

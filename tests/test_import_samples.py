@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import shutil
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from pdiff_ray.networks.subset import Subset
 from pdiff_ray.stages.base import load_network
 from pdiff_ray.stages.checkpoints import Options, import_samples
 from pdiff_ray.storage.parameters import ParameterStore, Record, encode
+from pdiff_ray.storage.vectors import read_vectors
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,14 @@ def test_samples_that_are_refused(sampled, files, contents, options, message):
         import_samples(source, experiment, artifacts, Options(**options))
     assert options or str(source) in str(caught.value)
     assert not artifacts["generator"].exists()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet", ".pt"])
+def test_a_named_pipe_holds_no_samples(tmp_path, suffix):
+    file = tmp_path / f"samples{suffix}"
+    os.mkfifo(file)
+    with pytest.raises(ConfigError, match=rf"{file}: is no regular file"):
+        read_vectors(file, Subset(()))
 
 
 def test_vectors_of_another_networks_tensors_are_refused(sampled, files):

@@ -242,6 +242,14 @@ def test_damaged_image_is_named(tmp_path, parquet, max_cache_gib):
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
+def test_damaged_files_of_torchvisions_are_named(tmp_path):
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / "MNIST/raw").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"MNIST/raw/{name}-ubyte").write_bytes(b"\0\0\x08\3" + bytes(12))
+    with pytest.raises(ConfigError, match=rf"data.root: mnist is not under '{tmp_path}'"):
+        sources.open_samples(Data(name="mnist", source="torchvision", root=str(tmp_path)), "train")
+
+
 def test_damaged_image_file_is_named(tmp_path):
     for split in ("train", "test"):
         (tmp_path / split / "cat").mkdir(parents=True)

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -153,6 +154,8 @@ def _file(path: str) -> File:
         state = os.stat(path)
     except OSError as error:
         raise ConfigError(unreadable(path, error.strerror)) from None
+    if not stat.S_ISREG(state.st_mode):  # to open a named pipe would wait for ever
+        raise ConfigError(unreadable(path, "it is no regular file"))
     return File(path, state.st_size, state.st_mtime_ns)
 
 

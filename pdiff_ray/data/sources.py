@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.common.errors import ConfigError, PdiffError, first_line
 from pdiff_ray.common.registry import Registry, imported
 from pdiff_ray.config.schema import Data
 from pdiff_ray.data.files import SPLITS, Found, find
@@ -291,8 +291,8 @@ def open_samples(config: Data, split: str) -> Samples:
         kwargs["download"] = config.download
     try:
         return getattr(datasets, str(info.torchvision))(root=config.root, **kwargs)
-    except (RuntimeError, FileNotFoundError, OSError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # of any kind, as its readers meet damaged files
+        reason = first_line(error)
         raise ConfigError(
             f"data.root: {config.name} is not under {config.root!r} ({reason}); put it there, set data.download: true "
             "to let torchvision fetch it, or name another data.source"

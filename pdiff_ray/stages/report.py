@@ -74,13 +74,15 @@ def load_summary(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     try:
         summary: dict[str, Any] = json.loads(content)
         _ = table_rows(summary), paper_row(summary), summary["verdict"]["text"]  # what a summary has, its uses say
+        if any(group["group"] == "ensemble" and group.get("best_id") is not None for group in summary["groups"]):
+            # An earlier version gave the ids of the evaluation's rows, which nothing but the evaluation has.
+            store = ParameterStore(evaluation)
+            for group in summary["groups"]:
+                group["best_id"] = store.records([group["best_id"]])[0].number
+    except StorageError:  # of the evaluation's parts
+        raise
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise StorageError(f"{evaluation.location}: {SUMMARY_FILE}: no summary ({error!r}); {ANEW}") from None
-    if any(group["group"] == "ensemble" and group.get("best_id") is not None for group in summary["groups"]):
-        # An earlier version gave the ids of the evaluation's rows, which nothing but the evaluation has.
-        store = ParameterStore(evaluation)
-        for group in summary["groups"]:
-            group["best_id"] = store.records([group["best_id"]])[0].number
     return summary
 
 

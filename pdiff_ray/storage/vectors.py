@@ -27,6 +27,8 @@ def read_vectors(file: Path, subset: Subset, key: str | None = None) -> Tensor:
     Raises:
         ConfigError: the file is damaged, has another number of values in a vector, or some that are not finite.
     """
+    if not file.is_file():  # to open a named pipe would wait for ever
+        raise ConfigError(f"{file}: is no regular file")
     if file.suffix.lower() == ".npy":
         vectors = _of_numpy(file)
     elif file.suffix.lower() == ".parquet":
