@@ -80,6 +80,17 @@ def test_aligned_members_are_the_same_networks_nearer_to_each_other(storage):
     assert len(exported) == 1
 
 
+def test_balanced_members_are_the_same_networks_of_smaller_norm(storage):
+    experiment, artifacts = tiny(storage, *ALIGNED, "alignment.scales=balanced")
+    build(experiment, artifacts, "alignment")
+    before, after = ParameterStore(artifacts["zoo"]), members_of(artifacts)
+    assert artifacts["alignment"].manifest().info["scaled"] == 2
+    assert (np.linalg.norm(after.vectors(), axis=1) < np.linalg.norm(before.vectors(), axis=1)).all()
+    judge = base_judge(experiment, artifacts, after.subset(), context())
+    predictions = [judge.predictions(torch.from_numpy(store.vectors())) for store in (before, after)]
+    assert (predictions[0] != predictions[1]).float().mean() < 0.01
+
+
 def test_interrupted_it_goes_on_where_it_was(storage, tmp_path, monkeypatch):
     def built(folder, stop=None):
         experiment, artifacts = tiny(folder, *ALIGNED, "alignment.reference=mean")

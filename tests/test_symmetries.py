@@ -93,6 +93,37 @@ def test_permuted_networks_compute_the_same(name, info, args, expected):
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5 * float(before.abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("name", "info", "expected"),
+    [
+        ("s2", MNIST, [64, 64]),
+        ("convnet", CIFAR, [32, 64, 128]),
+        ("resnet_mini", CIFAR, [8, 8, 10, 10, 24, 24, 28, 28]),
+        ("vit_mini", CIFAR, []),  # GELU, normalization over units and softmax
+        ("convnext_mini", CIFAR, [16, 24, 56]),  # what a normalization of the stream makes, up to the next layer
+    ],
+)
+def test_balanced_networks_compute_the_same(name, info, expected):
+    network, subset, _ = known(name, info)
+    found = find_symmetries(network, subset, images(info), scales=True)
+    assert sorted(scaling.made[0].size for scaling in found.scalings) == expected
+    vector = subset.flatten(network.state_dict())[None]
+    before = vector.clone()
+    balanced = found.balanced(vector)
+    assert torch.equal(vector, before)
+    expected_logits = logits(network, subset, vector[0], info)
+    tolerance = 1e-5 * float(expected_logits.abs().max())
+    torch.testing.assert_close(logits(network, subset, balanced[0], info), expected_logits, rtol=0, atol=tolerance)
+    for scaling in found.scalings:
+        torch.testing.assert_close(scaling.balance(balanced), torch.ones(1, scaling.made[0].size), rtol=0, atol=1e-3)
+    # Networks that differ in scales alone become one.
+    other = vector.clone()
+    for scaling in found.scalings:
+        scaling.scaled(other, torch.rand(1, scaling.made[0].size, generator=torch.Generator().manual_seed(2)) + 0.5)
+    assert torch.equal(other, vector) == (not expected)
+    torch.testing.assert_close(found.balanced(other), balanced, rtol=1e-3, atol=1e-5)
+
+
 def test_residual_stages_are_tied():
     """In a ResNet-18 every tensor of a stage's stream is in one group, statistics with it."""
     _, _, found = known("resnet18", CIFAR, cifar_stem=True)

@@ -240,6 +240,11 @@ class Alignment(Section):
     reference: Literal["first", "mean"] = Field(
         "mean", description="what members are matched to: the first that is learned, or their mean as it becomes"
     )
+    scales: Literal["kept", "balanced"] = Field(
+        "kept",
+        description="of units before a ReLU: the weights into and out of each as they are, or brought to equal norms "
+        "before matching, which changes no function",
+    )
 
 
 GeneratorName = Annotated[str, Known("pdiff_ray.generators.table:GENERATORS")]

@@ -1,7 +1,8 @@
-"""Permutation symmetries of a network: which axes of which tensors may be permuted together and change no function.
+"""Symmetries of a network: what may be done to its tensors and changes no function.
 
-They are read off the labels of the axes in its graph: one that no operation fixes, and of which all tensors are
-generated, is a group of axes that are free to be permuted.
+Permutations are read off the labels of the axes in its graph: one that no operation fixes, and of which all tensors are
+generated, is a group of axes that are free to be permuted. Units of a group before a positively homogeneous activation
+(ReLU) may also be scaled, if what reads them is divided by the same factor; which groups can be is found by trying.
 
 Shapes: D values of a vector, n vectors; an axis with a group is seen as (outer, size, inner) of its tensor's values.
 """
@@ -9,9 +10,11 @@ Shapes: D values of a vector, n vectors; an axis with a group is seen as (outer,
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,8 @@ from pdiff_ray.networks.partition import Graph, call_with, perturbed
 from pdiff_ray.networks.subset import Subset
 
 BLOCK_VALUES = 2**21  # of vectors that are permuted or matched at a time
+BALANCING = 10  # rounds of scaling; each leaves a small part of what was unequal
+EXACT = 1e-9  # of the largest logit in double precision
 TOLERANCE = 1e-4  # of the largest logit: permuted sums are rounded otherwise
 
 
@@ -80,15 +85,45 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """Places of a group whose units can be scaled by positive factors and change no function.
+
+    Attributes:
+        made: what makes the units, to be multiplied.
+        read: what reads them, to be divided.
+    """
+
+    made: tuple[Place, ...]
+    read: tuple[Place, ...]
+
+    def scaled(self, vectors: Tensor, factors: Tensor) -> None:
+        """Scales units in vectors (n, D), in place, by factors (n, size)."""
+        for places, by in ((self.made, factors), (self.read, 1 / factors)):
+            for place in places:
+                place.units(place.tensor(vectors)).mul_(by[:, :, None, None])
+
+    def balance(self, vectors: Tensor) -> Tensor:
+        """Returns the factors (n, size) with which what makes and what reads each unit of vectors has equal norms."""
+        made, read = (
+            sum(place.units(place.tensor(vectors)).square().sum((2, 3)) for place in places)
+            for places in (self.made, self.read)
+        )
+        factors = (read / made) ** 0.25
+        return torch.where(factors.isfinite() & (factors > 0), factors, 1.0)  # a dead unit stays as it is
+
+
+@dataclass(frozen=True)
 class Symmetries:
     """All groups of a network's generated tensors.
 
     Attributes:
         obstacles: what keeps other axes from being permuted, in words; pixels and classes are not among it.
+        scalings: those of groups whose units can be scaled.
     """
 
     groups: tuple[Group, ...]
     obstacles: tuple[str, ...] = ()
+    scalings: tuple[Scaling, ...] = ()
 
     def identity(self, count: int) -> list[Tensor]:
         """Returns the permutations (count, size) of each group that change nothing."""
@@ -108,6 +143,17 @@ class Symmetries:
                     values.copy_(place.permuted(values, order[rows]))
         return vectors
 
+    def balanced(self, vectors: Tensor) -> Tensor:
+        """Returns vectors (n, D) of the same functions, of which what makes and what reads each unit has equal norms.
+
+        Of all scales these have the smallest norm; groups that share tensors take turns.
+        """
+        vectors = vectors.double()
+        for _ in range(BALANCING):
+            for scaling in self.scalings:
+                scaling.scaled(vectors, scaling.balance(vectors))
+        return vectors.float()
+
 
 def blocks(vectors: Tensor) -> Iterator[slice]:
     """Yields rows of vectors (n, D), some at a time: of more, the system would find memory again for each operation."""
@@ -117,7 +163,11 @@ def blocks(vectors: Tensor) -> Iterator[slice]:
 
 
 def find_symmetries(
-    network: nn.Module, subset: Subset, images: Tensor, measured: Callable[[str], bool] = lambda name: False
+    network: nn.Module,
+    subset: Subset,
+    images: Tensor,
+    measured: Callable[[str], bool] = lambda name: False,
+    scales: bool = False,
 ) -> Symmetries:
     """Finds the groups of a network's tensors, and tries them: a permuted network must give the same logits.
 
@@ -126,6 +176,7 @@ def find_symmetries(
         images: a few (B >= 2, C, S, S) that it takes.
         measured: tells tensors by name that are not in the subset and will be measured anew for each network, so that
             they follow its permutations.
+        scales: looks for scalings as well, which takes a few passes for each group.
 
     Raises:
         ConfigError: it has no such group, with the reason.
@@ -140,8 +191,11 @@ def find_symmetries(
             some_of(found.obstacles) if found.obstacles else "none of its tensors has units of which the order is free"
         )
         raise ConfigError(f"no permutation of units leaves its function as it is: {reason}")
-    _verify(found, network, subset, images, measured)
-    return found
+    trial = _Trial(network, subset, images, measured)
+    random = torch.Generator().manual_seed(1)
+    if trial.differs(found.permuted(trial.vector, found.random(1, random))):
+        raise ConfigError("the permutations that its graph allows change its logits")
+    return replace(found, scalings=tuple(_scalings(found, trial, random))) if scales else found
 
 
 def _groups(labels: Labels, network: nn.Module, subset: Subset, measured: Callable[[str], bool]) -> Symmetries:
@@ -181,26 +235,62 @@ def _groups(labels: Labels, network: nn.Module, subset: Subset, measured: Callab
     return Symmetries(tuple(Group(label.size, tuple(p)) for label, p in places.items()), tuple(obstacles))
 
 
-def _verify(
-    found: Symmetries, network: nn.Module, subset: Subset, images: Tensor, measured: Callable[[str], bool]
-) -> None:
-    """Raises ConfigError unless a network with other values, randomly permuted, gives the same logits."""
-    random = torch.Generator().manual_seed(0)
-    named = dict([*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)])
-    vector = perturbed(subset.flatten(named), random)
-    for entry in subset.entries:
-        if len(entry.shape) == 1:  # scales that begin near zero would hide what is behind them
-            vector[entry.offset : entry.offset + entry.size] = torch.rand(entry.size, generator=random) + 0.5
-    rows = torch.stack([vector, found.permuted(vector[None], found.random(1, random))[0]])
-    constant = {name: torch.ones_like(named[name]) for name in named if measured(name)}
+def _scalings(found: Symmetries, trial: _Trial, random: torch.Generator) -> Iterator[Scaling]:
+    """Yields how groups can be scaled: of two ways, the one that changes no logits of a network."""
+    for group in found.groups:
+        made = [place for place in group.places if place.axis == 0 and place.outer == 1]
+        read = [place for place in group.places if place not in made]
+        # After a normalization it is that layer's weight and bias that make a unit.
+        weights = [place.name for place in made if place.name.endswith("weight") and place.inner == 1]
+        layers = {name.removesuffix("weight") for name in weights}
+        norm = [place for place in made if re.sub("(weight|bias)$", "", place.name) in layers]
+        for makes in (made, norm):
+            scaling, scaled = Scaling(tuple(makes), tuple(read)), trial.vector.clone()
+            scaling.scaled(scaled, 2.0 ** torch.randint(-2, 3, (1, group.size), generator=random))  # rounds nothing
+            if makes and read and not trial.differs(scaled, exactly=True):
+                yield scaling
+                break
 
-    def differ(network: nn.Module, dtype: torch.dtype) -> bool:
-        pair = [{**constant, **subset.unflatten(row)} for row in rows]
-        cast = [{name: t.to(dtype) if t.is_floating_point() else t for name, t in own.items()} for own in pair]
-        with torch.no_grad():
-            expected, permuted = (call_with(network, own, images.to(dtype)) for own in cast)
-        return not (permuted - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
-    # Many layers may magnify rounding, of which there is little in double precision.
-    if differ(network, torch.float32) and differ(copy.deepcopy(network).double(), torch.double):
-        raise ConfigError("the permutations that its graph allows change its logits")
+class _Trial:
+    """A network with other values than its own, on which it is tried what changes no function.
+
+    Attributes:
+        vector: (1, D).
+    """
+
+    def __init__(self, network: nn.Module, subset: Subset, images: Tensor, measured: Callable[[str], bool]) -> None:
+        self.network, self.subset, self.images = network, subset, images
+        named = dict(
+            [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+        )
+        random = torch.Generator().manual_seed(0)
+        vector = perturbed(subset.flatten(named), random)
+        for entry in subset.entries:
+            if len(entry.shape) == 1:  # scales that begin near zero would hide what is behind them
+                vector[entry.offset : entry.offset + entry.size] = torch.rand(entry.size, generator=random) + 0.5
+        self.vector = vector[None]
+        self.constant = {name: torch.ones_like(named[name]) for name in named if measured(name)}
+
+    def differs(self, vectors: Tensor, exactly: bool = False) -> bool:
+        """Returns whether the network of another vector (1, D) gives other logits.
+
+        Args:
+            exactly: takes for a difference what float32 would hide, as that of a GELU from a ReLU far from zero.
+        """
+
+        def differ(network: nn.Module, dtype: torch.dtype, tolerance: float = TOLERANCE) -> bool:
+            pair = [{**self.constant, **self.subset.unflatten(row)} for row in (self.vector[0], vectors[0])]
+            cast = [{name: t.to(dtype) if t.is_floating_point() else t for name, t in own.items()} for own in pair]
+            with torch.no_grad():
+                expected, other = (call_with(network, own, self.images.to(dtype)) for own in cast)
+            return not (other - expected).abs().max() <= tolerance * expected.abs().max()
+
+        if exactly:
+            return differ(self._double, torch.double, EXACT)
+        # Many layers may magnify rounding, of which there is little in double precision.
+        return differ(self.network, torch.float32) and differ(self._double, torch.double)
+
+    @functools.cached_property
+    def _double(self) -> nn.Module:
+        return copy.deepcopy(self.network).double()

@@ -57,7 +57,13 @@ def symmetries_of(experiment: Experiment, network: nn.Module, subset: Subset) ->
     )
     recalibrated = experiment.zoo.batchnorm == "recalibrated"
     try:
-        return find_symmetries(network, subset, images, lambda name: recalibrated and name.rpartition(".")[2] in START)
+        return find_symmetries(
+            network,
+            subset,
+            images,
+            lambda name: recalibrated and name.rpartition(".")[2] in START,
+            scales=experiment.alignment.scales == "balanced",
+        )
     except ConfigError as error:
         raise ConfigError(
             f"alignment.method: {experiment.network.name} cannot be aligned, as {error}; set it to none, or generate "
@@ -75,6 +81,7 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
         "members": len(work.ids),
         "groups": len(work.symmetries.groups),
         "units": sum(group.size for group in work.symmetries.groups),
+        "scaled": len(work.symmetries.scalings),
         "not_permuted": list(work.symmetries.obstacles),
         "rounds": work.round,
         "spread_before": work.spread(work.identity),
@@ -177,7 +184,8 @@ class _Alignment:
 
     def _vectors(self, rows: slice | Sequence[int]) -> Tensor:
         ids = self.ids[rows] if isinstance(rows, slice) else [self.ids[row] for row in rows]
-        return torch.from_numpy(self.zoo.vectors(ids))
+        vectors = torch.from_numpy(self.zoo.vectors(ids))
+        return self.symmetries.balanced(vectors) if self.symmetries.scalings else vectors
 
     def _blocks(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
         for start in range(0, len(rows), self.block):
