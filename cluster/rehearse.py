@@ -65,10 +65,10 @@ class Host:
     process: subprocess.Popen[bytes]
 
     def processes(self) -> list[str]:
-        """Returns the names of the processes on it, but for those that make it a host."""
+        """Returns the commands of the processes on it, but for those that make it a host."""
         with contextlib.suppress(psutil.NoSuchProcess):
             found = psutil.Process(self.process.pid).children(recursive=True)
-            return [name for process in found if (name := named(process)) not in ("", "unshare", "sshd")]
+            return [command for process in found if (command := command_of(process))]
         return []
 
 
@@ -76,9 +76,10 @@ def left_on(made: list[Host]) -> dict[str, list[str]]:
     return {host.name: found for host in made if (found := host.processes())}
 
 
-def named(process: psutil.Process) -> str:
+def command_of(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
-        return "" if process.status() == psutil.STATUS_ZOMBIE else process.name()
+        if process.status() != psutil.STATUS_ZOMBIE and process.name() not in ("unshare", "sshd"):
+            return " ".join(process.cmdline())[:300]
     return ""
 
 
