@@ -1,24 +1,34 @@
 """Artifacts and their storage, in a folder and in an object store: whole, found again, and checked."""
 
+import itertools
+import multiprocessing
 import pickle
 import re
 import resource
+import signal
 import subprocess
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TINY, with_vectors
+from faults.store import Store
+from helpers import TINY, build, context, tiny, with_vectors
+from pyarrow import fs
 from test_store import SUBSET, assert_same, finish, make_records
 from torch import nn
 
 import pdiff_ray
-from pdiff_ray.common.errors import StorageError
-from pdiff_ray.storage import artifacts
+from pdiff_ray.common.devices import limit_threads
+from pdiff_ray.common.errors import StorageError, UnavailableError
+from pdiff_ray.stages import zoo
+from pdiff_ray.stages.table import artifacts_of
+from pdiff_ray.storage import artifacts, files
 from pdiff_ray.storage.artifacts import Artifact, artifact_key
 from pdiff_ray.storage.checks import Findings, verify
 from pdiff_ray.storage.files import Storage
@@ -370,3 +380,129 @@ def test_object_store_is_checked_before_work(remote, s3):
     with pytest.raises(StorageError, match=r"storage s3://nowhere/tmp/probe.* choose another") as caught:
         Storage(s3.replace("bucket/prefix", "nowhere").replace("creation=true", "creation=false")).check_writable()
     assert "secret" not in str(caught.value)
+
+
+@pytest.fixture
+def failing():
+    """Object storage that can be made to fail, asked once by Arrow itself, which otherwise takes seconds."""
+    store = Store()
+    storage = Storage(store.uri)
+    options = {"scheme": "http", "region": "us-east-1", "endpoint_override": f"127.0.0.1:{store.port}"}
+    once = fs.AwsStandardS3RetryStrategy(max_attempts=1)
+    storage.fs = fs.S3FileSystem(access_key="user", secret_key="secret", retry_strategy=once, **options)
+    yield store, storage
+    store.stop()
+
+
+@pytest.mark.parametrize("odd", [1, 0], ids=["errors", "connections that end"])
+def test_object_storage_that_is_away_for_a_while_is_waited_for(failing, odd, monkeypatch):
+    store, storage = failing
+    monkeypatch.setattr(store, "_calls", itertools.count(odd, 2))
+    artifact = Artifact(storage, "zoo", {"members": 2}, {})
+    ParameterStore(artifact).append(make_records(range(2)), SUBSET)
+    for act in (
+        lambda: storage.write("a", b"content"),
+        lambda: storage.read("a") == b"content",
+        lambda: storage.exists("a"),
+        lambda: "a" in storage.list(""),
+        lambda: ParameterStore(artifact).records([0, 1]),
+        lambda: storage.delete("a") is None and not storage.exists("a"),
+    ):
+        store.mode, store.every, hit = "fail", 1, store.hit
+        back = threading.Timer(0.3, setattr, (store, "mode", ""))
+        back.start()
+        assert act()
+        assert store.hit > hit
+    assert sum("networks/part-" in name for name in store.puts) == 1
+
+
+def test_object_storage_that_stays_away_is_no_damage(failing, monkeypatch):
+    store, storage = failing
+    artifact = Artifact(storage, "zoo", {"members": 2}, {})
+    ParameterStore(artifact).append(make_records(range(2)), SUBSET)
+    monkeypatch.setattr(files, "PATIENCE_S", 0.0)
+    known = ParameterStore(artifact)
+    known.forget()
+    store.mode, store.every = "fail", 1
+    for act in (lambda: known.records([0]), lambda: artifact.load_work("run"), artifact.exists):
+        with pytest.raises(UnavailableError, match="choose another folder") as caught:
+            act()
+        assert "damaged" not in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+
+def test_object_storage_that_never_answered_is_not_waited_for(failing, monkeypatch):
+    store, storage = failing
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    store.mode, store.every = "fail", 1
+    with pytest.raises(UnavailableError):
+        storage.exists("a")
+    assert pickle.loads(pickle.dumps(storage)).answered, "a worker's is the driver's, which has answered"
+
+
+def test_an_interrupted_upload_is_whole_or_absent(failing, monkeypatch):
+    _, storage = failing
+    opened = storage.fs.open_output_stream
+    main = threading.main_thread().ident
+
+    def interrupting(path):
+        stream = opened(path)
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.2)
+        return stream
+
+    storage.fs = SimpleNamespace(open_output_stream=interrupting, get_file_info=storage.fs.get_file_info)
+    with pytest.raises(KeyboardInterrupt):
+        storage.write("a", b"content")
+    assert Storage(failing[0].uri).read("a") == b"content"
+
+
+def test_what_a_crash_left_in_an_object_store_goes_after_a_day(failing, monkeypatch):
+    _, storage = failing
+    storage.write("tmp/ray-train-1/left", b"")
+    storage.check_writable()
+    assert storage.exists("tmp/ray-train-1/left")
+    monkeypatch.setattr(files, "STALE_TEMPORARY_S", -60)
+    storage.check_writable()
+    assert not storage.exists("tmp/ray-train-1/left")
+
+
+def build_zoo(uri, networks_per_task, together):
+    """In a process of its own, which commits when all others do."""
+    limit_threads(1)
+    experiment, _ = tiny("unused", f"evaluation.networks_per_task={networks_per_task}")
+    artifacts, upload = artifacts_of(experiment, Storage(uri, answered=True)), Storage._upload
+
+    def at_once(self, name, content):
+        if name.endswith("/manifest.json"):
+            together.wait(60)
+        upload(self, name, content)
+
+    Storage._upload = at_once
+    zoo.build(experiment, artifacts, context())
+
+
+@pytest.mark.slow
+def test_two_builders_at_once_in_an_object_store_leave_a_whole_artifact(failing, tmp_path):
+    """There each may miss the other's manifest; the last one stays."""
+    store, storage = failing
+    experiment, its = tiny(tmp_path)
+    build(experiment, its, "base", "zoo")
+    for name in its["base"].storage.list("base", recursive=True):
+        storage.write(name, its["base"].storage.read(name))
+    processes = multiprocessing.get_context("spawn")
+    together = processes.Barrier(2)
+    builders = [processes.Process(target=build_zoo, args=(store.uri, most, together)) for most in (3, 4)]
+    for builder in builders:
+        builder.start()
+    for builder in builders:
+        builder.join()
+        assert builder.exitcode == 0
+    manifest = f"{its['zoo'].folder}/manifest.json"
+    assert sum(name.endswith(manifest) for name in store.puts) == 2
+    found, expected = (ParameterStore(artifacts_of(experiment, s)["zoo"]) for s in (storage, its["zoo"].storage))
+    assert found.vectors().tobytes() == expected.vectors().tobytes()
+    assert [row.wrong for row in found.records()] == [row.wrong for row in expected.records()]
+    seen = verify(storage, its["zoo"].folder)
+    assert seen.problems == []
+    assert all("no manifest knows it" in note for note in seen.notes)

@@ -1,6 +1,7 @@
 """Splits, the cache, streaming and training batches, on tiny images."""
 
 import pickle
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from helpers import images_of, pixels, with_, write_parquet
 
-from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.common.errors import ConfigError, PdiffError, UnavailableError
 from pdiff_ray.common.seeds import rng
 from pdiff_ray.config.schema import Data
 from pdiff_ray.data import dataset as data
@@ -155,6 +156,17 @@ def test_unwritable_cache(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(PdiffError, match=r"cache .*file.*; free space or set PDIFF_CACHE"):
         data.load(Data(), tmp_path / "file" / "cache")
+
+
+def test_a_full_cache_is_an_error_and_no_signal(tmp_path):
+    command = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(tmp_path)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        with pytest.raises(UnavailableError, match="No space left on device; free space or set PDIFF_CACHE"):
+            data.load(Data(name="digits"), tmp_path)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_pixel_noise_is_fixed(tmp_path):

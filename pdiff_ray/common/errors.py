@@ -39,6 +39,10 @@ class StorageError(PdiffError):
     exit_code = 2
 
 
+class UnavailableError(StorageError):
+    """Storage, a node's cache or its software is not as it must be; another attempt, or another node, may do better."""
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message; its kind, if it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

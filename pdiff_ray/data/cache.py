@@ -105,7 +105,7 @@ def open_source(config: Data, info: DataInfo, split: str, cache: Path, progress:
 
     Raises:
         ConfigError: the images would take more, and `data.pixel_noise` needs them in the cache.
-        PdiffError: the cache cannot be written.
+        UnavailableError: the cache cannot be written.
     """
     states = file_states(config, split)
     determining = ("name", "source", "fingerprint", "reading", "code", "pixel_noise", "seed")
@@ -150,7 +150,7 @@ def _telling(folder: Path, progress: Progress) -> Advance:
 def _decode_all(config: Data, info: DataInfo, split: str, samples: Samples, folder: Path, progress: Advance) -> None:
     count, shape = len(samples), (info.channels, info.image_size, info.image_size)
     dtype = np.dtype(np.float32 if config.pixel_noise else np.uint8)
-    images = np.lib.format.open_memmap(folder / "images.npy", "w+", dtype, (count, *shape))
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count, *shape)}
     labels = np.empty(count, dtype=np.int64)
     noise = np.random.default_rng(derive_seed(config.seed, "pixel_noise", split))
     mean, std = (np.array(v, dtype=np.float32).reshape(-1, 1, 1) for v in (info.mean, info.std))
@@ -159,18 +159,21 @@ def _decode_all(config: Data, info: DataInfo, split: str, samples: Samples, fold
         encoded.mkdir()
         samples.write_records(encoded)
         samples.kept = encoded
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # PIL releases Python's lock while it decodes
+    # Written, not mapped: a full disk is an error then, and no signal. PIL releases Python's lock while it decodes.
+    with (folder / "images.npy").open("wb") as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        np.lib.format.write_array_header_1_0(file, header)
         for start in range(0, count, 256):  # so that only a few decoded images are in memory
             chunk = range(start, min(start + 256, count))
+            images = np.empty((len(chunk), *shape), dtype)
             images_and_labels = pool.map(lambda index: decoded(samples, index, info), chunk)
             for index, (image, label) in zip(chunk, images_and_labels, strict=True):
                 labels[index] = label
                 if config.pixel_noise:
                     image = (image.astype(np.float32) / 255 - mean) / std
                     image = image + config.pixel_noise * noise.standard_normal(shape, dtype=np.float32)
-                images[index] = image
+                images[index - start] = image
+            file.write(images.data)
             progress(chunk.stop, count)
     shutil.rmtree(encoded, ignore_errors=True)
     check_labels(config, info, samples, labels)
-    images.flush()
     np.save(folder / "labels.npy", labels, allow_pickle=False)

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.common.errors import UnavailableError
 
 CHECKSUMS = "checksums.txt"
 CHECKED_APART = ".records"  # suffix of files, larger than memory perhaps, of which each record has a checksum elsewhere
@@ -34,7 +34,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
     A folder with a file that is not as it was written is made anew.
 
     Raises:
-        PdiffError: the cache cannot be written.
+        UnavailableError: the cache cannot be written.
     """
     if intact(folder):
         return
@@ -57,7 +57,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise PdiffError(
+        raise UnavailableError(
             f"cache {folder.parent}: {error.strerror or error}; free space or set PDIFF_CACHE to another folder"
         ) from None
 

@@ -22,7 +22,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pdiff_ray.common.devices import describe_devices
-from pdiff_ray.common.errors import PdiffError, StorageError
+from pdiff_ray.common.errors import PdiffError, StorageError, UnavailableError
 from pdiff_ray.config.schema import Data, Resources
 from pdiff_ray.data import sources
 from pdiff_ray.data.kept import default_cache
@@ -81,10 +81,10 @@ def check_software(expected: Mapping[str, str]) -> None:
     """Finds, on a node, that its software is not the driver's: results would differ, or end in errors of any kind.
 
     Raises:
-        PdiffError
+        UnavailableError
     """
     if expected and (found := differences(expected)):
-        raise PdiffError(_refusal(ray.util.get_node_ip_address(), found))
+        raise UnavailableError(_refusal(ray.util.get_node_ip_address(), found))
 
 
 def check_nodes() -> None:

@@ -8,26 +8,35 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from pdiff_ray.common.errors import StorageError
+from pdiff_ray.common.errors import StorageError, UnavailableError
 from pdiff_ray.common.secrets import without_secrets
 
 TEMPORARY = "tmp"  # folder of files that are being written
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes of this machine
 STALE_TEMPORARY_S = 24 * 3600
+# For which object storage is asked again, after growing pauses. Arrow itself does so for 6 s, and gives an answer 3 s.
+PATIENCE_S, FIRST_PAUSE_S, LONGEST_PAUSE_S = 120.0, 0.5, 10.0
+
+T = TypeVar("T")
 
 
 class Storage:
     """A folder or object store: small atomic operations on whole files, through `pyarrow.fs`.
 
+    Object storage that has answered before, and then does not, is waited for: everything here can be done twice.
+
     Args:
         uri: a local path, or any URI that `pyarrow.fs.FileSystem.from_uri` takes (`s3://bucket/prefix`, `gs://`, ...).
+        answered: it has, to whom the URI comes from.
 
     Attributes:
         manifests: of finished artifacts that were seen, by folder; None of one that has not been read. For `artifacts`.
@@ -36,7 +45,7 @@ class Storage:
         StorageError: there can be no such folder or store.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, answered: bool = False) -> None:
         if re.match(r"[a-z0-9]{2,}:/[^/]", uri):  # one letter is a drive
             raise StorageError(f"storage: {uri!r} is neither a folder nor a URI, which has two slashes")
         try:
@@ -49,9 +58,10 @@ class Storage:
         except (pa.ArrowInvalid, OSError) as error:
             raise StorageError(f"storage: {uri!r} is not a folder or a URI that pyarrow.fs knows: {error}") from None
         self.manifests: dict[str, Any] = {}
+        self.answered = answered
 
-    def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
-        return Storage, (self.uri,)  # another process looks for itself
+    def __reduce__(self) -> tuple[type[Storage], tuple[str, bool]]:
+        return Storage, (self.uri, True)  # another process looks for itself
 
     @property
     def local(self) -> Path | None:
@@ -87,16 +97,16 @@ class Storage:
         return f"{self.place}/{name}"
 
     def check_writable(self) -> None:
-        """Raises StorageError unless a file can be written, read and deleted here."""
-        probe = f"{TEMPORARY}/probe-{uuid.uuid4().hex}"
-        self.write(probe, b"probe")
-        self.delete(probe)
+        """Raises StorageError unless a file can be written, read and deleted here; now, and not after a while."""
+        probe, storage = f"{TEMPORARY}/probe-{uuid.uuid4().hex}", Storage(self.uri)
+        storage.write(probe, b"probe")
+        storage.delete(probe)
         self._remove_stale_temporaries()
 
     def exists(self, name: str) -> bool:
         """Returns whether there is a file `name`."""
-        with self._translated(name):
-            return self.fs.get_file_info(self.path(name)).type == pafs.FileType.File
+        path = self.path(name)
+        return self._ask(name, lambda: self.fs.get_file_info(path).type == pafs.FileType.File)
 
     def read(self, name: str, most: int = MEMORY) -> bytes:
         """Returns the content of a file.
@@ -104,82 +114,121 @@ class Storage:
         Args:
             most: bytes that a whole one can have.
         """
-        with self._translated(name), self.open(name) as file:
-            if file.size() > most:
-                raise StorageError(f"{self.location(name)}: damaged, it has {file.size():,} bytes; delete it")
-            return file.read()
+
+        def read() -> bytes:
+            with self._open(name) as file:
+                if file.size() > most:
+                    raise StorageError(f"{self.location(name)}: damaged, it has {file.size():,} bytes; delete it")
+                return file.read()
+
+        return self._ask(name, read)
 
     def open(self, name: str) -> pa.NativeFile:
-        """Opens a file for random access."""
-        with self._translated(name):
-            path = self.path(name)
-            if self.local is not None and not os.path.isfile(path):  # to open a named pipe would wait for ever
-                raise FileNotFoundError
-            return self.fs.open_input_file(path)
+        """Opens a file for random access; an object store is read with `read`, which asks again."""
+        return self._ask(name, lambda: self._open(name))
+
+    def _open(self, name: str) -> pa.NativeFile:
+        path = self.path(name)
+        if self.local is not None and not os.path.isfile(path):  # to open a named pipe would wait for ever
+            raise FileNotFoundError
+        return self.fs.open_input_file(path)
 
     def write(self, name: str, content: bytes | pa.Buffer, *, exclusive: bool = False) -> bool:
         """Writes a whole file; readers see the old one, or none, until all of it is there.
 
         Args:
-            exclusive: leave a file that is already there as it is.
+            exclusive: leave a file that is already there as it is. An object store may miss one that another process
+                writes at the same time.
 
         Returns:
             False if `exclusive` and the file was there before.
         """
-        with self._translated(name):
-            if self.local is None:  # an object appears when its upload is complete
-                if exclusive and self.exists(name):
-                    return False
-                with self.fs.open_output_stream(self.path(name)) as stream:
-                    stream.write(content)
-                return True
-            target, temporary = Path(self.path(name)), Path(self.path(f"{TEMPORARY}/{uuid.uuid4().hex}"))
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with temporary.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if exclusive:
-                    return _place_new(temporary, target)
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
+        if self.local is None:  # an object appears when its upload is complete
+            if exclusive and self.exists(name):
+                return False
+            self._ask(name, lambda: self._upload(name, content))
             return True
+        return self._ask(name, lambda: self._write_beside(name, content, exclusive))
+
+    def _upload(self, name: str, content: bytes | pa.Buffer) -> None:
+        def upload() -> None:
+            with self.fs.open_output_stream(self.path(name)) as stream:
+                stream.write(content)
+
+        # In another thread, which Ctrl-C does not reach: between the two lines it would leave an empty object.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(upload).result()
+
+    def _write_beside(self, name: str, content: bytes | pa.Buffer, exclusive: bool) -> bool:
+        target, temporary = Path(self.path(name)), Path(self.path(f"{TEMPORARY}/{uuid.uuid4().hex}"))
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if exclusive:
+                return _place_new(temporary, target)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
 
     def delete(self, name: str) -> None:
         """Deletes a file if it is there."""
-        with self._translated(name), contextlib.suppress(FileNotFoundError):
-            self.fs.delete_file(self.path(name))
+        path = self.path(name)
+
+        def delete() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.delete_file(path)
+
+        self._ask(name, delete)
 
     def list(self, folder: str, *, recursive: bool = False) -> list[str]:
         """Returns the sorted names of files and folders in `folder`; if `recursive`, of files alone, at any depth."""
-        with self._translated(folder):
-            selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
-            infos = self.fs.get_file_info(selector)
+        infos = self._list(folder, recursive)
         prefix = len(f"{self.root.rstrip('/')}/")
         return sorted(i.path[prefix:] for i in infos if not recursive or i.type == pafs.FileType.File)
 
-    @contextlib.contextmanager
-    def _translated(self, name: str) -> Iterator[None]:
-        """Turns the file system's errors into one message with a remedy."""
-        try:
-            yield
-        except FileNotFoundError:
-            raise StorageError(f"{self.location(name)}: no such file in storage") from None
-        except (OSError, pa.ArrowInvalid) as error:
-            raise StorageError(
-                f"storage {self.location(name)}: {getattr(error, 'strerror', None) or error}; free space or choose "
-                "another folder with storage: (or --storage)"
-            ) from None
+    def _list(self, folder: str, recursive: bool) -> Sequence[pafs.FileInfo]:
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
+        return self._ask(folder, lambda: self.fs.get_file_info(selector))
+
+    def _ask(self, name: str, request: Callable[[], T]) -> T:
+        """Returns what a request gives, and turns the file system's errors into one message with a remedy."""
+        until, pause = time.monotonic() + PATIENCE_S, FIRST_PAUSE_S
+        while True:
+            try:
+                answer = request()
+            except FileNotFoundError:
+                raise StorageError(f"{self.location(name)}: no such file in storage") from None
+            except (OSError, pa.ArrowInvalid) as error:
+                message = (
+                    f"storage {self.location(name)}: {getattr(error, 'strerror', None) or error}; free space or choose "
+                    "another folder with storage: (or --storage)"
+                )
+                if self.local is not None:
+                    raise StorageError(message) from None
+                if not self.answered or time.monotonic() + pause > until:
+                    raise UnavailableError(message) from None
+            else:
+                self.answered = True
+                return answer
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _remove_stale_temporaries(self) -> None:
-        if self.local is not None:
-            for file in Path(self.path(TEMPORARY)).glob("*"):
-                with contextlib.suppress(OSError):
-                    if time.time() - file.stat().st_mtime > STALE_TEMPORARY_S:
-                        shutil.rmtree(file) if file.is_dir() else file.unlink()
+        oldest = datetime.now(UTC) - timedelta(seconds=STALE_TEMPORARY_S)
+        if self.local is None:
+            for info in self._list(TEMPORARY, recursive=True):
+                if info.type == pafs.FileType.File and info.mtime < oldest:
+                    self.delete(info.path.removeprefix(f"{self.root.rstrip('/')}/"))
+            return
+        for file in Path(self.path(TEMPORARY)).glob("*"):
+            with contextlib.suppress(OSError):
+                if datetime.fromtimestamp(file.stat().st_mtime, UTC) < oldest:
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
 def check_below(name: str) -> str:

@@ -367,9 +367,9 @@ class ParameterStore:
                 self._found.clear()  # which keeps files open
             entry = self._listed.get(part) or FileEntry(path=part, sha256=digest_in(part))
             name = self._name(part)
-            stream = self.storage.open(name)
-            if self.storage.local is None:  # which answers one large request sooner than many small ones
-                stream = pa.BufferReader(stream.read_buffer())
+            # An object store answers one large request sooner than many small ones.
+            remote = self.storage.local is None
+            stream = pa.BufferReader(self.storage.read(name)) if remote else self.storage.open(name)
             otherwise = f"{self.storage.location(name)}: damaged Parquet file: {self._differs(part)}"
             self._opened[part] = _Part(stream, entry.sha256, otherwise)
         return self._opened[part]
