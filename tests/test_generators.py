@@ -1,5 +1,6 @@
 """The generators' maths against simpler or independent versions, and exact resuming."""
 
+import itertools
 from itertools import pairwise
 
 import pytest
@@ -206,7 +207,7 @@ def test_resumed_training_ends_in_the_same_weights(batch_size, kind):
         fit_model("diffusion", model, latents, settings, fitting, ema_decay=0.9)
         return model.state_dict(), fitting.history["diffusion"]
 
-    saved = {}
+    saved, steps = {}, itertools.count(1)
 
     def save_and_die(name, state):
         saved[name] = save_tree(state)
@@ -214,7 +215,7 @@ def test_resumed_training_ends_in_the_same_weights(batch_size, kind):
 
     whole, losses = fit(Fitting(CPU, 0))
     with pytest.raises(Killed):
-        fit(Fitting(CPU, 0, save=save_and_die, checkpoint_s=0))
+        fit(Fitting(CPU, 0, save=save_and_die, due=lambda saved: next(steps) == 50))
     assert load_tree(saved["diffusion"])["step"] == 50
     resumed, losses_again = fit(Fitting(CPU, 0, load=lambda name: load_tree(saved[name])))
     assert losses_again == losses
@@ -440,7 +441,7 @@ def test_a_kill_while_a_rung_is_shown_does_not_lose_the_rung():
             raise KeyboardInterrupt
 
     settings = small(autoencoder={"steps": 200}, diffusion={"steps": 200})
-    work = {"load": saved.get, "save": saved.__setitem__, "preview": preview, "checkpoint_s": 0.0}
+    work = {"load": saved.get, "save": saved.__setitem__, "preview": preview, "due": lambda saved: True}
     with pytest.raises(KeyboardInterrupt):
         fitted(settings, draw(16, 14), **work)
     fitted(settings, draw(16, 14), **work)

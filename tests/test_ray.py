@@ -6,12 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import build, tiny
+from helpers import build, tiny, until
 
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Display
@@ -105,6 +106,28 @@ def test_a_lost_zoo_worker_costs_the_members_in_flight(here, tmp_path, ray):
     assert len(killed[0]["ids"]) < 120
     vectors = [ParameterStore(a["zoo"]).vectors().tobytes() for a in (artifacts, its)]
     assert vectors[0] == vectors[1]
+
+
+@pytest.mark.slow
+def test_a_cache_that_fails_for_a_while_costs_a_restart(tmp_path, ray):
+    from pdiff_ray.distributed import session, train
+
+    experiment, artifacts = tiny(tmp_path, "data.seed=77")  # whose images are in no cache
+    cache = Path(os.environ["PDIFF_CACHE"])
+    kept = cache.rename(cache.with_name("kept"))
+    cache.write_text("in the way")
+
+    def mend():
+        until(lambda: train.UNAVAILABLE in session.failures(events))
+        cache.unlink()
+        kept.rename(cache)
+
+    with session.connect(experiment.resources, Display(None)) as events:
+        mending = threading.Thread(target=mend)
+        mending.start()
+        assert train.train([train.Job(experiment, artifacts, ["base", "zoo"])], events) == {}
+        mending.join()
+    assert artifacts["zoo"].exists()
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from pdiff_ray.running.experiment import make_plan
 from pdiff_ray.running.experiment import run as run_plan
 from pdiff_ray.running.results import open_result
 from pdiff_ray.stages import base, evaluation, report, zoo
+from pdiff_ray.stages import context as stages_context
 from pdiff_ray.stages.evaluation import Evaluator, make_tasks, networks_to_judge
 from pdiff_ray.stages.report import load_summary
 from pdiff_ray.stages.table import artifacts_of
@@ -341,6 +342,48 @@ def test_an_interrupted_zoo_goes_on(tmp_path, lost):
     assert files <= set(artifacts["zoo"].manifest().files)
     np.testing.assert_array_equal(ParameterStore(artifacts["zoo"]).vectors(), ParameterStore(its["zoo"]).vectors())
     assert not artifacts["zoo"].storage.list(f"{artifacts['zoo'].folder}/work", recursive=True)
+
+
+@pytest.mark.parametrize("gone_on", [True, False])
+def test_a_state_that_another_builder_takes_further_is_not_gone_on_from(tmp_path, monkeypatch, gone_on):
+    """Or one that it needs no more, having finished the zoo."""
+    (whole, its), (experiment, artifacts) = (tiny(tmp_path / name, "evaluation.networks_per_task=1") for name in "ab")
+    build(experiment, artifacts, "base")
+    shutil.copytree(tmp_path / "b", tmp_path / "a")
+    interrupted_zoo(whole, its, 5)
+    interrupted_zoo(experiment, artifacts, 3)
+    state, load_network = zoo._state_file(zoo.runs_of(experiment.zoo)[0]), zoo.load_network
+
+    def meanwhile(*arguments):
+        if gone_on:
+            artifacts["zoo"].save_work(state, its["zoo"].load_work(state))
+        else:
+            artifacts["zoo"].storage.delete(artifacts["zoo"].work(state))
+        return load_network(*arguments)
+
+    monkeypatch.setattr(zoo, "load_network", meanwhile)
+    zoo.build(experiment, artifacts, context())
+    monkeypatch.undo()
+    zoo.build(whole, its, context())
+    np.testing.assert_array_equal(ParameterStore(artifacts["zoo"]).vectors(), ParameterStore(its["zoo"]).vectors())
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint_s": 0.0}, {"leaving": lambda: True}], ids=["time", "notice"])
+def test_members_in_flight_are_stored_after_a_while_and_before_the_machine_goes(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(stages_context, "LEAVING_S", 0.0)
+    experiment, artifacts = tiny(tmp_path, "evaluation.networks_per_task=100")
+    build(experiment, artifacts, "base")
+
+    def stop(task, done, total, note=""):
+        if task == "zoo" and done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        zoo.build(experiment, artifacts, context(progress=stop, **changes))
+    assert ParameterStore(artifacts["zoo"]).ids == [0, 2, 4, 6, 8]
+    seen = []
+    zoo.build(experiment, artifacts, context(progress=lambda task, done, *_: seen.append(done)))
+    assert len(list(filter(None, seen))) == 7, "none is made again"
 
 
 def test_a_stored_zoo_says_which_parameters_it_holds(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from pdiff_ray.common.errors import PdiffError
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.kept import default_cache
 from pdiff_ray.distributed.nodes import check_software, expected_software
-from pdiff_ray.distributed.session import gpu_share, reason_of, report_progress, take_place
+from pdiff_ray.distributed.session import gpu_share, leaving, reason_of, report_progress, take_place
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.evaluation import Evaluator, Task
 from pdiff_ray.stages.table import build_missing
@@ -32,7 +32,7 @@ class _Worker:
     ) -> None:
         device = take_place(experiment.resources.cpus_per_actor, gpus)
         self.experiment, self.artifacts, self.driver = experiment, artifacts, driver
-        self.context = Context(device, default_cache(), progress=report_progress(events))
+        self.context = Context(device, default_cache(), progress=report_progress(events), leaving=leaving())
         self.evaluator: Evaluator | None = None
 
     @ray.method(max_task_retries=-1)  # a call while it is restarted waits, instead of counting as another death
@@ -92,12 +92,14 @@ class Pool:
             try:
                 result = ray.get(done)
             except (RayActorError, ActorUnavailableError, OutOfMemoryError) as error:
-                self.deaths[actor] += 1
+                foretold = getattr(error, "preempted", False)  # by its node, which says nothing of the work
+                self.deaths[actor] += not foretold
                 if self.deaths[actor] <= self.max_failures:  # it is restarted, which takes a while
                     running[actor.ready.remote()] = (actor, None, 0)
                 if item is not None:
                     waiting.append((item, failures + 1))
-                if (item is not None and failures == self.max_failures) or not (idle or running):
+                ended = item is not None and failures >= self.max_failures and not foretold
+                if ended or not (idle or running):
                     raise PdiffError(
                         f"an actor died {self.deaths[actor]} times ({reason_of(error)}); what is finished is kept, and "
                         "the same command goes on from there. If memory ran out, lower evaluation.networks_per_task, "

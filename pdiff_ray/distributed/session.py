@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -285,6 +285,20 @@ def take_place(threads: int, gpus: float, device: torch.device | None = None) ->
         overhead = CONTEXT_BYTES / torch.cuda.mem_get_info(device)[1]
         torch.cuda.set_per_process_memory_fraction(max(gpus - overhead, gpus / 2), device.index)
     return device
+
+
+def leaving() -> Callable[[], bool]:
+    """Returns a function for workers, which tells whether their node is being drained, as spot machines are before they
+    go."""
+    node, told, looked = ray.get_runtime_context().get_node_id(), False, time.monotonic()
+
+    def is_told() -> bool:
+        nonlocal told, looked
+        if not told and time.monotonic() - looked >= WATCH_S:
+            told, looked = node in ray._private.state.state.get_draining_nodes(), time.monotonic()
+        return told
+
+    return is_told
 
 
 def report_progress(events: str) -> Progress:

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import ray
 import ray.train
+import torch
 import torch.distributed as dist
 from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -22,17 +23,26 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from pdiff_ray.common import signals
-from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.common.errors import PdiffError, UnavailableError
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.data.kept import default_cache
 from pdiff_ray.distributed.nodes import check_software, expected_software
-from pdiff_ray.distributed.session import failures, gpu_share, lost, report_failure, report_progress, take_place
+from pdiff_ray.distributed.session import (
+    failures,
+    gpu_share,
+    leaving,
+    lost,
+    report_failure,
+    report_progress,
+    take_place,
+)
 from pdiff_ray.stages import base, zoo
 from pdiff_ray.stages.context import Context
 from pdiff_ray.storage.artifacts import Artifact
 
 # Workers wait for each other at the end of a stage, however unequal their shares of the work are.
 COLLECTIVE_TIMEOUT_S = 7 * 24 * 3600
+UNAVAILABLE = "unavailable"  # the key of what a restart may mend
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
     """Builds the missing bases and zoos with one group of at most `resources.workers` workers.
 
     All workers train a base together, data-parallel, and share the training runs of all zoos. If a worker or node is
-    lost, the group restarts and goes on from what is in storage.
+    lost, or storage or a node's cache fails, the group restarts and goes on from what is in storage.
 
     Args:
         events: the name of the actor through which workers report.
@@ -88,14 +98,16 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        if not failures(events):
-            failed = getattr(error, "worker_failures", {}).values()
-            causes = [getattr(e, "health_check_failure", e) for e in failed]  # one that was killed is found so
-            died = [e for e in causes if isinstance(e, RayError)]
-            if died and not any(isinstance(e, RayTaskError) for e in died):
-                raise lost(died[0]) from None
+        found = failures(events)
+        failed = getattr(error, "worker_failures", {}).values()
+        causes = [getattr(e, "health_check_failure", e) for e in failed]  # one that was killed is found so
+        died = [e for e in causes if isinstance(e, RayError)]
+        lone = died and not any(isinstance(e, RayTaskError) for e in died)
+        if lone and not found.keys() - {UNAVAILABLE}:
+            raise lost(died[0]) from None
+        if not found:
             raise
-        reason = next(iter(failures(events).values()))
+        reason = next(iter(found.values()))
         for job in jobs:
             for artifact in (job.artifacts[stage] for stage in job.stages):
                 if not artifact.exists():  # a trial must not build what only a group of workers may
@@ -105,7 +117,7 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
             ray.kill(controller)
         with contextlib.suppress(OSError):  # it has Ray's marker files only; the results are artifacts
             storage.fs.delete_dir(storage.path(f"tmp/{name}"))
-    return failures(events)
+    return {key: reason for key, reason in failures(events).items() if key != UNAVAILABLE}
 
 
 class _Backend(_TorchBackend):
@@ -176,16 +188,22 @@ def _work(config: dict[str, Any]) -> None:
     device = take_place(jobs[0].experiment.resources.cpus_per_worker, config["gpus"], get_device())
     try:
         check_software(config["software"])
-    except PdiffError as error:
-        report_failure(events, "software", str(error))
+        _build(jobs, events, device)
+    except UnavailableError as error:
+        report_failure(events, UNAVAILABLE, str(error))
         raise
-    worker, progress = ray.train.get_context(), report_progress(events)
+
+
+def _build(jobs: Sequence[Job], events: str, device: torch.device) -> None:
+    worker, progress, told = ray.train.get_context(), report_progress(events), leaving()
     rank, world = worker.get_world_rank(), worker.get_world_size()
     failed = failures(events)  # those before a restart, which does not help them
 
     def context(stage: str, job: Job) -> Context:
         suffix = place_among(jobs, stage, job)
-        return Context(device, default_cache(), rank, world, lambda task, *rest: progress(f"{task}{suffix}", *rest))
+        return Context(
+            device, default_cache(), rank, world, lambda task, *rest: progress(f"{task}{suffix}", *rest), leaving=told
+        )
 
     for job in jobs:
         artifact = job.artifacts["base"]
@@ -194,6 +212,8 @@ def _work(config: dict[str, Any]) -> None:
             continue
         try:
             base.build(job.experiment, job.artifacts, context("base", job))
+        except UnavailableError:
+            raise
         except PdiffError as error:
             report_failure(events, artifact.key, str(error))
             failed[artifact.key] = str(error)
@@ -207,6 +227,8 @@ def _work(config: dict[str, Any]) -> None:
         try:
             if not artifact.exists():
                 zoo.build(job.experiment, job.artifacts, context("zoo", job), shift)
+        except UnavailableError:
+            raise
         except PdiffError as error:
             report_failure(events, artifact.key, str(error))
         shift += len(zoo.runs_of(job.experiment.zoo))

@@ -29,6 +29,7 @@ from pdiff_ray.distributed.session import (
     beside_driver,
     failures,
     gpu_share,
+    leaving,
     report_failure,
     report_progress,
     take_place,
@@ -107,6 +108,7 @@ def _trial(config: dict[str, Any], storage: str) -> None:
         take_place(config["threads"], config["gpus"]),
         default_cache(),
         progress=lambda task, *rest: progress(f"trial {number}|{task}", *rest),
+        leaving=leaving(),
     )
 
     def report_rung(rung: int, objective: float) -> None:
@@ -119,13 +121,13 @@ def _trial(config: dict[str, Any], storage: str) -> None:
         check_software(config["software"])
         objective = run_trial(
             config["experiments"],
-            Storage(storage),
+            Storage(storage, answered=True),
             context,
             config["metric"],
             lambda artifact: _claimed(artifact, config["claims"]),
             report_rung if config["rungs"] else None,
         )
-    except StorageError as error:  # at the next attempt, storage may be back
+    except StorageError as error:  # at the next attempt, or on another node, it may be there
         report_failure(config["events"], f"trial {number}", str(error))
         raise
     except PdiffError as error:  # another attempt would find the same

@@ -5,6 +5,7 @@ Shapes: K vectors of the zoo, D values each; Z values of a latent.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from pdiff_ray.storage.matrix import Vectors
 State = dict[str, Any]
 
 NUM_RUNGS = 7  # at which an unfinished generator may be judged: while its encoder is trained, and its process
+CHECKPOINT_S = 10.0
 ENCODER_RUNGS, PROCESS_RUNGS = range(1, 4), range(4, NUM_RUNGS + 1)
 
 
@@ -30,6 +32,7 @@ class Fitting:
     Attributes:
         judge: validation accuracies (n,) of the networks with given vectors (n, D); for gates, on held-out data.
         load, save: unfinished work by name, for resuming; `load` gives None where there is none.
+        due: tells whether work that was saved at a time (of `time.monotonic`) is to be saved now.
         progress: task, steps done, steps in all, note.
         preview: is given a rung (1 to NUM_RUNGS) and vectors (n, D), float32, that the generator gives so far: decoded
             members while an autoencoder is trained, then samples. May raise to end the fitting.
@@ -44,7 +47,7 @@ class Fitting:
     save: Callable[[str, State], None] = lambda name, state: None
     progress: Callable[[str, int, int, str], None] = lambda task, done, total, note: None
     preview: Callable[[int, Tensor], None] | None = None
-    checkpoint_s: float = 10.0
+    due: Callable[[float], bool] = lambda saved: time.monotonic() - saved >= CHECKPOINT_S
     graphs: bool = True
     known: Callable[[str], Tensor] | None = None
     history: dict[str, list[float]] = field(default_factory=dict)  # losses per step, by model; filled in

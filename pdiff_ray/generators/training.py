@@ -118,9 +118,9 @@ def fit_model(
             value = losses[step].item()
             trainer.check_loss(value, step, f"{settings.section}.lr")
             fitting.progress(name, step + 1, num_steps, f"loss {value:.4f}")
-            if time.monotonic() - last_saved >= fitting.checkpoint_s:
-                save(step + 1)
-                last_saved = time.monotonic()
+        if step + 1 < num_steps and fitting.due(last_saved):
+            save(step + 1)
+            last_saved = time.monotonic()
     model.zero_grad(set_to_none=True)  # a graph's memory goes with its gradients
     # A model that is done is kept too: the next one's training may be interrupted.
     if first < num_steps:

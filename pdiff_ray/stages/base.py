@@ -164,7 +164,7 @@ def train_network(
         history["loss"].append(mean)
         history["validation_accuracy"].append(float(accuracy or 0))
         context.progress(task, start + per_epoch, num_steps, f"loss {mean:.3f}, validation {accuracy:.1%}")
-        if checkpoints and epoch + 1 < config.epochs and time.monotonic() - last_saved >= context.checkpoint_s:
+        if checkpoints and epoch + 1 < config.epochs and context.due(last_saved):
             state = {
                 "epoch": epoch + 1,
                 "history": history,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
     from pdiff_ray.evaluation.judge import Judge
 
+LEAVING_S = 1.0  # between the states that are saved on a machine that will be gone in a moment
+
 
 @dataclass(frozen=True)
 class Context:
@@ -21,7 +25,8 @@ class Context:
     Attributes:
         cache: folder of this node for decoded images.
         rank, world: this worker among those that build the stage together (torch.distributed where world > 1).
-        checkpoint_s: seconds between the states that interrupted work resumes from.
+        checkpoint_s: seconds between the states that interrupted work resumes from, which bound what is lost.
+        leaving: tells whether this machine will be gone in a moment, so that there is no later.
         judges: the one that a stage has made, for the next one (`judging.base_judge`).
     """
 
@@ -31,4 +36,9 @@ class Context:
     world: int = 1
     progress: Progress = field(default=silent, compare=False)
     checkpoint_s: float = 10.0
+    leaving: Callable[[], bool] = field(default=lambda: False, compare=False)
     judges: dict[Any, Judge] = field(default_factory=dict, compare=False, repr=False)
+
+    def due(self, saved: float) -> bool:
+        """Tells whether work whose state was saved at a time (of `time.monotonic`) is to be saved now."""
+        return time.monotonic() - saved >= (min(LEAVING_S, self.checkpoint_s) if self.leaving() else self.checkpoint_s)

@@ -63,7 +63,7 @@ def build(
         save=lambda name, state: artifact.save_work(f"{name}.safetensors", save_tree(state)),
         progress=context.progress,
         preview=preview,
-        checkpoint_s=context.checkpoint_s,
+        due=context.due,
         known=known,
     )
     generator = make_generator(settings, subset)

@@ -2,8 +2,8 @@
 
 The zoo is made by runs, each of which keeps members one after another: one run and a second one to compare with
 (trajectory), several from the base (branches), or one per member from fresh initialisations (independent). Workers
-share the runs; every run saves its state with each part of members it writes, so that only members in flight are ever
-made again.
+share the runs; every run saves its state with each part of members it writes, after some members or seconds, so that
+only members in flight are ever made again.
 """
 
 from __future__ import annotations
@@ -206,9 +206,13 @@ class _FromBase:
         training = SubsetTraining(
             self.experiment, network, self.subset, self._steps(runs[0]), self.context.device, frontier, len(runs)
         )
-        if made:
-            training.restore([state for run in runs if (state := self._state(run))])
+        states = [state for run in runs if (state := self._state(run)) and state["kept"] == made] if made else []
+        if len(states) < len(runs):  # another builder has gone on from them meanwhile, or has finished
+            made = 0
+        else:
+            training.restore(states)
         pending: list[Record] = []
+        saved = time.monotonic()
         last = len(runs[0].member_ids) - 1
         most = min(self.experiment.evaluation.networks_per_task, rows_at_a_time(self.subset.size))
         for position in range(made, last + 1):
@@ -224,12 +228,13 @@ class _FromBase:
             for id_, vector, seed in zip(ids, training.vectors().cpu().numpy(), seeds, strict=True):
                 if id_ not in self.present:
                     pending.append(Record(id_, group_of(id_, config), vector=vector, seed=seed, step=stop, **stamp()))
-            if len(pending) >= most or position == last:
+            if len(pending) >= most or position == last or self.context.due(saved):
                 self._store(pending)
                 pending = []
                 for run, state in zip(runs, training.states(position + 1), strict=True):
                     self.zoo.save_work(_state_file(run), save_tree(state))
                 self._save_sharing(kept.reason)
+                saved = time.monotonic()
             done = round((self.done + (position + 1) * len(runs)) * self.share)
             self.context.progress("zoo", done, config.size, f"run {names}, step {stop}")
         self.done += (last + 1) * len(runs)
