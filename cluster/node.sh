@@ -3,6 +3,7 @@
 #   cluster/node.sh install SITE    checks the machine, installs what is pinned; shells get its PATH, SITE, and Ray's token mode
 #   cluster/node.sh sweep FILE ...  is `pdiff sweep` in this folder, where jobs do not start
 #   cluster/node.sh mlflow          starts MLflow on the head's loopback interface, for as long as Ray's head is there
+#   cluster/node.sh tidy            stops what Ray leaves of a worker whose head is gone, once it is
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 here=$PWD
@@ -35,9 +36,19 @@ mlflow_server() {
   ' >~/mlflow/log 2>&1 </dev/null &
 }
 
+# `ray down` stops the head of machines that stay; workers' raylets end without it, their log monitors do not.
+tidy() {
+  setsid bash -c '
+    while pgrep -u "$(id -u)" raylet >/dev/null; do sleep 2; done
+    sleep 20  # for one that starts again
+    pgrep -u "$(id -u)" raylet >/dev/null || ray stop
+  ' >/dev/null 2>&1 </dev/null &
+}
+
 case ${1:-} in
   install) install "$2" ;;
   mlflow) mlflow_server ;;
+  tidy) tidy ;;
   sweep) exec python -m pdiff_ray.sweep "${@:2}" ;;
-  *) sed -n '2,5s/^# //p' cluster/node.sh >&2; exit 2 ;;
+  *) sed -n '2,6s/^# //p' cluster/node.sh >&2; exit 2 ;;
 esac
