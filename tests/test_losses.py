@@ -31,6 +31,8 @@ def test_a_lost_process_is_one_message_and_a_bug_keeps_its_traceback(ray):
         ray.get(actor.end.remote())
     assert len(str(caught.value)) < 300
     assert "pid" not in str(caught.value)
+    coloured = session.reason_of(RuntimeError("It died in \x1b[36mray::X()\x1b[39m. And more"))
+    assert coloured == "It died in ray::X()"
 
 
 def test_progress_goes_on_when_the_actor_that_keeps_it_has_died(ray):

@@ -9,7 +9,7 @@ import yaml
 from helpers import TINY, context, tiny
 
 from pdiff_ray.cli import experiments as commands
-from pdiff_ray.common.errors import PdiffError, StorageError
+from pdiff_ray.common.errors import PdiffError, StorageError, UnavailableError
 from pdiff_ray.config import loading
 from pdiff_ray.config import sweep as space
 from pdiff_ray.distributed.train import Job, place_among
@@ -98,7 +98,7 @@ def test_a_trial_whose_storage_is_away_is_tried_again_and_not_blamed(tmp_path, m
     def away(experiments, *_):
         attempts.append(experiments)
         if len(attempts) < 3 or len(attempts) > 3 + 1:
-            raise StorageError("no such bucket")
+            raise UnavailableError("no such bucket")
         if len(attempts) > 3:
             raise PdiffError("the loss is inf")
         return 0.5
@@ -113,6 +113,20 @@ def test_a_trial_whose_storage_is_away_is_tried_again_and_not_blamed(tmp_path, m
     assert run(again) == [0, 1]
     assert len(attempts) == 4 + 2 * 3
     assert all(t.crashed and t.reason == "no such bucket" for t in again.done())
+
+
+def test_damage_is_told_at_once_and_is_not_the_values_fault(tmp_path, monkeypatch):
+    attempts = []
+
+    def damaged(*_):
+        attempts.append(1)
+        raise StorageError("zoo/x: damaged; delete it")
+
+    monkeypatch.setattr(sweep_running, "run_trial", damaged)
+    ledger = ledger_of(tmp_path / "storage", SEARCH | {"max_retries": 2, "num_trials": 1, "confirm": 0})
+    run(ledger)
+    assert (ledger.done()[0].reason, len(attempts)) == ("zoo/x: damaged; delete it", 1)
+    assert [trial.number for trial in ledger.open_trials()] == [0], "the next launch tries it again"
 
 
 def test_a_search_has_learned_from_failures_but_not_from_crashes(tmp_path):

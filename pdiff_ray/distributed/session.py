@@ -7,8 +7,10 @@ import contextlib
 import gc
 import logging
 import math
+import re
 import signal
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -17,6 +19,7 @@ from typing import Any
 
 import ray
 import torch
+from pyarrow import fs as pafs
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -26,6 +29,7 @@ from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Progress
 from pdiff_ray.config.schema import Resources
 from pdiff_ray.distributed import nodes, ray_address
+from pdiff_ray.storage.files import TEMPORARY, Storage
 
 POLL_S = 0.3
 ANSWER_S = 60.0  # that an actor beside the driver may take to answer, on a busy machine
@@ -132,7 +136,8 @@ def lost(error: Exception) -> PdiffError:
 
 def reason_of(error: Exception) -> str:
     """Returns what an error of Ray says, without names and logs of its processes."""
-    said = [line.split(". ")[0] for line in str(error).splitlines() if line and not line.startswith((" ", "\t"))]
+    lines = re.sub(r"\x1b\[[\d;]*m", "", str(error)).splitlines()
+    said = [line.split(". ")[0] for line in lines if line and not line.startswith((" ", "\t"))]
     return "; ".join(sentence.rstrip(".") for sentence in said[:2]) or type(error).__name__
 
 
@@ -252,6 +257,16 @@ def _reach(address: str) -> None:
 def cluster_resources() -> dict[str, float]:
     """Returns how much the connected cluster has of each resource, by Ray's names, such as CPU and GPU."""
     return ray.cluster_resources()
+
+
+def own_files(storage: Storage) -> tuple[pafs.FileSystem, str]:
+    """Returns where Ray Train and Tune keep files of their own, of which nothing is needed.
+
+    That is not in object storage: while that is away, they would end.
+    """
+    if storage.local is None:
+        return pafs.LocalFileSystem(), tempfile.gettempdir()
+    return storage.fs, storage.path(TEMPORARY)
 
 
 def gpu_share(configured: float | str, processes: int) -> float:

@@ -32,6 +32,7 @@ from pdiff_ray.distributed.session import (
     gpu_share,
     leaving,
     lost,
+    own_files,
     report_failure,
     report_progress,
     take_place,
@@ -75,7 +76,7 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
     workers = useful_workers(jobs)
     gpus = gpu_share(resources.gpus_per_worker, workers)
     per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
-    name = f"ray-train-{uuid.uuid4().hex[:8]}"
+    (filesystem, place), name = own_files(storage), f"ray-train-{uuid.uuid4().hex[:8]}"
     trainer = _Trainer(
         _work,
         train_loop_config={
@@ -89,8 +90,8 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
         torch_config=_TorchConfig("nccl" if gpus >= 1 else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         run_config=RunConfig(
             name=name,
-            storage_filesystem=storage.fs,
-            storage_path=storage.path("tmp"),
+            storage_filesystem=filesystem,
+            storage_path=place,
             # A base that cannot be trained may take a restart as well.
             failure_config=FailureConfig(max_failures=resources.max_failures + len(jobs) - 1),
         ),
@@ -116,7 +117,7 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
         for controller in trainer.controllers:  # and the workers with it, if it is there
             ray.kill(controller)
         with contextlib.suppress(OSError):  # it has Ray's marker files only; the results are artifacts
-            storage.fs.delete_dir(storage.path(f"tmp/{name}"))
+            filesystem.delete_dir(f"{place}/{name}")
     return {key: reason for key, reason in failures(events).items() if key != UNAVAILABLE}
 
 

@@ -20,7 +20,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from pdiff_ray.common.errors import PdiffError, StorageError
+from pdiff_ray.common.errors import PdiffError, StorageError, UnavailableError
 from pdiff_ray.common.secrets import without_secrets
 from pdiff_ray.config.schema import Tracking
 from pdiff_ray.data.kept import default_cache
@@ -30,6 +30,7 @@ from pdiff_ray.distributed.session import (
     failures,
     gpu_share,
     leaving,
+    own_files,
     report_failure,
     report_progress,
     take_place,
@@ -69,7 +70,7 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
     }
     scheduler = _ASHA(ledger) if sweep.scheduler == "asha" else None
     searcher = _LedgerSearcher(ledger, unbuildable, shared, on_change)
-    storage, name = ledger.storage, f"ray-tune-{uuid.uuid4().hex[:8]}"
+    (filesystem, place), name = own_files(ledger.storage), f"ray-tune-{uuid.uuid4().hex[:8]}"
     tuner = tune.Tuner(
         tune.with_resources(
             # Not in the trials' configuration, which Tune writes to files, and which is to hold no secrets.
@@ -86,8 +87,8 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
         ),
         run_config=tune.RunConfig(
             name=name,
-            storage_filesystem=storage.fs,
-            storage_path=storage.path("tmp"),
+            storage_filesystem=filesystem,
+            storage_path=place,
             failure_config=tune.FailureConfig(max_failures=sweep.max_retries),
             callbacks=[_Recorder(ledger, searcher, scheduler, on_change)],
             verbose=0,
@@ -98,7 +99,7 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
     finally:
         ray.kill(keeper)
         with contextlib.suppress(OSError):  # it has Tune's snapshots only; the ledger has everything
-            storage.fs.delete_dir(storage.path(f"tmp/{name}"))
+            filesystem.delete_dir(f"{place}/{name}")
 
 
 def _trial(config: dict[str, Any], storage: str) -> None:
@@ -127,11 +128,15 @@ def _trial(config: dict[str, Any], storage: str) -> None:
             lambda artifact: _claimed(artifact, config["claims"]),
             report_rung if config["rungs"] else None,
         )
-    except StorageError as error:  # at the next attempt, or on another node, it may be there
+    except UnavailableError as error:  # at the next attempt, or on another node, it may be there
         report_failure(config["events"], f"trial {number}", str(error))
         raise
     except PdiffError as error:  # another attempt would find the same
-        tune.report({"rung": FINAL_RUNG, "objective": None, "failed": str(error)})  # ASHA takes no report without
+        outcome = {
+            "failed": str(error),
+            "crashed": isinstance(error, StorageError),
+        }  # by what is no fault of the values
+        tune.report({"rung": FINAL_RUNG, "objective": None, **outcome})  # ASHA takes no report without
     except Exception as error:
         report_failure(config["events"], f"trial {number}", f"{type(error).__name__}: {error}")
         raise
@@ -242,7 +247,7 @@ class _Recorder(_NotInSnapshots, tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result
         if reason := result.get("failed"):
-            self._end(trial, state="failed", reason=reason)
+            self._end(trial, state="failed", reason=reason, crashed=result["crashed"])
         elif result.get("finished"):
             self._end(trial, state="finished", objective=result["objective"])
         elif self.scheduler and trial.trial_id in self.scheduler.stopped:

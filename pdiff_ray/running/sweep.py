@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pdiff_ray import distributed, tracking
 from pdiff_ray.common.devices import limit_threads
-from pdiff_ray.common.errors import PdiffError, StorageError
+from pdiff_ray.common.errors import PdiffError, StorageError, UnavailableError
 from pdiff_ray.running.experiment import check_plan, here, make_plan
 from pdiff_ray.running.progress import SweepDisplay, sweep_display
 from pdiff_ray.sweeps import report
@@ -146,11 +146,10 @@ def _run_here(ledger: Ledger, shown: SweepDisplay, on_change: OnChange) -> None:
             try:
                 objective = run_trial(ledger.experiments(trial), ledger.storage, context, ledger.sweep.metric)
                 outcome = {"state": "finished", "objective": objective}
-            except StorageError as error:  # at the next attempt, storage may be back
-                outcome = {"state": "failed", "reason": str(error), "crashed": True}
-                continue
-            except PdiffError as error:  # another attempt would find the same
-                outcome = {"state": "failed", "reason": str(error)}
+            except PdiffError as error:
+                outcome = {"state": "failed", "reason": str(error), "crashed": isinstance(error, StorageError)}
+                if isinstance(error, UnavailableError):  # at the next attempt, it may be back
+                    continue
             break
         ended = replace(trial, seconds=round(time.monotonic() - began, 3), **outcome)
         ledger.record(ended)

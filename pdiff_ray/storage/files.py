@@ -204,13 +204,12 @@ class Storage:
             except FileNotFoundError:
                 raise StorageError(f"{self.location(name)}: no such file in storage") from None
             except (OSError, pa.ArrowInvalid) as error:
+                remedy = "free space" if self.local is not None else "type the command again when it can be used"
                 message = (
-                    f"storage {self.location(name)}: {getattr(error, 'strerror', None) or error}; free space or choose "
+                    f"storage {self.location(name)}: {getattr(error, 'strerror', None) or error}; {remedy} or choose "
                     "another folder with storage: (or --storage)"
                 )
-                if self.local is not None:
-                    raise StorageError(message) from None
-                if not self.answered or time.monotonic() + pause > until:
+                if self.local is not None or not self.answered or time.monotonic() + pause > until:
                     raise UnavailableError(message) from None
             else:
                 self.answered = True

@@ -42,8 +42,8 @@ class Trial:
         objective: the sweep's metric, as the mean over the repeats.
         curve: pairs of a rung and the objective that the unfinished generator had there, if a scheduler asked for them.
         reason: why the trial failed.
-        crashed: whether each of its attempts was lost with its process, node or storage. The next launch tries it
-            again; until then a search takes its values for the cause, which they may be.
+        crashed: whether each of its attempts was lost with its process, node or storage, or met damage. The next launch
+            tries it again; until then a search takes its values for the cause, which they may be.
         seconds: how long the trial ran.
     """
 
