@@ -5,9 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
+import psutil
 import pytest
-from faults.cluster import JOINED, ROOT, Cluster, missing
+from faults.cluster import JOINED, ROOT, Cluster, cmdline, missing
 from faults.store import Store
 from helpers import TINY
 
@@ -89,6 +92,36 @@ def test_the_doctor_looks_at_every_node(cluster, bucket, tmp_path):
     assert re.fullmatch(
         r"error: node [\d.]+: pdiff_ray \S+ of sources \w+ where the driver has .*\n", refused.stderr
     ), refused.stderr
+
+
+def test_no_process_and_no_log_has_the_storage_s_password(cluster, bucket, tmp_path):
+    started, driver = cluster
+    planted, seen = "planted0password", set()
+    over = threading.Event()
+
+    def look():
+        while not over.wait(0.1):
+            for process in psutil.process_iter():
+                if planted in cmdline(process):
+                    seen.add(cmdline(process))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        places = {
+            "PDIFF_STORAGE": bucket.replace("secret@", f"{planted}@"),
+            "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+        }
+        done = pdiff(["sweep", TINY, "--address", started.address], driver, **places)
+    finally:
+        over.set()
+        thread.join()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert planted not in done.stdout + done.stderr
+    assert seen == set()
+    logs = [path for path in Path(started.temporary).rglob("*") if path.is_file()]
+    assert len(logs) > 20
+    assert [path for path in (*logs, tmp_path / "mlflow.db") if planted.encode() in path.read_bytes()] == []
 
 
 NOTICE = """
