@@ -59,7 +59,7 @@ def test_the_verdict_is_asked_for_over_seeds(tmp_path):
     assert "| members | 1 |" in found.note
 
 
-@pytest.mark.parametrize("kind", [*marked("slow", "trajectory", "branches"), *marked("long", "independent")])
+@pytest.mark.parametrize("kind", [*marked("slow", "trajectory"), *marked("long", "branches", "independent")])
 def test_the_verdict_is_right_on_known_kinds(kind, tmp_path):
     """Of each sort of zoo one seed; `docs/method.md` has ten."""
     (found,) = verdict.verdict(1, [kind], storage=str(tmp_path))
@@ -84,7 +84,7 @@ def test_ways_that_differ_are_noticed(monkeypatch):
         next(judging.evaluate(3, [SMALL]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_run_prints_the_same_table():
     (result,) = cluster.rerun(cluster.BRIEF)
     assert result.ratio > 1

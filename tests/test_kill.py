@@ -91,7 +91,7 @@ def test_killed_at_every_stage(tmp_path):
     assert table_rows(load_summary(artifacts)) == table_rows(load_summary(its))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_of_a_ray_run_killed(tmp_path):
     """SIGKILL of the driver, the local Ray and its workers during the zoo."""
     storage = tmp_path / "ray"
