@@ -14,7 +14,7 @@ import torch
 from benchmarks.harness import Result
 from pdiff_ray.common.devices import exact_float32
 
-# Those of `cluster` start Ray, or whole experiments; the others need neither Ray nor MLflow.
+# Those of `cluster` start Ray, or whole experiments; `scale` writes to MLflow. The others need neither of both.
 BENCHMARKS = {
     "evaluate": "judging",
     "zoo_step": "judging",
@@ -34,6 +34,8 @@ BENCHMARKS = {
     "ray_overhead": "cluster",
     "trial_overhead": "cluster",
     "rerun": "cluster",
+    "scale": "scale",
+    "requests": "scale",
 }
 COLUMNS = "{:<12} {:>10} {:>10} {:>8}  {:<15} {:>3} {:>8} {:>8} {:>8}  {}"
 

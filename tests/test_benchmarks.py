@@ -8,7 +8,7 @@ from helpers import marked
 from test_partition import CONVNET, LAST_NORMS
 
 from benchmarks import __main__ as command
-from benchmarks import aligning, cluster, core, judging, latents, searching, verdict
+from benchmarks import aligning, cluster, core, judging, latents, scale, searching, verdict
 from pdiff_ray.config import loading
 from pdiff_ray.estimates.estimate import Estimator
 from pdiff_ray.running.experiment import make_plan
@@ -35,14 +35,15 @@ RUNS = {
     "fit_memory": lambda: latents.fit_memory(members=8, values=20_000),
     "growth_D": lambda: latents.growth_D((1000,), members=4, samples=2),
     "verdict_D": lambda: latents.verdict_D(1000, members=12, samples=12),
+    "scale": lambda: scale.scale([(8, 2)], zoos=2),
+    "requests": lambda: scale.requests(8, 2, zoos=2, latency_s=0.0),
     "growth": lambda: judging.growth((2, 4, 8), (20, 40, 60), (LAST_NORMS,)),
 }
+SLOW = ("fit", "growth_D", "verdict_D", "scale", "requests")
 BRIEF_ZOO = {"training": {"epochs": 2}, "zoo": {"members": 50, "steps_per_member": 2}}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("fit", "growth_D", "verdict_D") else []) for n in RUNS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in RUNS])
 def test_it_runs(name):
     results = list(RUNS[name]())
     assert results

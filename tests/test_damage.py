@@ -408,6 +408,7 @@ def changed(name, column):
         (lambda table: table.slice(1), "it has 2 rows, for 3 numbers"),
         (lambda table: table.drop_columns("seed"), "its column seed is None"),
         (lambda table: table.drop_columns("vector"), "it has no column vector"),
+        (lambda table: table.append_column("id", table["id"]), "several of its columns have one name"),
         (lambda table: table.replace_schema_metadata({}), "damaged Parquet file"),
         (lambda table: table.replace_schema_metadata({"pdiff_ray": "[" * 100_000}), "damaged Parquet file"),
         (lambda table: table.replace_schema_metadata({"pdiff_ray": '{"subset": [{"name": 1}]}'}), "damaged Parquet"),

@@ -303,3 +303,26 @@ def test_half_written_files_are_no_parts(store, artifact):
     assert ParameterStore(artifact).ids == [0]
     artifact.storage.check_writable()
     assert list((storage / "tmp").iterdir()) == [fresh]
+
+
+def test_some_columns_are_read_alone(store):
+    store.append(make_records(range(3), seed=5, wrong=b"\x05"), SUBSET)
+    assert [(r.id, r.group, r.wrong, r.seed) for r in store.records([2, 0], ["wrong"])] == [
+        (2, "original", b"\x05", None),
+        (0, "original", b"\x05", None),
+    ]
+
+
+def test_of_an_object_store_several_are_waited_for_at_a_time(tmp_path, monkeypatch):
+    storage, together = Storage(str(tmp_path)), threading.Barrier(2, timeout=10)
+
+    def wait(item):
+        together.wait()
+        if item == 3:
+            raise StorageError("away")
+        return 10 * item
+
+    monkeypatch.setattr(Storage, "local", None)
+    assert storage.map(wait, [1, 2]) == [10, 20]
+    with pytest.raises(StorageError, match="away"):
+        storage.map(wait, [1, 3])

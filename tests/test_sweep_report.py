@@ -413,3 +413,12 @@ def test_figures_of_awkward_values():
             assert size(sweep_figures.similarity_over(panels[:1]))
     alone = {name: curve[:1] for name, curve in curves.items()}
     assert size(sweep_figures.similarity_over([sweep_figures.Panel("", "members", [5], alone)]))
+
+
+def test_more_panels_than_a_figure_has_room_for_are_left_to_the_tables(monkeypatch):
+    known = {name: np.full((2, 4), 0.5) for name in ("best", "average", "median", "originals", "smallest", "largest")}
+    panels = [sweep_figures.Panel(str(number), "parameter", [1, 2], known) for number in range(7)]
+    monkeypatch.setattr(sweep_figures, "MAX_PANELS", 3)
+    for draw in (sweep_figures.accuracy_over, sweep_figures.similarity_over):
+        assert size(draw(panels)) == size(draw(panels[:3]))
+        assert draw(panels) != draw(panels[:3])  # it says that there are more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import sys
 from collections.abc import Mapping
@@ -57,16 +58,20 @@ def list_artifacts(storage_uri: str, as_json: bool) -> None:
     from rich.table import Table
 
     from pdiff_ray.common.progress import console
-    from pdiff_ray.storage.artifacts import finished, read_manifest
+    from pdiff_ray.storage.artifacts import Manifest, finished, read_manifest
     from pdiff_ray.storage.files import Storage
 
-    storage, manifests, damaged = Storage(storage_uri), [], []
-    for folder in finished(storage):
+    storage, damaged = Storage(storage_uri), list[str]()
+
+    def read(folder: str) -> list[Manifest]:
         try:
-            manifests.append(read_manifest(storage, folder))
+            return [read_manifest(storage, folder)]
         except StorageError as error:  # which does not hide the others
             damaged.append(str(error))
-    manifests.sort(key=lambda m: m.created_at)
+            return []
+
+    found = storage.map(read, finished(storage))
+    manifests = sorted(itertools.chain.from_iterable(found), key=lambda m: m.created_at)
     if as_json:
         print_json([m.model_dump(exclude_unset=True) for m in manifests])
     elif manifests:

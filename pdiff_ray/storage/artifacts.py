@@ -274,7 +274,9 @@ def find(storage: Storage, prefix: str) -> Manifest:
 
 def finished(storage: Storage) -> list[str]:
     """Returns the folders, as `stage/key`, of all finished artifacts."""
-    return [folder for kind in KINDS for folder in storage.list(kind) if is_finished(storage, folder)]
+    folders = [folder for kind in KINDS for folder in storage.list(kind)]
+    there = storage.map(lambda folder: is_finished(storage, folder), folders)
+    return [folder for folder, whole in zip(folders, there, strict=True) if whole]
 
 
 def opened(storage: Storage, manifest: Manifest) -> Artifact:
@@ -299,8 +301,9 @@ def differs(storage: Storage, folder: str) -> str:
     )
 
 
+@functools.cache  # to look them up takes longer than to write an artifact
 def versions() -> dict[str, str]:
-    """Returns the versions of the packages that numbers depend on."""
+    """Returns the versions of the packages that numbers depend on; not to be changed."""
     found = {"pdiff_ray": pdiff_ray.__version__, "python": platform.python_version()}
     for package in ("torch", "torchvision", "timm", "numpy", "ray", "pyarrow"):
         with contextlib.suppress(metadata.PackageNotFoundError):

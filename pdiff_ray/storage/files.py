@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import os
 import re
@@ -26,6 +27,9 @@ STALE_TEMPORARY_S = 24 * 3600
 # For which object storage is asked again, after growing pauses. Arrow itself does so for 6 s, and gives an answer 3 s.
 PATIENCE_S, FIRST_PAUSE_S, LONGEST_PAUSE_S = 120.0, 0.5, 10.0
 
+AT_A_TIME = 16  # requests to an object store that are waited for together
+
+A = TypeVar("A")
 T = TypeVar("T")
 
 
@@ -50,7 +54,7 @@ class Storage:
             raise StorageError(f"storage: {uri!r} is neither a folder nor a URI, which has two slashes")
         try:
             if "://" in uri:
-                self.fs, self.root = pafs.FileSystem.from_uri(uri)
+                self.fs, self.root = pafs.FileSystem.from_uri(_with_single_requests(uri))
                 self.uri = uri.rstrip("/")
             else:
                 self.fs, self.root = pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
@@ -195,6 +199,13 @@ class Storage:
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
         return self._ask(folder, lambda: self.fs.get_file_info(selector))
 
+    def map(self, function: Callable[[A], T], items: Sequence[A]) -> builtins.list[T]:
+        """Returns what a function that waits for storage gives for each item; of an object store several at a time."""
+        if self.local is not None or len(items) < 2:
+            return [function(item) for item in items]
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
+            return [*pool.map(function, items)]
+
     def _ask(self, name: str, request: Callable[[], T]) -> T:
         """Returns what a request gives, and turns the file system's errors into one message with a remedy."""
         until, pause = time.monotonic() + PATIENCE_S, FIRST_PAUSE_S
@@ -228,6 +239,13 @@ class Storage:
             with contextlib.suppress(OSError):
                 if datetime.fromtimestamp(file.stat().st_mtime, UTC) < oldest:
                     shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def _with_single_requests(uri: str) -> str:
+    """Returns a URI of S3 with which a small object is written by one request instead of three."""
+    if not uri.startswith("s3://") or "allow_delayed_open=" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true"
 
 
 def check_below(name: str) -> str:

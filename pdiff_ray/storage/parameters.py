@@ -170,6 +170,8 @@ class _Part:
         self.num_rows, schema = self.file.metadata.num_rows, self.file.schema_arrow
         self.separate = self.file.num_row_groups == self.num_rows  # a row group for each row
         self.columns = {field.name: field.type for field in schema}
+        if len(self.columns) < len(schema):
+            raise pa.ArrowInvalid("several of its columns have one name")
         earlier = _LATER.difference(self.columns)
         if odd := [n for n, kind in _TYPES.items() if self.columns.get(n) != kind and n not in earlier]:
             raise pa.ArrowInvalid(f"its column {odd[0]} is {self.columns.get(odd[0])}, and not {_TYPES[odd[0]]}")
@@ -182,10 +184,13 @@ class _Part:
             raise pa.ArrowInvalid(f"{self.num_rows} rows of {self.width} values are more than it can hold")
 
     def read(self, rows: list[int], columns: list[str]) -> pa.Table:
-        """Returns columns of some rows, after comparing their pages with their checksums."""
+        """Returns columns of some rows, after comparing their pages with their checksums.
+
+        Of so few values; to hand them to threads takes longer than to read them.
+        """
         if self.separate:
-            return self.file.read_row_groups(rows, columns=columns)
-        return self.file.read(columns=columns).take(rows)
+            return self.file.read_row_groups(rows, columns=columns, use_threads=False)
+        return self.file.read(columns=columns, use_threads=False).take(rows)
 
     def find(self, row: int, vector: np.ndarray) -> int | None:
         """Returns where in the file a vector that was read begins; None unless it stands there as it is in memory."""
@@ -280,10 +285,14 @@ class ParameterStore:
             about: dict[str, Any] = json.loads(self._open(part).file.schema_arrow.metadata[METADATA_KEY])
             return about
 
-    def records(self, ids: Sequence[int] | None = None) -> list[Record]:
-        """Returns rows, without their vectors, in the order of `ids` (default: all, by id)."""
+    def records(self, ids: Sequence[int] | None = None, columns: Sequence[str] = COLUMNS) -> list[Record]:
+        """Returns rows, without their vectors, in the order of `ids` (default: all, by id).
+
+        Args:
+            columns: what is read of them beside id and group.
+        """
         ids = self.ids if ids is None else ids
-        table, read = self._read(ids, list(COLUMNS))
+        table, read = self._read(ids, [name for name in COLUMNS if name in {"id", "group", *columns}])
         records = {}
         for id_, row in zip(read, table.to_pylist(), strict=True):
             if row["id"] != id_ or not is_group(row["group"]):

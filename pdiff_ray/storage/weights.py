@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import pickletools
 import zipfile
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from pdiff_ray.common.errors import ConfigError, first_line
 
 # Of all that a file says of its tensors: names, shapes, places. 40,000 tensors fit; reading it takes a second.
 MAX_DESCRIPTION_BYTES = 4 * 2**20
+MAX_FILE_NAME = 255  # bytes, as systems have it
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -357,9 +359,12 @@ def read_index(file: Path) -> dict[str, str]:
         if odd := [
             name
             for name in places.values()
-            if not isinstance(name, str) or name != Path(name).name or not name.isprintable()
+            if not isinstance(name, str)
+            or name != Path(name).name
+            or not name.isprintable()
+            or len(os.fsencode(name)) > MAX_FILE_NAME
         ]:
-            raise ValueError(f"{odd[0]!r} is no name of a file beside it")
+            raise ValueError(f"{odd[0]!r:.80} is no name of a file beside it")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ConfigError(f"{file}: cannot be read as the index of a checkpoint: {error}") from None
     return places

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_COLUMNS = 3  # panels side by side
+MAX_PANELS = 30  # of a figure: the others are in the tables, and each takes a tenth of a second to draw
 MAX_TICKS = 10  # with more values than this, matplotlib chooses the ticks
 MAX_CHARACTERS = 40  # of a title, or of the name of an axis or a value
 LOG_RATIO = 20  # an axis is logarithmic if the largest value is at least this many times the smallest
@@ -61,14 +62,14 @@ def accuracy_over(panels: Sequence[Panel]) -> bytes:
     Args:
         panels: have the curves `best`, `average`, `median` and `originals`, as fractions.
     """
-    figure, grid = _figure(panels)
-    for axes, panel in zip(grid, panels, strict=True):
+    figure, grid = _figure(panels[:MAX_PANELS])
+    for axes, panel in zip(grid, panels, strict=False):
         _reference(axes, panel, 100 * panel.curves["originals"][:, 0], "originals, average")
         for index, (name, (colour, marker)) in enumerate(MEASURES.items()):
             # Between names there is room to draw the measures side by side, so that no error bar hides another.
             places = panel.places if panel.numeric else panel.places + 0.2 * (index - 1)
             _points(axes, panel, places, 100 * panel.curves[name], colour, marker, f"generated, {name}")
-    return _explained(figure, grid, "test accuracy (%)")
+    return _explained(figure, grid, "test accuracy (%)", len(panels))
 
 
 def similarity_over(panels: Sequence[Panel]) -> bytes:
@@ -77,8 +78,8 @@ def similarity_over(panels: Sequence[Panel]) -> bytes:
     Args:
         panels: have the curves `smallest`, `average`, `largest` and `originals`.
     """
-    figure, grid = _figure(panels)
-    for axes, panel in zip(grid, panels, strict=True):
+    figure, grid = _figure(panels[:MAX_PANELS])
+    for axes, panel in zip(grid, panels, strict=False):
         _reference(axes, panel, panel.curves["originals"][:, 0], "originals with another one, average")
         low, high = panel.curves["smallest"][:, 2], panel.curves["largest"][:, 3]
         colour = GROUPS["generated"].colour
@@ -88,7 +89,7 @@ def similarity_over(panels: Sequence[Panel]) -> bytes:
         else:
             axes.bar(panel.places, high - low, 0.35, low, label="generated, range", **shade)
         _points(axes, panel, panel.places, panel.curves["average"], colour, "o", "generated, average")
-    return _explained(figure, grid, "largest IoU with an original")
+    return _explained(figure, grid, "largest IoU with an original", len(panels))
 
 
 @dataclass(frozen=True)
@@ -258,8 +259,14 @@ def _grid(panels: int, height: float) -> tuple[Figure, list[Any]]:
     return figure, grid
 
 
-def _explained(figure: Figure, grid: Sequence[Any], quantity: str) -> bytes:
-    """Labels the y axes, names what the panels show, and returns the figure as PNG bytes."""
+def _explained(figure: Figure, grid: Sequence[Any], quantity: str, panels: int = 0) -> bytes:
+    """Labels the y axes, names what the panels show, and returns the figure as PNG bytes.
+
+    Args:
+        panels: that there would be; how many are left out is said.
+    """
+    if panels > len(grid):
+        figure.supxlabel(f"the first {len(grid)} of {panels:,} panels; the tables have all", fontsize=9)
     figure.supylabel(quantity, fontsize=9) if len(grid) > MAX_COLUMNS else grid[0].set_ylabel(quantity, fontsize=9)
     return png(with_legend(figure, 8, 4 if figure.get_figwidth() > 6 else 2))
 

@@ -19,12 +19,12 @@ from pdiff_ray.config import loading
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.config.sweep import Parameter, Sweep, SweepFile, describe
 from pdiff_ray.stages.table import STAGES, artifacts_of
-from pdiff_ray.storage.artifacts import Artifact
+from pdiff_ray.storage.artifacts import Artifact, finished
 from pdiff_ray.storage.checks import Findings
 from pdiff_ray.storage.files import Storage
 from pdiff_ray.storage.sealed import read_listed, read_sealed, seal
 from pdiff_ray.sweeps import search
-from pdiff_ray.sweeps.trial import Trial, best_setting, has_results
+from pdiff_ray.sweeps.trial import RESULTS, Trial, best_setting, has_results
 
 AGAIN = "delete it to run its trial again"
 SETTING, AS_IN_THE_FILE = "setting", "as in the file"  # what a search's confirmation varies
@@ -48,8 +48,10 @@ class Ledger:
         # All combinations of a grid with the first seeds, then all with the next.
         grid = self.sweep.grid() if self.sweep.search == "grid" else []
         self._combinations = [(assignment, (repeat,)) for repeat in range(self.sweep.repeats) for assignment in grid]
-        for name in records(self.storage, self.folder):
-            trial = read_trial(self.storage, name)
+        names = records(self.storage, self.folder)
+        for name, trial in zip(
+            names, self.storage.map(lambda name: read_trial(self.storage, name), names), strict=True
+        ):
             if not self._belongs(trial):
                 values = describe(trial.assignment)
                 raise StorageError(
@@ -84,6 +86,8 @@ class Ledger:
 
         What the values of a search's trial caused is a result, from which it has learned.
         """
+        if self.trials:
+            finished(self.storage)  # all are looked for together
         return [t for _, t in sorted(self.trials.items()) if t.number < self.total and self._is_open(t)]
 
     def _is_open(self, trial: Trial) -> bool:
@@ -226,15 +230,16 @@ def needs(ledger: Ledger) -> Needs:
     trials = ledger.planned()
     if ledger.sweep.search != "grid" and not ledger.varies_zoos and len(ledger.done()) < ledger.total:
         trials.append(Trial(-1, {}, tuple(range(ledger.sweep.repeats))))  # all have the zoos of this one
-    jobs: dict[str, tuple[Experiment, list[str]]] = {}
+    there, jobs = set(finished(ledger.storage)), dict[str, tuple[Experiment, list[str]]]()
     seen: dict[str, dict[str, bool]] = {stage: {} for stage in STAGES}
     for experiment in itertools.chain.from_iterable(ledger.possible(trial) for trial in trials):
         artifacts = ledger.artifacts(experiment)
         for stage, artifact in artifacts.items():
             if artifact.key not in seen[stage]:
-                seen[stage][artifact.key] = artifact.exists()
+                seen[stage][artifact.key] = artifact.folder in there
         stages = [stage for stage in ("base", "zoo") if not seen[stage][artifacts[stage].key]]
-        if stages and not has_results(artifacts) and (ledger.sweep.search == "grid" or not ledger.varies_zoos):
+        whole = all(seen[stage][artifacts[stage].key] for stage in RESULTS)
+        if stages and not whole and (ledger.sweep.search == "grid" or not ledger.varies_zoos):
             jobs.setdefault(artifacts["zoo"].key, (experiment, stages))
     known = {stage: keys for stage, keys in seen.items() if keys or STAGES[stage].wanted(ledger.file.experiment)}
     return Needs(list(jobs.values()), {stage: (len(keys), sum(keys.values())) for stage, keys in known.items()})

@@ -10,6 +10,7 @@ import torch
 
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.estimates.estimate import Cost, Estimator
+from pdiff_ray.storage.artifacts import finished
 from pdiff_ray.sweeps.ledger import Ledger, needs
 from pdiff_ray.sweeps.trial import Trial
 
@@ -69,6 +70,7 @@ def make_plan(ledger: Ledger, estimator: Estimator) -> SweepPlan:
         for stage in counts.keys() - set(first):
             needed, there = counts[stage]
             counts[stage] = (needed + new * sweep.repeats - counted, there)
+    built = set(finished(ledger.storage))
     networks, seen, durations = dict[str, Experiment](), set[str](), list[float]()
     costs, before = list[Cost](), {stage: list[Cost]() for stage in ("base", "zoo")}  # of all; before the trials
     for repeats in experiments:
@@ -76,7 +78,7 @@ def make_plan(ledger: Ledger, estimator: Estimator) -> SweepPlan:
         for e in repeats:
             networks.setdefault(f"{e.network.name}, {e.zoo.subset}", e)
             artifacts = ledger.artifacts(e)
-            missing = [stage for stage, a in artifacts.items() if a.key not in seen and not a.exists()]
+            missing = [stage for stage, a in artifacts.items() if a.key not in seen and a.folder not in built]
             seen.update(artifact.key for artifact in artifacts.values())
             alone = {"actors": 1, "cpus_per_actor": e.resources.cpus_per_trial}  # a trial runs in one process
             as_trial = e.model_copy(update={"resources": e.resources.model_copy(update=alone)})

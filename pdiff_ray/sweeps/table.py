@@ -132,20 +132,26 @@ def table(ledger: Ledger) -> list[Row]:
 
     The file's own setting stands above a search's trials, if it has been evaluated.
     """
-    trials = [trial for _, trial in sorted(ledger.trials.items()) if trial.number < ledger.total]
-    repeats = ledger.sweep.repeats
+    repeats, numbers = ledger.sweep.repeats, [n for n in sorted(ledger.trials) if n < ledger.total]
+    found = ledger.storage.map(lambda number: _results(ledger, ledger.trials[number]), numbers)
+    results = dict(zip(numbers, found, strict=True))
     if ledger.sweep.search == "grid":
-        return [
-            Row("", assignment, repeats, same, [result for trial in same for result in _results(ledger, trial)])
-            for assignment in ledger.sweep.grid()
-            for same in [[trial for trial in trials if trial.assignment == assignment]]
-        ]
+        grid = ledger.sweep.grid()  # all of it with the first seeds, then with the next
+        rows = []
+        for first, assignment in enumerate(grid):
+            same = [number for number in range(first, ledger.total, len(grid)) if number in results]
+            of = [result for number in same for result in results[number]]
+            rows.append(Row("", assignment, repeats, [ledger.trials[number] for number in same], of))
+        return rows
     order = ("finished", "stopped", "failed", "running")
     sign = -1 if ledger.sweep.maximize else 1
-    trials.sort(key=lambda trial: (order.index(trial.state), sign * (trial.objective or 0.0)))
+    trials = sorted(
+        (ledger.trials[number] for number in numbers),
+        key=lambda trial: (order.index(trial.state), sign * (trial.objective or 0.0)),
+    )
     plain = _results(ledger, Trial(-1, {}, tuple(range(repeats)), "finished"))
     rows = [Row(AS_IN_THE_FILE, {}, repeats, (), plain)] if any(result.metrics for result in plain) else []
-    return rows + [Row(str(t.number), t.assignment, repeats, (t,), _results(ledger, t)) for t in trials]
+    return rows + [Row(str(t.number), t.assignment, repeats, (t,), results[t.number]) for t in trials]
 
 
 def _results(ledger: Ledger, trial: Trial) -> list[Result]:
@@ -172,7 +178,7 @@ def _metrics(artifacts: Mapping[str, Artifact]) -> dict[str, float]:
     evaluation = artifacts["evaluation"]
     num_test = evaluation.manifest().info["test_images"]
     wrong: dict[str, list[bytes]] = {"original": [], "generated": []}
-    for record in ParameterStore(evaluation).records():
+    for record in ParameterStore(evaluation).records(columns=["wrong"]):
         if record.group in wrong:
             wrong[record.group].append(record.wrong or b"")
     generated, original = (unpack_wrong(wrong[group], num_test) for group in ("generated", "original"))

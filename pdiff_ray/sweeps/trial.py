@@ -26,6 +26,7 @@ from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.files import Storage
 
 OnChange = Callable[["Trial"], None]
+RESULTS = ("evaluation", "report")  # stages whose artifacts are what comes of an experiment
 FINAL_RUNG = NUM_RUNGS + 1  # the evaluation, after the rungs of the generator
 
 
@@ -151,7 +152,7 @@ def _finite(metric: str, value: float, where: str = "") -> float:
 
 def has_results(artifacts: Mapping[str, Artifact]) -> bool:
     """Tells whether an experiment has been evaluated and reported."""
-    return artifacts["evaluation"].exists() and artifacts["report"].exists()
+    return all(artifacts[stage].exists() for stage in RESULTS)
 
 
 def objective(artifacts: Mapping[str, Artifact], metric: str) -> float:

@@ -140,7 +140,7 @@ def write(at: Connection, run: MlflowRun, usage: Usage | None = None) -> str:
             metrics += usage_points(usage, run.started, run.ended)
         at.client.log_batch(run_id, metrics, params_of(run.params))
         log_data(at, run_id, run.data)
-        write_files(at, run_id, run.files)
+        write_files(at, run_id, run.files, created.info.artifact_uri)
         at.client.set_terminated(run_id, run.status, end_time=run.ended)
     except BaseException:
         with contextlib.suppress(Exception):
@@ -180,11 +180,11 @@ def accepted(name: str) -> str:
     return f"{readable or 'name'}-{digest(name.encode())[:6]}"
 
 
-def write_files(at: Connection, run_id: str, files: Mapping[str, bytes]) -> None:
-    """Writes a run's artifacts."""
+def write_files(at: Connection, run_id: str, files: Mapping[str, bytes], place: str = "") -> None:
+    """Writes a run's artifacts; `place` is their URI, if it is known."""
     if not files:
         return
-    at.check_place(run_id)
+    at.check_place(place or at.client.get_run(run_id).info.artifact_uri)
     with tempfile.TemporaryDirectory() as folder:
         for path, content in files.items():
             target = Path(folder) / path

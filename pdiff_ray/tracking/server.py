@@ -85,9 +85,8 @@ class Connection:
     experiment_id: str
     folder: Path | None = None
 
-    def check_place(self, run_id: str) -> None:
-        """Raises TrackingError if a database that comes from elsewhere would have files of a run written elsewhere."""
-        uri = self.client.get_run(run_id).info.artifact_uri
+    def check_place(self, uri: str) -> None:
+        """Raises TrackingError if a database that comes from elsewhere has files of a run, at `uri`, go elsewhere."""
         place = Path(unquote(uri.removeprefix("file://"))).resolve()
         if self.folder and not place.is_relative_to(self.folder.resolve()):
             raise TrackingError(

@@ -84,7 +84,7 @@ def _follow(writer: _Writer, inbox: queue.SimpleQueue[Message]) -> None:
         message = inbox.get()
         last = message in ("end", "interrupted")
         if isinstance(message, Trial):
-            writer.trials[message.number] = message
+            writer.tell(message)
         changed = changed or not last
         if message == "interrupted" and not writer.begun:
             return
@@ -122,10 +122,16 @@ class _Writer:
         self.uri = tracking_uri(experiment, ledger.storage)
         self.experiment = experiment_name(experiment)
         self.name = f"{experiment.name}-{ledger.key[:6]}"
-        self.trials = {trial.number: trial for trial in ledger.done()}
+        self.trials, self.fingerprints = dict[int, Trial](), dict[int, str]()
+        for trial in ledger.done():
+            self.tell(trial)
         self.hurry = threading.Event()  # set where trials are to be left out, for now
         self.begun = False  # whether there may be a run of the sweep that is RUNNING
         self.disconnect()
+
+    def tell(self, trial: Trial) -> None:
+        """Takes note of what is known of a trial."""
+        self.trials[trial.number], self.fingerprints[trial.number] = trial, fingerprint(trial)
 
     def disconnect(self) -> None:
         """Forgets what is on MLflow."""
@@ -136,7 +142,7 @@ class _Writer:
 
     def mark(self) -> Mark:
         """Returns the note that all of the trials, as they are known now, have been written."""
-        content = "".join(fingerprint(trial) for _, trial in sorted(self.trials.items()))
+        content = "".join(known for _, known in sorted(self.fingerprints.items()))
         with contextlib.suppress(StorageError):  # it is written again at the end
             content += self._table()
         return Mark(self.ledger.storage, self.uri, self.experiment, f"{self.ledger.key}-{short_digest(content)}")
@@ -161,13 +167,13 @@ class _Writer:
             written = 0
             for number, trial in sorted(self.trials.items()):
                 old, there = self.children.get(number, ("", ""))
-                if fingerprint(trial) == there or self.hurry.is_set():
+                if self.fingerprints[number] == there or self.hurry.is_set():
                     continue
                 if old:  # a failed trial has been tried again
                     delete_run(at, old)
                 results, note = self._results(at, trial)
                 run = run_of(self.ledger, trial, results, {PARENT: self.parent, "sweep": self.name}, note)
-                self.children[number] = write(at, run, self.usage), fingerprint(trial)
+                self.children[number] = write(at, run, self.usage), self.fingerprints[number]
                 written += 1
             if written or finish:
                 self._tell(at, finished=finish)
