@@ -44,6 +44,7 @@ class Suite:
 
     Attributes:
         injected: faults by kind.
+        left: kinds for which the last disturbed run has ended too early.
         restarts: times that the command was typed again.
     """
 
@@ -154,10 +155,10 @@ class Suite:
     def disturb(self, kinds: Sequence[str], gap_s: float) -> None:
         """Injects faults, one after another, for as long as the command has work to do."""
         self.undo: list[tuple[float, Callable[[], None]]] = []
-        left = list(kinds)
+        self.left = list(kinds)
         self.launch()
         due = time.monotonic() + self.random.uniform(0, 2 * gap_s)
-        while left and self.process.poll() != 0:
+        while self.left and self.process.poll() != 0:
             time.sleep(0.05)
             self._undo()
             if self.process.poll() is not None and self.process.returncode:
@@ -166,9 +167,9 @@ class Suite:
                 self.launch()
             if time.monotonic() < due or self.process.poll() is not None:
                 continue
-            for kind in left:  # the first for which there is something to hit
+            for kind in self.left:  # the first for which there is something to hit
                 if told := getattr(self, kind)():
-                    left.remove(kind)
+                    self.left.remove(kind)
                     self.injected[kind] += 1
                     self.say(f"{kind}: {told}")
                     due = time.monotonic() + self.random.uniform(0, 2 * gap_s)

@@ -77,9 +77,9 @@ def disturbed(folder: Path, faults: int, seed: int, small: bool = False) -> None
         number += 1
     for kind in KINDS:
         print(f"{kind:8} {injected[kind]:4} injected, {injected[kind]:4} survived")
-    print(f"{'all':8} {injected.total():4} injected, {injected.total():4} survived")
+    print(f"{'in all':8} {injected.total():4} injected, {injected.total():4} survived")
     print(f"the command was typed again {restarts} times")
-    print(f"members made again after a loss: {redone}; members, rows and artifacts stored twice: 0")
+    print(f"members made again after a loss, as progress tells: {redone}; networks and artifacts stored twice: 0")
 
 
 def undisturbed(suite: Suite, in_process: bool = False) -> dict[str, object]:
@@ -95,9 +95,9 @@ def undisturbed(suite: Suite, in_process: bool = False) -> dict[str, object]:
     return suite.results()
 
 
-def check(suite: Suite, kinds: list[str], gap_s: float, expected: dict[str, object]) -> int:
+def check(suite: Suite, kinds: list[str], gap_s: float, expected: dict[str, object], name: str = "disturbed") -> int:
     """Disturbs the sweep and compares; returns how many members were made again."""
-    suite.begin("disturbed")
+    suite.begin(name)
     suite.disturb(kinds, gap_s)
     found = suite.results()
     assert found.keys() == expected.keys()

@@ -15,8 +15,9 @@ pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 def test_every_kind_of_fault_once(tmp_path):
     with Suite(tmp_path, {**SHORT, "sweep": SHORT_GRID}, random.Random(0)) as suite:
         expected = undisturbed(suite, in_process=True)
-        check(suite, SHORT_KINDS, 1.5, expected)
-        assert suite.injected.total() == len(SHORT_KINDS)
+        suite.left = SHORT_KINDS
+        while suite.left:  # a machine may be faster than the faults come
+            check(suite, suite.left, 1.5, expected, f"disturbed-{len(suite.left)}")
 
 
 @pytest.mark.long
