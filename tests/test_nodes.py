@@ -66,34 +66,6 @@ def pdiff(arguments, driver, **environment):
     return subprocess.run(command, cwd=driver, env=environment, capture_output=True, text=True, timeout=500)
 
 
-def test_the_doctor_looks_at_every_node(cluster, bucket, tmp_path):
-    (started, driver), mlflow_uri = cluster, {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
-    address = started.address
-    found = pdiff(["doctor", "--address", address, "--storage", bucket], driver, **mlflow_uri)
-    lines = [line for line in found.stdout.splitlines() if " node " in line]
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert len(lines) == 3
-    assert all(line.startswith("ok ") and "GiB of memory free" in line for line in lines)
-    assert "ok      token: is asked for" in found.stdout
-
-    other = tmp_path / "other"
-    shutil.copytree(ROOT / "pdiff_ray", other / "pdiff_ray")
-    (other / "pdiff_ray/sweep.py").write_text("# another version")
-    started.add(PYTHONPATH=str(other))
-    storage = driver / "storage"
-    found = pdiff(["doctor", "--address", address, "--storage", storage], driver, **mlflow_uri)
-    lines = [line for line in found.stdout.splitlines() if " node " in line]
-    assert found.returncode == 1
-    assert len(lines) == 4
-    assert sum("where the driver has" in line for line in lines) == 1
-    assert sum("set storage to what every node reaches" in line for line in lines) == 3  # the head sees it
-    refused = pdiff(["sweep", TINY, "--address", address, "--storage", bucket], driver, **mlflow_uri)
-    assert refused.returncode == 1
-    assert re.fullmatch(
-        r"error: node [\d.]+: pdiff_ray \S+ of sources \w+ where the driver has .*\n", refused.stderr
-    ), refused.stderr
-
-
 def test_no_process_and_no_log_has_the_storage_s_password(cluster, bucket, tmp_path):
     started, driver = cluster
     planted, seen = "planted0password", set()
@@ -122,6 +94,34 @@ def test_no_process_and_no_log_has_the_storage_s_password(cluster, bucket, tmp_p
     logs = [path for path in Path(started.temporary).rglob("*") if path.is_file()]
     assert len(logs) > 20
     assert [path for path in (*logs, tmp_path / "mlflow.db") if planted.encode() in path.read_bytes()] == []
+
+
+def test_the_doctor_looks_at_every_node(cluster, bucket, tmp_path):
+    (started, driver), mlflow_uri = cluster, {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    address = started.address
+    found = pdiff(["doctor", "--address", address, "--storage", bucket], driver, **mlflow_uri)
+    lines = [line for line in found.stdout.splitlines() if " node " in line]
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert len(lines) == 3
+    assert all(line.startswith("ok ") and "GiB of memory free" in line for line in lines)
+    assert "ok      token: is asked for" in found.stdout
+
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "pdiff_ray", other / "pdiff_ray")
+    (other / "pdiff_ray/sweep.py").write_text("# another version")
+    started.add(PYTHONPATH=str(other))  # and stays: no later test can work on all nodes
+    storage = driver / "storage"
+    found = pdiff(["doctor", "--address", address, "--storage", storage], driver, **mlflow_uri)
+    lines = [line for line in found.stdout.splitlines() if " node " in line]
+    assert found.returncode == 1
+    assert len(lines) == 4
+    assert sum("where the driver has" in line for line in lines) == 1
+    assert sum("set storage to what every node reaches" in line for line in lines) == 3  # the head sees it
+    refused = pdiff(["sweep", TINY, "--address", address, "--storage", bucket], driver, **mlflow_uri)
+    assert refused.returncode == 1
+    assert re.fullmatch(
+        r"error: node [\d.]+: pdiff_ray \S+ of sources \w+ where the driver has .*\n", refused.stderr
+    ), refused.stderr
 
 
 NOTICE = """
