@@ -191,11 +191,11 @@ def find_symmetries(
             some_of(found.obstacles) if found.obstacles else "none of its tensors has units of which the order is free"
         )
         raise ConfigError(f"no permutation of units leaves its function as it is: {reason}")
-    trial = _Trial(network, subset, images, measured)
+    check = _Check(network, subset, images, measured)
     random = torch.Generator().manual_seed(1)
-    if trial.differs(found.permuted(trial.vector, found.random(1, random))):
+    if check.differs(found.permuted(check.vector, found.random(1, random))):
         raise ConfigError("the permutations that its graph allows change its logits")
-    return replace(found, scalings=tuple(_scalings(found, trial, random))) if scales else found
+    return replace(found, scalings=tuple(_scalings(found, check, random))) if scales else found
 
 
 def _groups(labels: Labels, network: nn.Module, subset: Subset, measured: Callable[[str], bool]) -> Symmetries:
@@ -235,7 +235,7 @@ def _groups(labels: Labels, network: nn.Module, subset: Subset, measured: Callab
     return Symmetries(tuple(Group(label.size, tuple(p)) for label, p in places.items()), tuple(obstacles))
 
 
-def _scalings(found: Symmetries, trial: _Trial, random: torch.Generator) -> Iterator[Scaling]:
+def _scalings(found: Symmetries, check: _Check, random: torch.Generator) -> Iterator[Scaling]:
     """Yields how groups can be scaled: of two ways, the one that changes no logits of a network."""
     for group in found.groups:
         made = [place for place in group.places if place.axis == 0 and place.outer == 1]
@@ -245,14 +245,14 @@ def _scalings(found: Symmetries, trial: _Trial, random: torch.Generator) -> Iter
         layers = {name.removesuffix("weight") for name in weights}
         norm = [place for place in made if re.sub("(weight|bias)$", "", place.name) in layers]
         for makes in (made, norm):
-            scaling, scaled = Scaling(tuple(makes), tuple(read)), trial.vector.clone()
+            scaling, scaled = Scaling(tuple(makes), tuple(read)), check.vector.clone()
             scaling.scaled(scaled, 2.0 ** torch.randint(-2, 3, (1, group.size), generator=random))  # rounds nothing
-            if makes and read and not trial.differs(scaled, exactly=True):
+            if makes and read and not check.differs(scaled, exactly=True):
                 yield scaling
                 break
 
 
-class _Trial:
+class _Check:
     """A network with other values than its own, on which it is tried what changes no function.
 
     Attributes:

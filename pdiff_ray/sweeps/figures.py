@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_COLUMNS = 3  # panels side by side
-MAX_PANELS = 30  # of a figure: the others are in the tables, and each takes a tenth of a second to draw
+MAX_PANELS = 30  # of a figure: the others are in the tables, and each takes some tenths of a second to draw
 MAX_TICKS = 10  # with more values than this, matplotlib chooses the ticks
 MAX_CHARACTERS = 40  # of a title, or of the name of an axis or a value
 LOG_RATIO = 20  # an axis is logarithmic if the largest value is at least this many times the smallest
