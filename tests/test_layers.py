@@ -119,3 +119,9 @@ main()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "report").glob("*/report-*.html"))
+
+
+def test_the_actor_beside_the_driver_is_light():
+    """Its process, of which each command waits for one, is there without the seconds that torch takes."""
+    code = "import pdiff_ray.distributed.events, sys; print(sorted({'torch', 'ray', 'numpy'} & {*sys.modules}))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import TYPE_CHECKING
 
-from pdiff_ray.config.schema import Resources
+if TYPE_CHECKING:
+    from pdiff_ray.config.schema import Resources
 
 
 def ray_address(resources: Resources) -> str | None:

@@ -29,6 +29,7 @@ from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Progress
 from pdiff_ray.config.schema import Resources
 from pdiff_ray.distributed import nodes, ray_address
+from pdiff_ray.distributed.events import Events
 from pdiff_ray.storage.files import TEMPORARY, Storage
 
 POLL_S = 0.3
@@ -37,31 +38,6 @@ WATCH_S = 2.0  # how often Ray's head and node are looked for
 HEAD_LOST_S, NODE_LOST_S = 30.0, 3.0  # after which they count as lost: a head may come back, a node does not
 CONNECT_TIMEOUT_S = 5.0
 CONTEXT_BYTES = 600 * 2**20  # about what CUDA itself takes of a GPU's memory for each process
-
-
-class _Events:
-    """The actor that keeps the progress and the failures of workers until the driver fetches them."""
-
-    def __init__(self) -> None:
-        self.updates: dict[str, tuple[str, int, int, str]] = {}
-        self.failures: dict[str, str] = {}
-
-    def update(self, task: str, done: int, total: int, note: str) -> None:
-        # Only the newest update of a task is kept, so that a slow driver does not fall behind; parallel runs report out
-        # of order.
-        newest = self.updates.get(task)
-        if newest is None or done >= newest[1] or total != newest[2]:
-            self.updates[task] = (task, done, total, note)
-
-    def take(self) -> list[tuple[str, int, int, str]]:
-        updates, self.updates = list(self.updates.values()), {}
-        return updates
-
-    def fail(self, key: str, message: str) -> None:
-        self.failures.setdefault(key, message)
-
-    def failed(self) -> dict[str, str]:
-        return self.failures
 
 
 @contextlib.contextmanager
@@ -83,7 +59,7 @@ def connect(resources: Resources, progress: Progress, *, equal: bool = True) -> 
     if ours:
         _init(resources, address)
     name = f"pdiff-events-{uuid.uuid4().hex[:8]}"
-    events: Any = ray.remote(_Events).options(name=name, **beside_driver()).remote()
+    events: Any = ray.remote(Events).options(name=name, **beside_driver()).remote()
     stop = threading.Event()
 
     def relay() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from pdiff_ray.common.seeds import derive_seed
 from pdiff_ray.config.schema import Condition
@@ -67,6 +66,8 @@ def _correlation(first: np.ndarray, second: np.ndarray) -> float | None:
 
 def _interval(first: np.ndarray, second: np.ndarray, random: np.random.Generator) -> tuple[float | None, ...]:
     """Returns a correlation and its interval."""
+    from scipy.stats import rankdata  # half a second, which few need
+
     estimate = _correlation(first, second)
     if estimate is None:
         return None, None, None
