@@ -14,6 +14,7 @@ from pdiff_ray.config import loading
 from pdiff_ray.config import sweep as space
 from pdiff_ray.distributed.train import Job, place_among
 from pdiff_ray.distributed.tune import _Claims
+from pdiff_ray.running import progress
 from pdiff_ray.running import sweep as sweep_running
 from pdiff_ray.running.progress import SweepDisplay
 from pdiff_ray.running.sweep import run_trials
@@ -215,6 +216,19 @@ def test_what_is_told_of_the_best_is_its_mean_over_seeds(capsys, tmp_path):
     told = capsys.readouterr().out.splitlines()
     assert "finished 80.00 %; 1 of 4 trials, best generated/mean_validation_accuracy 80.00 % (trial 0)" in told[0]
     assert told[-1].endswith("best generated/mean_validation_accuracy 70.00 % (members 12, mean of 2 seeds)")
+
+
+def test_lines_say_each_minute_what_trials_are_doing(capsys, monkeypatch, tmp_path):
+    """Where output is no terminal, and a trial may take hours."""
+    shown = SweepDisplay(ledger_of(tmp_path / "storage", {"parameters": {"generator.members": [4, 12]}}), live=False)
+    for number in range(10):
+        shown(f"trial {number}|zoo", number, 200)
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(progress, "STAGES_EVERY_S", 0)
+    shown("trial 9|zoo", 10, 200)
+    line = capsys.readouterr().out
+    assert line.startswith("  trial 0: zoo 0/200; trial 1: zoo 1/200; ")
+    assert line.endswith("trial 7: zoo 7/200; 2 more\n")
 
 
 def test_a_deleted_base_is_trained_by_the_group_of_workers(copy):

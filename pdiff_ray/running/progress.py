@@ -18,9 +18,12 @@ from pdiff_ray.sweeps.ledger import Ledger
 from pdiff_ray.sweeps.table import amount
 from pdiff_ray.sweeps.trial import Trial, best_setting
 
+STAGES_EVERY_S = 60.0  # how often lines say what trials are doing
+STAGES_SHOWN = 8
+
 
 class SweepDisplay:
-    """The trials of a sweep, shown as a live table or as a line whenever a trial begins or ends.
+    """The trials of a sweep, shown as a live table, or as a line whenever a trial begins or ends and each minute.
 
     It is a `Progress` function, too, for which a task of a trial is named `trial <number>|<stage>`.
 
@@ -36,12 +39,20 @@ class SweepDisplay:
         self.tasks: dict[str, tuple[int, int, str]] = {}  # those of the whole sweep
         self.stages: dict[int, tuple[str, int, int]] = {}  # what running trials are doing
         self.lines = Display(None)
+        self.printed = time.monotonic()  # when a line said last what trials are doing
         self.widest = 1  # the most trials that have run at a time
 
     def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
         trial, bar, stage = task.partition("|")
         if bar:
             self.stages[int(trial.removeprefix("trial "))] = (stage, done, total)
+            if not self.live and time.monotonic() - self.printed >= STAGES_EVERY_S:
+                self.printed = time.monotonic()
+                doing = [
+                    f"trial {n}: {stage} {done}/{total}" for n, (stage, done, total) in sorted(self.stages.items())
+                ]
+                more = f"; {len(doing) - STAGES_SHOWN} more" if len(doing) > STAGES_SHOWN else ""
+                console.print(f"  {'; '.join(doing[:STAGES_SHOWN])}{more}", markup=False)
         elif self.live:
             self.tasks[task] = (done, total, note)
         else:
