@@ -32,6 +32,7 @@ BENCHMARKS = {
     "align": "aligning",
     "actors": "cluster",
     "ray_overhead": "cluster",
+    "nodes": "cluster",
     "trial_overhead": "cluster",
     "rerun": "cluster",
     "scale": "scale",

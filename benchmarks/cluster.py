@@ -193,6 +193,92 @@ def ray_overhead(overrides: tuple[str, ...] = BRIEF, n: int = 5) -> Iterator[Res
         )
 
 
+def nodes(
+    counts: Sequence[int] = (1, 2, 4), workers: int = 4, members: Sequence[int] = (200, 2_000), n: int = 3
+) -> Iterator[Result]:
+    """Members and samples of so many workers and actors spread over several nodes, against one process without Ray.
+
+    The nodes are simulated: each has a part of Ray's cores, and all run on this machine. A member is one step here, so
+    that little is measured beside what it takes to have it made, named, stored and reported.
+
+    Args:
+        counts: of nodes, on which all workers and actors have a core.
+        members: of a small and of a large zoo, whose difference in time is that of its members alone.
+        n: repetitions.
+    """
+    branches = (
+        "zoo.regime=branches",
+        f"zoo.branches={workers}",
+        "zoo.steps_per_member=1",
+        f"resources.workers={workers}",
+    )
+    with tempfile.TemporaryDirectory() as storage:
+        here = Evaluation(f"{storage}/here")
+        alone = functools.partial(_member_s, here, f"{storage}/here", branches, members)
+        member = [alone(lambda job: zoo.build(job.experiment, job.artifacts, here.context), run) for run in range(n)]
+        sample = [seconds(here.run_here) / here.num_networks for _ in range(n)]
+    for count in counts:
+        with _nodes(count, workers) as events, tempfile.TemporaryDirectory() as storage:
+            from pdiff_ray.distributed import train
+
+            there = Evaluation(storage)
+            spread = functools.partial(_member_s, there, storage, branches, members)
+            found = [spread(lambda job, events=events: train.train([job], events), run) for run in range(n)]
+            where = f"{workers} of them on {count} nodes" if count > 1 else f"{workers} of them on one node"
+            yield _per("nodes", f"a member by workers, {where}", found, member)
+            with there.pool(workers, events) as pool:
+                work = functools.partial(there.run, pool)
+                found = [seconds(work) / there.num_networks for _ in range(n)]
+            yield _per("nodes", f"a sample by actors, {where}", found, sample)
+
+
+def _per(name: str, what: str, ours: Sequence[float], other: Sequence[float]) -> Result:
+    cores = os.cpu_count() or 1
+    more = 1e3 * (cores * np.median(ours) - np.median(other))
+    note = f"{more:+.2f} ms of a core for each, start-up apart, with all {cores} cores of this machine taken for busy"
+    return result(name, what, "in this process, on a core", list(zip(ours, other, strict=True)), note=note)
+
+
+def _member_s(
+    evaluation: Evaluation,
+    storage: str,
+    overrides: tuple[str, ...],
+    members: Sequence[int],
+    build: Callable[[Any], object],
+    run: int,
+) -> float:
+    """Builds a small and a large zoo over an evaluation's base; returns the seconds that each member more takes."""
+    from pdiff_ray.distributed.train import Job
+
+    taken = []
+    for count in members:
+        more = (f"zoo.members={count}", f"zoo.seed={run + 1}")
+        experiment = loading.load(QUICKSTART, [f"storage={storage}", *BRIEF, *overrides, *more])
+        artifacts = {**artifacts_of(experiment, Storage(storage)), "base": evaluation.artifacts["base"]}
+        taken.append(seconds(lambda e=experiment, a=artifacts: build(Job(e, a, ["zoo"]))))
+        assert artifacts["zoo"].exists()
+    return (taken[1] - taken[0]) / (members[1] - members[0])
+
+
+@contextlib.contextmanager
+def _nodes(count: int, cores: int) -> Iterator[str]:
+    """A cluster of so many nodes on this machine, and a connection to it."""
+    distributed.prepare(config.Resources())
+    from ray.cluster_utils import Cluster
+
+    from pdiff_ray.distributed import session
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(count):
+            cluster.add_node(num_cpus=cores // count)
+        cluster.wait_for_nodes()
+        with session.connect(config.Resources(address=cluster.address), silent) as events:
+            yield events
+    finally:
+        cluster.shutdown()
+
+
 def trial_overhead(trials: int = 10, trial_s: float = 60.0, overrides: tuple[str, ...] = BRIEF) -> Iterator[Result]:
     """Trials of a sweep on Ray Tune, one after another, against the same trials in this process.
 

@@ -124,7 +124,7 @@ def test_ray_up_launches_what_the_file_says(name, aws, launched, tmp_path, monke
     ]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(bool(REHEARSAL["missing"]()), reason=REHEARSAL["missing"]())
 def test_a_sweep_on_several_hosts():
     workers = REHEARSAL["rehearse"](["sweeps/ablate_layers.yaml", "--preset", "small"])

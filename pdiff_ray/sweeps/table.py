@@ -24,8 +24,9 @@ from pdiff_ray.storage.parameters import ParameterStore
 from pdiff_ray.sweeps.ledger import AS_IN_THE_FILE, Ledger
 from pdiff_ray.sweeps.trial import Trial
 
-SECONDARY = ("ensemble", "lead", "verdict", "IoU", "IoU orig.", "distance")  # columns that a narrow table leaves out
-PRIMARY = ("best*", "mean", "objective")  # those that a very narrow one keeps
+# Columns that a narrow table leaves out, first those in front; the others once numbers have lost their deviations, too.
+SECONDARY = ("distance", "IoU", "IoU orig.", "lead", "ensemble", "IoU max")
+OTHERS = ("median", "failed", "verdict", "original", "baseline")
 LEGEND = (
     "Mean ± standard deviation over n seeds. original: mean of the originals; best*, mean, median: of the generated "
     "networks; failed: their share nearer to chance than to the originals; verdict: what they are; baseline: whether "
@@ -194,20 +195,27 @@ def metrics(ledger: Ledger) -> Mapping[str, Metric]:
 
 def cells(ledger: Ledger, rows: Sequence[Row], width: float = math.inf) -> list[list[str]]:
     """Returns the table as text, headings first, with as much detail as fits into so many characters."""
-    columns = {"original/mean_test_accuracy": "original", "ensemble/mean_test_accuracy": "ensemble"}
+    columns = {**WORDS, "original/mean_test_accuracy": "original", "ensemble/mean_test_accuracy": "ensemble"}
     columns |= {f"generated/{m.name}": m.heading for m in metrics(ledger).values() if m.heading and "sweep" in m.tables}
-    columns |= WORDS
     columns[ledger.sweep.metric] = "objective"
-    fewer = {metric: head for metric, head in columns.items() if head not in SECONDARY}
-    fewest = {metric: head for metric, head in columns.items() if head in PRIMARY}
-    accuracies = {metric for metric in columns if is_percent(metric)}
-    none: set[str] = set()
-    levels = ((columns, set(columns)), (columns, accuracies), (fewer, accuracies), (fewer, none), (fewest, none))
-    for shown, spread in levels:
+    for shown, spread in _levels(columns):
         found = _cells(ledger, rows, shown, spread)
         if _width(found) <= width:
             break
     return found
+
+
+def _levels(columns: Mapping[str, str]) -> Iterator[tuple[Mapping[str, str], set[str]]]:
+    """Yields columns, and those with a standard deviation, each time with less of them."""
+    yield columns, set(columns)
+    left, spread = dict(columns), {metric for metric in columns if is_percent(metric)}
+    yield left, spread
+    for heads in (SECONDARY, OTHERS):
+        for head in heads:
+            left = {metric: other for metric, other in left.items() if other != head}
+            yield left, spread
+        spread = set()
+        yield left, spread
 
 
 def _width(found: Sequence[Sequence[str]]) -> int:
