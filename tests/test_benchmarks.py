@@ -85,6 +85,15 @@ def test_ways_that_differ_are_noticed(monkeypatch):
         next(judging.evaluate(3, [SMALL]))
 
 
+@pytest.mark.slow
+def test_work_is_spread_over_nodes():
+    found = list(cluster.nodes(counts=(2,), workers=2, members=(20, 60), n=1))
+    assert [result.what for result in found] == [
+        "a member by workers, 2 of them on 2 nodes",
+        "a sample by actors, 2 of them on 2 nodes",
+    ]
+
+
 @pytest.mark.long
 def test_a_second_run_prints_the_same_table():
     (result,) = cluster.rerun(cluster.BRIEF)
