@@ -11,7 +11,7 @@ from pdiff_ray.cli.options import complete_cell
 from pdiff_ray.common.errors import ConfigError
 from pdiff_ray.config import sweep
 from pdiff_ray.running import reproduce
-from pdiff_ray.running.reproduce import FILES, Cell, Interval, Line
+from pdiff_ray.running.reproduce import FILES, Cell, Line, OverSeeds
 from pdiff_ray.storage.files import Storage
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
@@ -118,11 +118,11 @@ def test_digits_are_told_from_the_relation():
 
 
 def test_intervals_are_the_wider_ones_of_seeds_and_runs():
-    assert Interval.of([0.5, 0.5], [0.01, 0.03]).half == pytest.approx(0.02)
-    over_seeds = Interval.of([0.50, 0.52, 0.54], [0.001] * 3)
+    assert OverSeeds.of([0.5, 0.5], [0.01, 0.03]).half == pytest.approx(0.02)
+    over_seeds = OverSeeds.of([0.50, 0.52, 0.54], [0.001] * 3)
     assert over_seeds.estimate == pytest.approx(0.52)
     assert over_seeds.half == pytest.approx(4.303 * 0.02 / 3**0.5, rel=0.02)
-    assert Interval.of([], []) is None
+    assert OverSeeds.of([], []) is None
 
 
 def test_verdicts_of_all_seeds_are_told():

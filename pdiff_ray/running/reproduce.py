@@ -176,14 +176,14 @@ def _changes(experiment: Experiment, plain: Experiment) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Interval:
-    """An accuracy, or a difference of two, as a fraction, and half the width of its 95 % interval."""
+class OverSeeds:
+    """The mean over seeds of an accuracy or a difference, as a fraction, and half the width of its 95 % interval."""
 
     estimate: float
     half: float
 
     @classmethod
-    def of(cls, values: Sequence[float], within: Sequence[float]) -> Interval | None:
+    def of(cls, values: Sequence[float], within: Sequence[float]) -> OverSeeds | None:
         """Returns the interval of a mean over seeds: the wider one of Student's, and of the mean of those within runs.
 
         Args:
@@ -217,18 +217,18 @@ class Line:
     results: Sequence[Result] = ()
     settings: Sequence[str] = ()
 
-    def mean(self, group: str) -> Interval | None:
+    def mean(self, group: str) -> OverSeeds | None:
         """Returns the mean test accuracy of a line of the results' tables; None if they have none."""
         groups = [{line["group"]: line for line in result.summary["groups"]} for result in self.results]
         values = [found[group]["mean"] for found in groups if group in found]
-        return Interval.of(values, self._within("means", group))
+        return OverSeeds.of(values, self._within("means", group))
 
     @functools.cached_property
-    def difference(self) -> Interval | None:
+    def difference(self) -> OverSeeds | None:
         """The mean accuracy of the generated networks minus the originals'."""
         groups = [{line["group"]: line["mean"] for line in result.summary["groups"]} for result in self.results]
         values = [found["generated"] - found["original"] for found in groups]
-        return Interval.of(values, self._within("differences", "original"))
+        return OverSeeds.of(values, self._within("differences", "original"))
 
     def _within(self, kind: str, group: str) -> list[float]:
         found = [result.summary.get("comparison", {}).get(kind, {}).get(group) for result in self.results]
