@@ -430,6 +430,16 @@ def test_trees_that_lead_nowhere():
             load_tree(save_tree(tree), "x")
 
 
+def test_what_torch_says_of_its_own_inside_is_not_told():
+    """Of a size that no number can hold, torch says so with the calls that led there."""
+    content = save_tree({"a": torch.ones(0, 0)})
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].decode().replace('"shape":[0,0]', f'"shape":[0,{2**63}]').encode()
+    with pytest.raises(StorageError, match="not a whole safetensors file") as caught:
+        load_tree(len(header).to_bytes(8, "little") + header + content[8 + size :], "x")
+    assert "\n" not in str(caught.value)
+
+
 # --- sweeps -----------------------------------------------------------------------------------------------------------
 
 

@@ -607,6 +607,7 @@ def test_what_others_give(name, tmp_path, watch, little_memory):
             message = str(error)
             assert str(file) in message or f"(base of {file.name})" in message
             assert len(message) < 10_000
+            assert "frame #" not in message
             assert message.isprintable() or "\n" in message
             # What is too large is to be found before it is asked for.
             assert not re.search(r"alloc|[Mm]emory(?!-mapped)", message.replace(str(tmp_path), "")), message

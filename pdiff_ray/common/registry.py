@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pdiff_ray.common.errors import ConfigError, did_you_mean
+from pdiff_ray.common.errors import ConfigError, did_you_mean, first_line
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ def imported(name: str, field: str = "") -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         where = f"{field}: " if field else ""
-        raise ConfigError(f"{where}{name!r} (module:attribute) cannot be imported: {error}") from None
+        raise ConfigError(f"{where}{name!r} (module:attribute) cannot be imported: {first_line(error)}") from None
 
 
 def source_of(name: str) -> Path | None:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from PIL import Image
 
-from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.common.errors import ConfigError, first_line
 from pdiff_ray.data.images import open_image
 from pdiff_ray.data.kept import CHECKED_APART, CHECKSUMS
 
@@ -52,7 +52,7 @@ def _dataset(file: str) -> ds.Dataset:
     try:
         return ds.dataset(file, format="parquet")
     except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"data.root: {file} cannot be read as Parquet images: {error}") from None
+        raise ConfigError(f"data.root: {file} cannot be read as Parquet images: {first_line(error)}") from None
 
 
 def _columns(file: str, schema: pa.Schema) -> tuple[str, str]:
@@ -182,7 +182,7 @@ class ParquetImages:
                         yield encoded
                         index += 1
             except (pa.ArrowException, OSError) as error:
-                raise ConfigError(f"data.root: {file} cannot be read as Parquet images: {error}") from None
+                raise ConfigError(f"data.root: {file} cannot be read as Parquet images: {first_line(error)}") from None
 
     def _refuse(self, bad: pa.ChunkedArray, what: str, labels: pa.ChunkedArray) -> None:
         """Raises ConfigError if a label is marked as bad."""
@@ -212,4 +212,4 @@ def _labels(file: str) -> pa.ChunkedArray:
             )
         return column.cast(kind).cast(pa.string() if text else pa.int64())
     except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"data.root: {file} cannot be read as Parquet images: {error}") from None
+        raise ConfigError(f"data.root: {file} cannot be read as Parquet images: {first_line(error)}") from None

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from pdiff_ray.common.errors import StorageError, UnavailableError
+from pdiff_ray.common.errors import StorageError, UnavailableError, first_line
 from pdiff_ray.common.secrets import without_secrets
 
 TEMPORARY = "tmp"  # folder of files that are being written
@@ -60,7 +60,9 @@ class Storage:
                 self.fs, self.root = pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
                 self.uri = self.root
         except (pa.ArrowInvalid, OSError) as error:
-            raise StorageError(f"storage: {uri!r} is not a folder or a URI that pyarrow.fs knows: {error}") from None
+            raise StorageError(
+                f"storage: {uri!r} is not a folder or a URI that pyarrow.fs knows: {first_line(error)}"
+            ) from None
         self.manifests: dict[str, Any] = {}
         self.answered = answered
 

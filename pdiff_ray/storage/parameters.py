@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pdiff_ray.common.errors import StorageError
+from pdiff_ray.common.errors import StorageError, first_line
 from pdiff_ray.config.split import MEMBER_GROUPS
 from pdiff_ray.networks.subset import Subset
 from pdiff_ray.storage.artifacts import Artifact, FileEntry, differs
@@ -401,9 +401,9 @@ class ParameterStore:
         except StorageError:
             raise
         except _DAMAGE as error:
+            file, said = self.storage.location(f"{self.artifact.folder}/{part}"), first_line(error)
             raise StorageError(
-                f"{self.storage.location(f'{self.artifact.folder}/{part}')}: damaged Parquet file ({error}); delete "
-                f"{self.artifact.location} and run again to build it anew"
+                f"{file}: damaged Parquet file ({said}); delete {self.artifact.location} and run again to build it anew"
             ) from None
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from pdiff_ray.common.errors import StorageError
+from pdiff_ray.common.errors import StorageError, first_line
 
 
 def save_tree(tree: dict[str, Any]) -> bytes:
@@ -60,4 +60,6 @@ def load_tree(content: bytes, where: str = "state") -> dict[str, Any]:
             node[leaf] = value
         return tree
     except (SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise StorageError(f"{where}: not a whole safetensors file: {error}; delete it to make it again") from None
+        raise StorageError(
+            f"{where}: not a whole safetensors file: {first_line(error)}; delete it to make it again"
+        ) from None

@@ -366,7 +366,7 @@ def read_index(file: Path) -> dict[str, str]:
         ]:
             raise ValueError(f"{odd[0]!r:.80} is no name of a file beside it")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{file}: cannot be read as the index of a checkpoint: {error}") from None
+        raise ConfigError(f"{file}: cannot be read as the index of a checkpoint: {first_line(error)}") from None
     return places
 
 
