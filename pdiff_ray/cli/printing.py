@@ -335,7 +335,8 @@ def print_cells(found: Sequence[Line], page: str | None = None) -> None:
     head, *body = reproduce.table(found)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for column in head:
-        table.add_column(column, justify="left" if column in ("cell", "verdict", "digits") else "right")
+        left = column in ("cell", "verdict", "digits")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column == "cell")
     for line, row in zip(found, body, strict=True):
         table.add_row(*map(Text, row), style=None if line.results else "dim")
     console.print(table)
