@@ -151,6 +151,25 @@ def test_missing_base_names_the_file_that_asked(load):
         load("base: nowhere.yaml")
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "cannot be read: it is no regular file"),
+        ("a: [", r"line 1: not valid YAML"),
+        ("- 1", "an experiment file is a mapping of sections, this one is list"),
+        ("long", "cannot be read: File name too long"),
+    ],
+)
+def test_what_is_wrong_with_a_base_names_the_file_that_asked(load, write, tmp_path, content, expected):
+    name = "x" * 300 if content == "long" else "b.yaml"
+    if content is None:
+        (tmp_path / name).mkdir()
+    elif content != "long":
+        write(content, name)
+    with pytest.raises(ConfigError, match=rf"{name} \(base of experiment\.yaml\): ?{expected}"):
+        load(f"base: {name}")
+
+
 def test_circular_base(write):
     write("base: b.yaml\nname: a", "a.yaml")
     with pytest.raises(ConfigError, match="in a circle"):

@@ -99,16 +99,17 @@ def parse(model: type[S], raw: Any, where: str, at: str = "") -> S:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    asked = f" (base of {seen[-1].name})" if seen else ""
     try:
-        content = read_yaml(path)
+        content = read_yaml(path, asked)
     except FileNotFoundError:
         near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.yaml")))
-        asked = f" (base of {seen[-1].name})" if seen else ""
         raise ConfigError(f"{path}{asked}: no such file{near}") from None
     if path.resolve() in seen:
-        raise ConfigError(f"{path}: base: the files inherit from each other in a circle")
+        raise ConfigError(f"{path}{asked}: base: the files inherit from each other in a circle")
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: an experiment file is a mapping of sections, this one is {type(content).__name__}")
+        kind = type(content).__name__
+        raise ConfigError(f"{path}{asked}: an experiment file is a mapping of sections, this one is {kind}")
     parent = content.pop("base", None)
     if parent is None:
         return content

@@ -112,8 +112,11 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}:{line} not valid YAML: {problem}") from None
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, asked: str = "") -> Any:
     """Returns the value that a file of YAML stands for.
+
+    Args:
+        asked: who asked for it, for messages.
 
     Raises:
         FileNotFoundError
@@ -129,5 +132,6 @@ def read_yaml(path: Path) -> Any:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:  # ValueError: it is no UTF-8, or its name is none
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    return parse_yaml(text, str(path))
+        said = getattr(error, "strerror", None) or error  # without the path once more
+        raise ConfigError(f"{path}{asked}: cannot be read: {said}") from None
+    return parse_yaml(text, f"{path}{asked}")
