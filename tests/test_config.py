@@ -170,6 +170,14 @@ def test_what_is_wrong_with_a_base_names_the_file_that_asked(load, write, tmp_pa
         load(f"base: {name}")
 
 
+def test_a_long_value_does_not_hide_what_is_said_of_it(load):
+    with pytest.raises(ConfigError, match=r"experiment\.yaml: base: \[0, 0.* \.\.\. .*\] is not a file name") as caught:
+        load(f"base: {[0] * 5000}")
+    assert len(str(caught.value)) <= 1000
+    again = type(caught.value)(str(caught.value))
+    assert str(again) == str(caught.value)
+
+
 def test_circular_base(write):
     write("base: b.yaml\nname: a", "a.yaml")
     with pytest.raises(ConfigError, match="in a circle"):

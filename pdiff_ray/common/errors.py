@@ -11,11 +11,19 @@ from pdiff_ray.common.secrets import without_secrets
 
 MAX_MEANT = 200  # characters of a name that a near one is looked for, and
 MAX_KNOWN = 5000  # names that it is looked for in
+MAX_LINE = 1000  # characters of a message's line, which may hold what others have written
+GAP = " ... "
 
 
 def printable(text: str) -> str:
     """Returns the text with escapes in place of characters that a terminal obeys or that cannot be encoded."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def shortened(line: str) -> str:
+    """Returns a line, if it is a long one without its middle: it begins with the place and ends with the remedy."""
+    half = (MAX_LINE - len(GAP)) // 2
+    return line if len(line) <= MAX_LINE else f"{line[:half]}{GAP}{line[-half:]}"
 
 
 class PdiffError(ValueError):
@@ -24,7 +32,7 @@ class PdiffError(ValueError):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(without_secrets(message)))
+        super().__init__("\n".join(map(shortened, printable(without_secrets(message)).split("\n"))))
 
 
 class ConfigError(PdiffError):

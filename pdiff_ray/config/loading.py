@@ -16,8 +16,7 @@ from pdiff_ray.config.section import Choice, Section, merge
 
 S = TypeVar("S", bound=Section)
 
-MAX_PROBLEMS = 20  # that are told of at once, and
-MAX_LINE = 1000  # characters for each
+MAX_PROBLEMS = 20  # that are told of at once
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), preset: str | None = None) -> Experiment:
@@ -90,9 +89,7 @@ def parse(model: type[S], raw: Any, where: str, at: str = "") -> S:
         for problem in error.errors():
             by_path.setdefault(_path(model, raw, problem["loc"]), []).append(problem)
         told = list(by_path.items())[:MAX_PROBLEMS]
-        lines = [
-            f"{where[:MAX_LINE]}: {_explain(model, raw, path, at, problems)[:MAX_LINE]}" for path, problems in told
-        ]
+        lines = [f"{where}: {_explain(model, raw, path, at, problems)}" for path, problems in told]
         if len(by_path) > len(told):
             lines.append(f"{where}: and {len(by_path) - len(told)} more")
         raise ConfigError("\n".join(lines)) from None
@@ -123,7 +120,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not equals or not all(path.strip().split(".")):
         raise ConfigError(f"--set {text}: expected path=value, for example --set zoo.members=50")
     # PyYAML reads 1e-3 as text (YAML 1.1 wants 1.0e-3); pydantic turns it into a number.
-    tree = parse_yaml(value, f"--set {text[:MAX_LINE]}")
+    tree = parse_yaml(value, f"--set {text}")
     return nested(path.strip(), tree)
 
 
