@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import build, tiny, until
+from helpers import build, marked, tiny, until
 
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Display
@@ -155,7 +155,7 @@ def sampled(here, tmp_path):
     return tiny(tmp_path)
 
 
-@pytest.mark.parametrize("actors", [2, 1])
+@pytest.mark.parametrize("actors", [2, *marked("slow", 1)])
 def test_work_of_a_dead_actor_is_done_by_the_others(here, sampled, ray, actors):
     """Or by itself, when it has been restarted; every network is judged once, and stored by whom judged it."""
     experiment, artifacts = sampled
