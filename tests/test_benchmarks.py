@@ -85,7 +85,7 @@ def test_ways_that_differ_are_noticed(monkeypatch):
         next(judging.evaluate(3, [SMALL]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_work_is_spread_over_nodes():
     found = list(cluster.nodes(counts=(2,), workers=2, members=(20, 60), n=1))
     assert [result.what for result in found] == [
