@@ -225,18 +225,18 @@ def nodes(
             spread = functools.partial(_member_s, there, storage, branches, members)
             found = [spread(lambda job, events=events: train.train([job], events), run) for run in range(n)]
             where = f"{workers} of them on {count} nodes" if count > 1 else f"{workers} of them on one node"
-            yield _per("nodes", f"a member by workers, {where}", found, member)
+            yield _per(f"a member by workers, {where}", found, member)
             with there.pool(workers, events) as pool:
                 work = functools.partial(there.run, pool)
                 found = [seconds(work) / there.num_networks for _ in range(n)]
-            yield _per("nodes", f"a sample by actors, {where}", found, sample)
+            yield _per(f"a sample by actors, {where}", found, sample)
 
 
-def _per(name: str, what: str, ours: Sequence[float], other: Sequence[float]) -> Result:
+def _per(what: str, ours: Sequence[float], other: Sequence[float]) -> Result:
     cores = os.cpu_count() or 1
     more = 1e3 * (cores * np.median(ours) - np.median(other))
     note = f"{more:+.2f} ms of a core for each, start-up apart, with all {cores} cores of this machine taken for busy"
-    return result(name, what, "in this process, on a core", list(zip(ours, other, strict=True)), note=note)
+    return result("nodes", what, "in this process, on a core", list(zip(ours, other, strict=True)), note=note)
 
 
 def _member_s(

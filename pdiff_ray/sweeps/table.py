@@ -208,14 +208,13 @@ def cells(ledger: Ledger, rows: Sequence[Row], width: float = math.inf) -> list[
 def _levels(columns: Mapping[str, str]) -> Iterator[tuple[Mapping[str, str], set[str]]]:
     """Yields columns, and those with a standard deviation, each time with less of them."""
     yield columns, set(columns)
-    left, spread = dict(columns), {metric for metric in columns if is_percent(metric)}
-    yield left, spread
+    left, spread = columns, {metric for metric in columns if is_percent(metric)}
     for heads in (SECONDARY, OTHERS):
+        yield left, spread
         for head in heads:
             left = {metric: other for metric, other in left.items() if other != head}
             yield left, spread
         spread = set()
-        yield left, spread
 
 
 def _width(found: Sequence[Sequence[str]]) -> int:
