@@ -61,7 +61,7 @@ def launched(aws, tmp_path):
         token.parent.mkdir(exist_ok=True)
         token.write_text("0" * 64)
         ray = str(Path(sys.executable).parent / "ray")
-        environment = {**os.environ, "HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+        environment = {**os.environ, "HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
         with (tmp_path / "log").open("w") as log:
             process = subprocess.Popen(
                 [ray, "up", "-y", "--no-config-cache", str(file)],
@@ -74,11 +74,12 @@ def launched(aws, tmp_path):
             )
         processes.append(process)
         for _ in range(600):
-            found = [i for r in aws("ec2").describe_instances()["Reservations"] for i in r["Instances"]]
-            if found or process.poll() is not None:
+            # An instance is there before its profile and its tags are: so Ray's word is waited for.
+            if "Launched instance" in (said := (tmp_path / "log").read_text()) or process.poll() is not None:
                 break
             time.sleep(0.5)
-        assert found, (tmp_path / "log").read_text()
+        found = [i for r in aws("ec2").describe_instances()["Reservations"] for i in r["Instances"]]
+        assert found, said
         return found[0]
 
     yield launch
