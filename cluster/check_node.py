@@ -72,14 +72,17 @@ def dotted(numbers: Iterable[int]) -> str:
 
 
 def driver_here(devices: Path = Path("/sys/bus/pci/devices")) -> str | None:
-    """Returns the version of the NVIDIA driver, "" without one, or None on a machine without such a GPU."""
-    vendors = (path.read_text().strip() for path in devices.glob("*/vendor"))
-    tool = shutil.which("nvidia-smi")
-    if NVIDIA not in vendors and tool is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    asked = subprocess.run(query, capture_output=True, text=True) if tool else None
-    return asked.stdout.split("\n")[0].strip() if asked and asked.returncode == 0 else ""
+    """Returns the version of the NVIDIA driver, "" where a GPU lacks a working one, None on a machine without a GPU.
+
+    A head without a GPU may boot an image that has NVIDIA's tools; a container may see the GPU but no PCI devices.
+    """
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        asked = subprocess.run(query, capture_output=True, text=True)
+        if asked.returncode == 0 and (found := asked.stdout.split("\n")[0].strip()):
+            return found
+    vendors = [path.read_text().strip() for path in devices.glob("*/vendor")]
+    return "" if NVIDIA in vendors else None
 
 
 def problems(lock: dict, glibc: str, driver: str | None, free_gib: float, python: Version = (3, 11)) -> list[str]:

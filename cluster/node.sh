@@ -3,6 +3,7 @@
 #   cluster/node.sh install SITE    checks the machine, installs what is pinned; shells get its PATH, SITE, and Ray's token mode
 #   cluster/node.sh sweep FILE ...  is `pdiff sweep` in this folder, where jobs do not start
 #   cluster/node.sh mlflow          starts MLflow on the head's loopback interface, for as long as Ray's head is there
+#   cluster/node.sh notice          tells Ray of the cloud's notice that this spot machine is to go, once it comes
 #   cluster/node.sh tidy            stops what Ray leaves of a worker whose head is gone, once it is
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -36,6 +37,30 @@ mlflow_server() {
   ' >~/mlflow/log 2>&1 </dev/null &
 }
 
+# AWS tells two minutes before, Google half a minute; without a word to Ray, work would end where it is.
+notice() {
+  setsid bash -c '
+    aws=${AWS_EC2_METADATA_SERVICE_ENDPOINT:-http://169.254.169.254}
+    google=http://${GCE_METADATA_HOST:-169.254.169.254}/computeMetadata/v1/instance/preempted
+    ask() { curl -sf --max-time 2 "$@"; }
+    noticed() {
+      local token
+      token=$(ask -X PUT "$aws/latest/api/token" -H "X-aws-ec2-metadata-token-ttl-seconds: 60") &&
+        ask -H "X-aws-ec2-metadata-token: $token" "$aws/latest/meta-data/spot/instance-action" && seconds=110 && return
+      [ "$(ask -H "Metadata-Flavor: Google" "$google")" = TRUE ] && seconds=25
+    }
+    while raylet=$(pgrep -u "$(id -u)" -a raylet); do
+      if noticed; then
+        of() { grep -oP "(?<=--$1=)[0-9a-f.:]+" <<<"$raylet" | head -n 1; }
+        ray drain-node --address "$(of gcs-address)" --node-id "$(of node_id)" \
+          --reason DRAIN_NODE_REASON_PREEMPTION --reason-message "notice of the cloud" \
+          --deadline-remaining-seconds "$seconds" && break
+      fi
+      sleep "${PDIFF_NOTICE_EVERY_S:-5}"
+    done
+  ' >~/pdiff-notice.log 2>&1 </dev/null &
+}
+
 # `ray down` stops the head of machines that stay; workers' raylets end without it, their log monitors do not.
 tidy() {
   setsid bash -c '
@@ -48,7 +73,8 @@ tidy() {
 case ${1:-} in
   install) install "$2" ;;
   mlflow) mlflow_server ;;
+  notice) notice ;;
   tidy) tidy ;;
   sweep) exec python -m pdiff_ray.sweep "${@:2}" ;;
-  *) sed -n '2,6s/^# //p' cluster/node.sh >&2; exit 2 ;;
+  *) sed -n '2,7s/^# //p' cluster/node.sh >&2; exit 2 ;;
 esac

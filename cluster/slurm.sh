@@ -22,6 +22,7 @@ trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH"
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 20000))
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # which srun does not take from the job since Slurm 22.05
 
 srun --ntasks="$SLURM_JOB_NUM_NODES" "$(command -v python)" cluster/check_node.py uv.lock
 # Starts Ray on every node, runs the sweep on the first one, and stops every Ray there: hence --exclusive above.

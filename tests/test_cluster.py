@@ -2,9 +2,14 @@
 
 import gzip
 import json
+import os
 import re
 import runpy
+import shutil
 import subprocess
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -202,14 +207,102 @@ def test_a_cuda_that_the_table_lacks_is_told():
         CHECK["needed_driver"](lock)
 
 
-def test_a_gpu_is_seen_without_its_driver(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    (tmp_path / "0").mkdir()
-    (tmp_path / "0/vendor").write_text("0x8086\n")
-    assert CHECK["driver_here"](tmp_path) is None
-    (tmp_path / "1").mkdir()
-    (tmp_path / "1/vendor").write_text("0x10de\n")
-    assert CHECK["driver_here"](tmp_path) == ""
+@pytest.mark.parametrize("path", SITES, ids=named)
+def test_shares_of_gpus_are_stated_for_all_work_or_none(path):
+    """What is "auto" asks for no GPU while none has joined, as where an interrupted sweep goes on."""
+    stated = {name for name in settings(path)["resources"] if name.startswith("gpus_per_")}
+    assert stated in (set(), {"gpus_per_worker", "gpus_per_actor", "gpus_per_trial"})
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """What a cloud tells a machine of itself: that it is to go."""
+
+    def do_PUT(self):
+        self.answer(b"token" if "X-aws-ec2-metadata-token-ttl-seconds" in self.headers else None)
+
+    def do_GET(self):
+        aws = (
+            self.path == "/latest/meta-data/spot/instance-action"
+            and self.headers["X-aws-ec2-metadata-token"] == "token"
+        )
+        google = self.path == "/computeMetadata/v1/instance/preempted" and self.headers["Metadata-Flavor"] == "Google"
+        noticed = {"aws": aws, "google": google}.get(self.server.cloud)
+        self.answer(b"TRUE" if noticed else b"FALSE" if google else None)
+
+    def answer(self, body):
+        self.send_response(200 if body else 404)
+        self.end_headers()
+        self.wfile.write(body or b"")
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.parametrize(("cloud", "seconds"), [("aws", "110"), ("google", "25"), ("neither", None)])
+def test_ray_is_told_of_the_notice_that_a_machine_has(cloud, seconds, tmp_path):
+    """The script as it is; `ray` and `pgrep` write down what they are asked, and tell of a node for three looks."""
+    for folder in ("cluster", "bin", "home"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(FOLDER / "node.sh", tmp_path / "cluster")
+    looks, asked = tmp_path / "looks", tmp_path / "asked"
+    raylet = "7 raylet --node_id=0abc --gcs-address=10.0.0.1:6379 --session=x --gcs-address=none"
+    stubs = {
+        "ray": f'echo "$*" >>{asked}',
+        "pgrep": f"echo >>{looks}; [ $(wc -l <{looks}) -le 3 ] && echo '{raylet}'",
+    }
+    for name, body in stubs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    server.cloud = cloud
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"127.0.0.1:{server.server_port}"
+    environment = {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "HOME": str(tmp_path / "home"),
+        "AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{address}",
+        "GCE_METADATA_HOST": address,
+        "PDIFF_NOTICE_EVERY_S": "0.05",
+    }
+    try:
+        subprocess.run(["bash", tmp_path / "cluster/node.sh", "notice"], env=environment, check=True)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and not asked.exists():
+            if looks.exists() and len(looks.read_text().splitlines()) > 3:
+                break
+            time.sleep(0.05)
+    finally:
+        server.shutdown()
+    if seconds is None:
+        assert not asked.exists()
+        return
+    (command,) = asked.read_text().splitlines()
+    assert command.startswith("drain-node --address 10.0.0.1:6379 --node-id 0abc ")
+    assert "--reason DRAIN_NODE_REASON_PREEMPTION" in command
+    assert command.endswith(f"--deadline-remaining-seconds {seconds}")
+
+
+@pytest.mark.parametrize("name", ["a100", "google"])
+def test_machines_that_may_be_spot_listen_for_notice(name):
+    commands = settings(FOLDER / f"{name}.yaml")["worker_start_ray_commands"]
+    assert commands[-1] == "~/pdiff_ray/cluster/node.sh notice"
+
+
+@pytest.mark.parametrize(
+    ("answer", "without_gpu", "with_gpu"),
+    [(None, None, ""), ("exit 9", None, ""), ("echo 580.65.06", "580.65.06", "580.65.06")],
+    ids=["no tool", "the tool alone", "a driver"],
+)
+def test_a_gpu_is_seen_without_its_driver(answer, without_gpu, with_gpu, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if answer:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    devices = tmp_path / "devices"
+    for number, vendor, expected in (("0", "0x8086", without_gpu), ("1", "0x10de", with_gpu)):
+        (devices / number).mkdir(parents=True)
+        (devices / number / "vendor").write_text(vendor + "\n")
+        assert CHECK["driver_here"](devices) == expected
 
 
 def test_the_check_is_derived_from_what_is_installed(tmp_path):
