@@ -107,7 +107,7 @@ SHARED = {
     "ablate_diffusion_steps": {"base": 1, "zoo": 1, "generator": 15, "samples": 30},
     "ablate_regime": {"base": 3, "zoo": 9},
     "ablate_batchnorm": {"base": 3, "zoo": 15, "alignment": 6, "generator": 15},
-    "ablate_alignment": {"base": 6, "zoo": 6, "alignment": 12, "generator": 18},
+    "ablate_alignment": {"base": 6, "zoo": 6, "alignment": 12, "generator": 36},
     "tune_autoencoder": {"base": 1, "zoo": 1},
     "tune_diffusion": {"base": 1, "zoo": 1},
 }
