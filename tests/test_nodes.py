@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,8 @@ import pytest
 from faults.cluster import JOINED, ROOT, Cluster, cmdline, missing
 from faults.store import Store
 from helpers import TINY
+
+from pdiff_ray.distributed import nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -122,6 +125,13 @@ def test_the_doctor_looks_at_every_node(cluster, bucket, tmp_path):
     assert re.fullmatch(
         r"error: node [\d.]+: pdiff_ray \S+ of sources \w+ where the driver has .*\n", refused.stderr
     ), refused.stderr
+
+
+def test_no_answer_is_no_refusal(monkeypatch):
+    monkeypatch.setattr(nodes, "REFUSED_S", 4.0)
+    with socket.socket() as taken:  # bound, so that nobody else takes it; it does not listen
+        taken.bind(("127.0.0.1", 0))
+        assert nodes.open_to_all(f"127.0.0.1:{taken.getsockname()[1]}") is None
 
 
 NOTICE = """

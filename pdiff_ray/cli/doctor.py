@@ -99,6 +99,18 @@ def _mlflow(experiment: Experiment) -> str:
     return f"{without_secrets(uri)}: {tracking.reachable(uri, tracking.experiment_name(experiment))}"
 
 
+# By whether a cluster lets in who has no token.
+_TOKEN = {
+    True: Finding(
+        "token", False, "lets in who has no token; start Ray with RAY_AUTH_MODE=token on all nodes (cluster/README.md)"
+    ),
+    False: Finding("token", True, "is asked for"),
+    None: Finding(
+        "token", False, "without one there was no answer, not even a refusal; look at the cluster's load and try again"
+    ),
+}
+
+
 def _cluster(experiment: Experiment) -> Iterator[Finding]:
     """Yields what the nodes of a cluster say of themselves, and whether it asks for a token."""
     from pdiff_ray import distributed
@@ -116,8 +128,4 @@ def _cluster(experiment: Experiment) -> Iterator[Finding]:
     except PdiffError as error:
         yield Finding("nodes", False, str(error))
         return
-    if nodes.open_to_all(address):
-        text = "lets in who has no token; start Ray with RAY_AUTH_MODE=token on all nodes (cluster/README.md)"
-        yield Finding("token", False, text)
-    else:
-        yield Finding("token", True, "is asked for")
+    yield _TOKEN[nodes.open_to_all(address)]

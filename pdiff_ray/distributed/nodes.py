@@ -130,8 +130,8 @@ def examine(data: Data, storage: Storage) -> list[Node]:
     return nodes
 
 
-def open_to_all(address: str) -> bool:
-    """Tells whether a cluster lets in who has no token, and runs his code."""
+def open_to_all(address: str) -> bool | None:
+    """Tells whether a cluster lets in who has no token, and runs his code; None if it neither did nor refused to."""
     code = f"import ray; ray.init({address!r}, log_to_driver=False, logging_level='CRITICAL')"
     without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     try:
@@ -141,9 +141,13 @@ def open_to_all(address: str) -> bool:
             capture_output=True,
             timeout=REFUSED_S,
         )
-    except subprocess.TimeoutExpired:
-        return False
-    return process.returncode == 0
+    except subprocess.TimeoutExpired as late:  # it asks again and again
+        said = late.stderr or b""
+    else:
+        if process.returncode == 0:
+            return True
+        said = process.stderr
+    return False if b"Unauthenticated" in said else None
 
 
 def _ask(function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[str, str, Any]]:
