@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,14 +17,15 @@ from benchmarks.harness import Result, result
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.config.section import merge
 from pdiff_ray.evaluation.geometry import Geometry
-from pdiff_ray.evaluation.kinds import WORDS, Family, recipes
+from pdiff_ray.evaluation.kinds import WORDS, recipes
 from pdiff_ray.evaluation.novelty import Known, Novelty
 from pdiff_ray.running import experiment as running
 from pdiff_ray.stages.stored import Networks
-from pdiff_ray.stages.verdict import held_out_by_run
+from pdiff_ray.stages.verdict import families, held_out_by_run
+from pdiff_ray.storage.matrix import Vectors
 
 QUICKSTART = Path(__file__).parent.parent / "sweeps" / "quickstart.yaml"
-DRAWS = 100  # of each kind
+DRAWS = 100  # samples of each kind
 TARGET = 0.95
 HALVES = 0.15  # from which the shares of a mixture of halves may differ
 # A network of 2,410 parameters, which is trained whole for each member.
@@ -70,14 +70,11 @@ class Subject:
         yardsticks = {group: zoo.vectors(ids) for group, ids in kept_back.items() if ids}
         geometry = Geometry(self.members)
         self.unit, self.place = geometry.mean_distance, geometry.place
-        families = {
-            name: Family(recipe.word, functools.partial(self._draw, recipe.generator, 1), recipe.of)
-            for name, recipe in recipes(geometry).items()
-        }
-        told = {"gaussian": families["gaussian"], "gaussian per value": families["gaussian per value"]}
-        losses = {name: self.losses(family.vectors()) for name, family in told.items() if callable(family.vectors)}
+        judged = {name: recipes(geometry)[name].generator for name in ("gaussian", "gaussian per value")}
+        losses = {name: self.losses(self._draw(generator, 1)) for name, generator in judged.items()}
         losses |= {group: self.losses(vectors) for group, vectors in yardsticks.items()}
-        self.known = Known(geometry, families, yardsticks, losses)
+        kinds = families(Vectors.of(self.members), geometry, self.subset, seed)
+        self.known = Known(geometry, kinds, yardsticks, losses, seed)
 
     def samples(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yields the name, the right word and the vectors of samples of known kind."""

@@ -23,7 +23,7 @@ def packed(errors, networks=40, seed=0):
 def summary(errors=0.1, average=0.1, word="interpolation", shares=SHARES, failed=0.0, collapsed=False, zoo=()):
     """A summary of samples with so many errors beside members with 0.1, and averages of members."""
     wrong = {"original": packed(0.1), "average of 2": packed(average, seed=1), "generated": packed(errors, seed=2)}
-    found = compare(wrong, IMAGES, {"average of 2": [0.9] * 40}, ["average of 2"])
+    found = compare(wrong, IMAGES, dict.fromkeys(wrong, [0.9] * 40), ["average of 2"])
     distances = {name: {"nearest": 0.25, "cosine": 0.9} for name in ("samples", "members", "held_out")}
     headline = f"{word}: all of it of 40 samples."
     return {
@@ -34,7 +34,7 @@ def summary(errors=0.1, average=0.1, word="interpolation", shares=SHARES, failed
             "failed": failed,
             "collapsed": collapsed,
         },
-        "novelty": {"word": word, "shares": shares, "distances": distances, "headline": headline},
+        "novelty": {"word": word, "shares": shares, "distances": distances, "headline": headline, "undecided": []},
         "comparison": found.to_dict(),
         "zoo": list(zoo),
     }

@@ -40,7 +40,7 @@ def all_groups():
 def differences(records):
     lines = by_title(records)
     wrong = {name: [record.wrong for record in line] for name, line in lines.items()}
-    found = compare(wrong, IMAGES, {"ensemble": [0.9]}, ["ensemble"])
+    found = compare(wrong, IMAGES, {name: [0.9] for name in wrong}, ["ensemble"])
     return {name: asdict(one) for name, one in found.differences.items()}
 
 

@@ -144,12 +144,16 @@ def test_stacked_networks_are_judged_alike(dataset, name):
     args = {"widths": [4, 8]} if name == "convnet" else {"patch_size": 4, "depth": 2}
     network = build_network(Network(name=name, args=args), dataset.info, 0)
     subset = resolve(SubsetRule(last_norm_layers=2), network)
-    vectors = make_vectors(network, subset, 5)
-    one, stacked = (Judge(network, subset, dataset, CPU, networks_per_program=stacked) for stacked in (1, 2))
-    for a, b in zip(one.judge(vectors), stacked.judge(vectors), strict=True):
-        assert a.wrong == b.wrong
-        assert a.test_loss == pytest.approx(b.test_loss, rel=1e-5)
-    assert stacked.capacity.networks == 2
+    vectors = make_vectors(network, subset, 20)
+    alone = Judge(network, subset, dataset, CPU, networks_per_program=1).judge(vectors)
+    for count in (2, 16):
+        stacked = Judge(network, subset, dataset, CPU, networks_per_program=count)
+        in_order, reverse = stacked.judge(vectors), stacked.judge(vectors.flip(0))[::-1]
+        assert stacked.capacity.networks == count
+        for one, *others in zip(alone, in_order, reverse, strict=True):
+            for other in others:
+                assert (one.wrong, one.wrong_classes) == (other.wrong, other.wrong_classes)
+                assert one.test_loss == pytest.approx(other.test_loss, rel=1e-5)
 
 
 def test_what_is_wrong_is_kept_with_the_class_it_was_taken_for(dataset, network):

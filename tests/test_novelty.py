@@ -106,6 +106,28 @@ def test_means_hide_nothing(zoo):
     assert mostly.families["member"] == pytest.approx(0.8, abs=0.01)
 
 
+def smoothed(members, seed):
+    """What a decoder might make of members: nearer to their mean, and off where members hardly differ."""
+    mean, centred = members.mean(0), members - members.mean(0)
+    _, s, v = torch.linalg.svd(centred, full_matrices=False)
+    error = torch.randn(N, 20, generator=random(seed)) @ v[-20:] * s[0] / len(members) ** 0.5
+    return mean + 0.3 * centred[torch.randint(len(members), (N,), generator=random(seed))] + 0.3 * error
+
+
+def test_what_is_far_from_every_known_kind_is_unknown(zoo):
+    """It gets no word of the nearest kind, be it the new networks'; one who knows the kind says what it is."""
+    samples = smoothed(zoo.members, 11)
+    found = zoo.known.assess(samples)
+    assert (found.word, found.shares["new"]) == ("unknown", 0)
+    assert "unknown (the nearest: " in found.headline
+    assert any("they are far from every known kind" in one.remedy for one in found.undecided)
+    half = zoo.known.assess(torch.cat([samples[:50], zoo.test["member"].vectors[:50]]))
+    assert (half.word, half.shares["unknown"]) == ("mixture", pytest.approx(0.5, abs=0.02))
+    families = zoo.families | {"decoded": Family("interpolation", smoothed(zoo.members, 12))}
+    told = assess(zoo.geometry, samples, families, zoo.yardsticks)
+    assert (told.word, told.shares["unknown"]) == ("interpolation", 0)
+
+
 def test_samples_that_are_all_alike_are_collapsed(zoo):
     mean = zoo.members.mean(0)
     alike = zoo.known.assess(mean + 1e-3 * torch.randn(20, D, generator=random(6)))

@@ -177,6 +177,16 @@ def test_work_of_a_dead_actor_is_done_by_the_others(here, sampled, ray, actors):
     assert all(r.worker.split(":")[1] != str(os.getpid()) for r in store.records())
 
 
+def test_four_actors_judge_alike_in_another_order(here, sampled):
+    experiment, artifacts = sampled
+    with pool_of(experiment, artifacts, 4) as (pool, tasks):
+        assert sum(pool.evaluate(tasks[::-1])) == num_networks(experiment)
+    found, expected = (ParameterStore(a["evaluation"]).records() for a in (artifacts, here[1]))
+    for one, other in zip(found, expected, strict=True):
+        assert (one.id, one.wrong, one.wrong_classes) == (other.id, other.wrong, other.wrong_classes)
+    assert len({record.worker for record in found}) > 1
+
+
 def test_rows_that_a_dead_actor_has_stored_are_not_judged_again(sampled, ray):
     """It may die before it can say so."""
 

@@ -281,7 +281,7 @@ def print_result(result: Result, as_json: bool = False) -> None:
         print_json(result.to_dict())
         return
     head, *rows = tables.table_rows(result.summary)
-    console.print(f"\n[bold]{result.name}[/]: original / ensemble / p-diff [bold]{tables.paper_row(result.summary)}[/]")
+    console.print(f"\n[bold]{result.name}[/]: {escape(tables.headline(result.summary))}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in head:
         table.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)

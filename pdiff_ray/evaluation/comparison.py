@@ -18,7 +18,7 @@ from pdiff_ray.evaluation.similarity import unpack_wrong
 RESAMPLES = 2000
 LEVEL = 0.95
 Z = 1.959964  # the standard normal's quantile, two-sided
-EQUAL, EQUAL_OF_ERROR = 0.005, 0.1  # a difference below half a point and a tenth of the error is none
+EQUAL, EQUAL_OF_ERROR = 0.005, 0.1  # a difference below half a point and a tenth of the validation error is none
 MAX_NAMED = 3  # groups in a sentence
 CHUNK_VALUES = 2**21
 
@@ -42,7 +42,7 @@ class Difference(Interval):
 
     Attributes:
         word: "better" or "worse" if the interval is on one side of 0; "equal" if it holds 0 and nothing beyond half a
-            point and a tenth of the group's error; else "undecided".
+            point and a tenth of the group's validation error; else "undecided".
         limit: of what there are too few, mostly: networks or images.
         needed: of undecided ones, how many networks in each group that is drawn, or test images, or both together,
             would decide whatever comes out.
@@ -148,7 +148,7 @@ def compare(
     Args:
         wrong: of each group, what `np.packbits` made of each network's wrong test predictions.
         num_images: T, of the test set.
-        validation: validation accuracies of each network of the groups in `against`.
+        validation: validation accuracies of the networks of each group.
         against: the baselines, the simplest first. The generated networks are compared with all groups in any case.
         num_validation: validation images: baselines are equally good on them within a standard error of the best one
             (Breiman et al., 1984).
@@ -157,13 +157,16 @@ def compare(
     drawn = _drawn(groups, num_images, seed)
     means = {name: _contrast({name: 1}, groups, drawn).interval for name in groups}
     contrasts = {name: _contrast({generated: 1, name: -1}, groups, drawn) for name in groups if name != generated}
-    differences = {name: _difference(generated, name, groups, found) for name, found in contrasts.items()}
+    accuracies = {name: float(np.mean(values)) for name, values in validation.items()}
+    differences = {
+        name: _difference(found, groups[generated], 1 - accuracies[name]) for name, found in contrasts.items()
+    }
     return Comparison(
         generated,
         len(wrong[generated]),
         num_images,
         tuple(against),
-        _best({name: float(np.mean(validation[name])) for name in against}, num_validation),
+        _best({name: accuracies[name] for name in against}, num_validation),
         _ahead({name: contrasts[name] for name in against}),
         means,
         differences,
@@ -291,17 +294,17 @@ def _contrast(signs: Mapping[str, int], groups: Mapping[str, _Group], drawn: Map
     return _Contrast(interval, deviations, networks, images, both)
 
 
-def _difference(generated: str, other: str, groups: Mapping[str, _Group], contrast: _Contrast) -> Difference:
+def _difference(contrast: _Contrast, generated: _Group, error: float) -> Difference:
+    """Puts a difference into a word; error: of the other group, on validation images, as test images set no limits."""
     found = contrast.interval
-    # Half a point is much where hardly anything is wrong.
-    margin = min(EQUAL, EQUAL_OF_ERROR * (1 - float(groups[other].images.mean())))
+    margin = min(EQUAL, EQUAL_OF_ERROR * error)  # half a point is much where hardly anything is wrong
     word: Word = "undecided"
     if found.lower > 0 or found.upper < 0:
         word = "better" if found.lower > 0 else "worse"
     elif max(-found.lower, found.upper) <= margin:
         word = "equal"
     limit: Literal["networks", "images"] = "images" if contrast.images >= contrast.networks else "networks"
-    needed = _needed(margin, contrast, groups[generated]) if word == "undecided" else {}
+    needed = _needed(margin, contrast, generated) if word == "undecided" else {}
     return Difference(**asdict(found), word=word, limit=limit, needed=needed)
 
 

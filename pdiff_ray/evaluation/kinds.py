@@ -21,6 +21,7 @@ WORDS = {
     "gaussian-like": "what a Gaussian draws that was fitted to the members",
     "noise": "members with so much noise that they are farther from every member than members are from each other",
     "new": "networks of the kind of those that no generator has seen",
+    "unknown": "what is far from every known kind",
 }
 SIGMAS = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0)  # of noise, at which replicas are known
 FREEDOM = 5.0  # degrees of freedom of the densities: tails heavier than a Gaussian's

@@ -30,7 +30,7 @@ COLLAPSED = 0.1  # of the members' mean distance: samples whose median distance 
 MIN_VECTORS = 10  # of a kind, below which it is not known how it lies
 TOLD = 0.8  # the posterior from which on a sample's word is certain
 MIN_LOSS_SPREAD = 0.02  # of the logarithm of losses
-FAR = 3.0  # times as far from a kind as any of its own vectors: of no known kind
+FAR = 2.0  # times as far from the likeliest kind as any of its own vectors: of no known kind
 LOSSES_TELL = ("gaussian-like", "new")  # apart, where weights do not
 Z95 = 1.96
 
@@ -72,10 +72,10 @@ class Novelty:
 
     Attributes:
         word: of `WORDS`, if it holds for `MAJORITY` of the samples (replicas and noise, which differ by degree, count
-            together); else "mixture"; "unknown" if nothing can be said.
+            together); else "mixture"; "unknown", too, if nothing can be said.
         text: all of it in sentences, the first of which is the verdict.
         shares: of each word, by word.
-        families: the share of each family and yardstick, by name.
+        families: the share of each family and yardstick, by name; samples of no known kind are in none.
         mixed: whether a second word has a share of `NOTICED` or more.
         words, posteriors: of each sample (n), the likeliest word and its probability.
         collapsed: whether the samples are all alike.
@@ -84,7 +84,6 @@ class Novelty:
         distances: of the samples, the members (each to its nearest fellow) and the yardsticks, by name.
         copying: C_T by yardstick.
         certain: by word, the mean probability of the right word over the vectors that are known to be of it.
-        unexplained: share of the samples that are far from every known kind, whose word is that of the nearest.
         undecided: what cannot be said, and what would decide.
     """
 
@@ -102,7 +101,6 @@ class Novelty:
     distances: dict[str, Distances]
     copying: dict[str, Copying]
     certain: dict[str, float]
-    unexplained: float
     undecided: tuple[Undecided, ...]
 
     @property
@@ -191,14 +189,18 @@ class Known:
         """Returns the log density of each kind (kinds, n) at features (n, F)."""
         return torch.stack([kind.log_density(features) for kind in self.kinds.values()])
 
-    def words_of(self, posterior: Tensor, place: Place) -> dict[str, dict[str, Tensor]]:
+    def words_of(self, posterior: Tensor, place: Place, features: Tensor) -> dict[str, dict[str, Tensor]]:
         """Returns the posterior (n,) of each kind by word and name, from those of kinds (kinds, n).
 
-        A member with noise is a replica up to the distance that members have from each other; beyond, it is noise.
+        A member with noise is a replica up to the distance that members have from each other; beyond, it is noise. The
+        likeliest kind of a vector that is far from it is no more than the nearest one: its word is "unknown".
         """
         found: dict[str, dict[str, Tensor]] = {word: {} for word in WORDS}
         far = place.nearest >= self.geometry.mean_distance
+        reach = torch.stack([kind.squares(features) / kind.reach for kind in self.kinds.values()])
+        strange = reach.gather(0, posterior.argmax(0)[None])[0] > FAR**2
         for row, (name, kind) in zip(posterior, self.kinds.items(), strict=True):
+            found["unknown"][name], row = row * strange, row * ~strange
             if kind.word == "replica":
                 found["replica"][name], found["noise"][name] = row * ~far, row * far
             else:
@@ -226,7 +228,7 @@ class Known:
             rows = list(of_losses)
             mass, told = posterior[rows].sum(0), True
             posterior[rows] = mass * mixture(densities[rows] + torch.stack([*of_losses.values()]), mass)
-        return self._verdict(facts, features, self.words_of(posterior, place), undecided, told)
+        return self._verdict(facts, self.words_of(posterior, place, features), undecided, told)
 
     def _of_losses(self, losses: Tensor) -> dict[int, Tensor]:
         """Returns the log density (n,) of samples' losses for each kind, by its row, that losses tell from others.
@@ -271,7 +273,6 @@ class Known:
     def _verdict(
         self,
         facts: Mapping[str, Any],
-        features: Tensor,
         posterior: Mapping[str, Mapping[str, Tensor]],
         undecided: Sequence[Undecided],
         told: bool,
@@ -282,26 +283,20 @@ class Known:
             posterior: of each kind for each sample (n,), by word and name.
             told: whether losses have told new samples from Gaussian-like ones.
         """
-        nothing = torch.zeros_like(features[:, 0])
+        nothing = torch.zeros_like(next(iter(posterior["unknown"].values())))
         of_words = torch.stack([sum(kinds.values(), start=nothing) for kinds in posterior.values()])
-        of_kinds = torch.stack(
-            [sum((kinds[name] for kinds in posterior.values() if name in kinds), start=nothing) for name in self.kinds]
-        )
         shares = dict(zip(WORDS, of_words.mean(1).tolist(), strict=True))
-        families = dict(zip(self.kinds, of_kinds.mean(1).tolist(), strict=True))
-        best = of_words.max(0)
-        reach = torch.stack([kind.squares(features) / kind.reach for kind in self.kinds.values()])
-        far = float((reach.gather(0, of_kinds.argmax(0)[None]) > FAR**2).double().mean())
+        known = [kinds for word, kinds in posterior.items() if word != "unknown"]
+        families = {name: sum(float(kinds[name].mean()) for kinds in known if name in kinds) for name in self.kinds}
+        best, num = of_words.max(0), len(nothing)
         first, second = sorted(shares, key=lambda word: -shares[word])[:2]
         # However much noise there is, a member with noise is one; where replicas end is a matter of degree.
         whole = sum(shares[word] for word in DEGREES) if first in DEGREES else shares[first]
         word = first if whole >= MAJORITY else "mixture"
-        undecided = [*undecided, *self._open(shares, first, second, len(features), facts["copying"], told)]
-        strange = f"{far:.0%} of the samples are far from every known kind; their word is that of the nearest."
+        undecided = [*undecided, *self._open(shares, first, second, num, facts["copying"], told)]
         sentences = [
-            f"{word}: {self._listed(posterior)} of {len(features)} samples.",
+            f"{word}: {self._listed(posterior)} of {num} samples.",
             *_described(facts),
-            *([strange] if far else []),
             *map(str, undecided),
         ]
         return Novelty(
@@ -313,7 +308,6 @@ class Known:
             tuple(list(WORDS)[row] for row in best.indices.tolist()),
             tuple(best.values.tolist()),
             certain=self.certain,
-            unexplained=far,
             undecided=tuple(undecided),
             **facts,
         )
@@ -333,8 +327,10 @@ class Known:
         if needed > num:
             whole = f"whether the samples are {first} or a mixture of {first} and {second}"
             yield Undecided(whole, f"{share:.0%} is too close to {MAJORITY:.0%}", needed)
+        if shares["unknown"] >= NOTICED:
+            yield Undecided(f"what {shares['unknown']:.0%} of the samples are", "they are far from every known kind")
         for word in (first, second):
-            if shares[word] >= NOTICED and self.certain[word] < TOLD and not (told and word in LOSSES_TELL):
+            if shares[word] >= NOTICED and self.certain.get(word, TOLD) < TOLD and not (told and word in LOSSES_TELL):
                 remedy = f"of vectors known to be {word}, weights tell {self.certain[word]:.0%}"
                 if word in LOSSES_TELL:
                     remedy += "; losses on validation images would tell more"
@@ -354,16 +350,15 @@ class Known:
         for word in sorted(shares, key=lambda word: -sum(shares[word].values())):
             if (share := sum(shares[word].values())) >= SHOWN:
                 names = sorted((n for n, one in shares[word].items() if one >= SHOWN), key=lambda n: -shares[word][n])
-                titles = dict.fromkeys(self.kinds[name].of or spoken(name) for name in names)
-                parts.append(f"{share:.0%} {word}" + (f" ({', '.join(titles)})" if titles else ""))
+                titles = ", ".join(dict.fromkeys(self.kinds[name].of or spoken(name) for name in names))
+                nearest = "the nearest: " if word == "unknown" and titles else ""
+                parts.append(f"{share:.0%} {word}" + (f" ({nearest}{titles})" if titles else ""))
         return ", ".join(parts)
 
 
 def _unknown(facts: Mapping[str, Any], undecided: Sequence[Undecided]) -> Novelty:
     text = " ".join(["unknown:", *map(str, undecided)])
-    return Novelty(
-        "unknown", text, {}, {}, False, (), (), certain={}, unexplained=0.0, undecided=(*undecided,), **facts
-    )
+    return Novelty("unknown", text, {}, {}, False, (), (), certain={}, undecided=(*undecided,), **facts)
 
 
 def _described(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -56,7 +56,7 @@ def summarize(
     comparison = compare(
         {name: [record.wrong or b"" for record in members] for name, members in titles.items()},
         num_test,
-        {name: [record.validation_accuracy or 0.0 for record in titles[name]] for name in baselines},
+        {name: [record.validation_accuracy or 0.0 for record in members] for name, members in titles.items()},
         baselines,
         seed=seed,
         num_validation=num_validation,

@@ -106,6 +106,8 @@ def _new(summary: Mapping[str, Any]) -> Answer:
         own = distances.pop("samples")
         others = ", ".join(f"{name} {distance:.2f}" for name, distance in distances.items())
         text += f"Their nearest member is at {own:.2f} of the mean distance among members ({others})."
+    undecided = [one["question"] + (f" ({one['n']} would decide)" if one["n"] else "") for one in novelty["undecided"]]
+    text += "".join(f" Undecided {question}." for question in undecided)
     answer: Word = "yes" if word == "new" else "unknown" if word == "unknown" else "no"
     if word == "mixture" and shares.get("new", 0) >= PARTLY:
         answer = "partly"

@@ -38,10 +38,22 @@ def table_rows(summary: Mapping[str, Any], differences: bool = False) -> list[li
     return rows
 
 
-def paper_row(summary: Mapping[str, Any]) -> str:
-    """Returns original / ensemble / p-diff, each the best as `best*` of the table is: Table 1 of the paper."""
-    groups = {g["group"]: g for g in summary["groups"]}
-    return " / ".join(f"{100 * groups[name]['best']:.1f}" for name in ("original", "ensemble", "generated"))
+def headline(summary: Mapping[str, Any]) -> str:
+    """Returns the means of original / ensemble / p-diff with p-diff's interval, and the best simple baseline.
+
+    Of an old summary, the means alone.
+    """
+    groups = {group["group"]: group for group in summary["groups"]}
+    means = " / ".join(f"{100 * groups[name]['mean']:.2f}" for name in ("original", "ensemble", "generated"))
+    text = f"original / ensemble / p-diff {means}"
+    if not (comparison := summary.get("comparison")):
+        return text
+    ends = (f"{100 * comparison['means']['generated'][end]:.1f}" for end in ("lower", "upper"))
+    text += f" [{', '.join(ends)}]"
+    if best := comparison["best"]:
+        difference = comparison["differences"][best]
+        text += f"; best baseline {best}: {points(difference)}, {difference['word']}"
+    return text
 
 
 def sharing_text(zoo: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:

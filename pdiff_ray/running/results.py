@@ -116,7 +116,7 @@ class Result:
         rows = tables.table_rows(self.summary)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([f"{self.name}: {tables.paper_row(self.summary)}", *lines, *conclusion(self.summary)])
+        return "\n".join([f"{self.name}: {tables.headline(self.summary)}", *lines, *conclusion(self.summary)])
 
 
 def open_result(experiment: Experiment) -> Result:

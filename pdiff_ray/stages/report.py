@@ -17,7 +17,7 @@ from pdiff_ray.evaluation.metrics import described
 from pdiff_ray.reports import figures
 from pdiff_ray.reports.answers import answers, warnings
 from pdiff_ray.reports.pages import render
-from pdiff_ray.reports.tables import DIFFERENCE, comma_separated, legend, markdown, paper_row, sharing_text, table_rows
+from pdiff_ray.reports.tables import DIFFERENCE, comma_separated, headline, legend, markdown, sharing_text, table_rows
 from pdiff_ray.stages.base import HISTORY_FILE
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.evaluation import SUMMARY_FILE
@@ -73,7 +73,7 @@ def load_summary(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     content = evaluation.read(SUMMARY_FILE)
     try:
         summary: dict[str, Any] = json.loads(content)
-        _ = table_rows(summary), paper_row(summary), summary["verdict"]["text"]  # what a summary has, its uses say
+        _ = table_rows(summary), headline(summary), summary["verdict"]["text"]  # what a summary has, its uses say
         if any(group["group"] == "ensemble" and group.get("best_id") is not None for group in summary["groups"]):
             # An earlier version gave the ids of the evaluation's rows, which nothing but the evaluation has.
             store = ParameterStore(evaluation)
@@ -125,7 +125,7 @@ def _page(
         zoo=summary.get("zoo"),
         yardsticks=_yardsticks(summary.get("novelty", {})),
         novelty=summary.get("novelty", {}).get("text"),
-        paper=paper_row(summary),
+        headline=headline(summary),
         gate=manifests["generator"].info.get("gate"),
         spread=manifests["samples"].info["relative_latent_std"],
         sharing=achieved_sharing(artifacts),
