@@ -35,6 +35,7 @@ BENCHMARKS = {
     "nodes": "cluster",
     "trial_overhead": "cluster",
     "rerun": "cluster",
+    "baselines": "cluster",
     "scale": "scale",
     "requests": "scale",
 }

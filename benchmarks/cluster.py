@@ -333,6 +333,19 @@ def rerun(overrides: tuple[str, ...] = (), n: int = 1) -> Iterator[Result]:
     yield result("rerun", f"{what}, second run", "the first", pairs, target=10.0)
 
 
+def baselines(overrides: tuple[str, ...] = (), n: int = 2) -> Iterator[Result]:
+    """The whole quickstart from the command line with all baselines, against the ensemble alone."""
+    bare = ("evaluation.baseline_networks=0", "evaluation.fine_tuned_networks=0", "evaluation.noise_sigmas=[]")
+    pairs = []
+    for _ in range(n):
+        times = []
+        for settings in ((), bare):
+            with tempfile.TemporaryDirectory() as storage:
+                times.append(seconds(lambda settings=settings, to=storage: _quickstart(to, (*overrides, *settings))))
+        pairs.append((times[0], times[1]))
+    yield result("baselines", "the quickstart", "without the baselines that are drawn or trained", pairs, target=0.8)
+
+
 def _timed(work: Callable[[], str]) -> tuple[str, float]:
     found: list[str] = []
     taken = seconds(lambda: found.append(work()))

@@ -100,6 +100,12 @@ def test_a_second_run_prints_the_same_table():
     assert result.ratio > 1
 
 
+@pytest.mark.long
+def test_the_quickstart_runs_without_baselines():
+    (result,) = cluster.baselines((*cluster.BRIEF, "zoo.members=20", "sampling.samples=4"), n=1)
+    assert result.ratio > 0
+
+
 def test_the_resnets_can_be_built(tmp_path):
     plan = make_plan(loading.load(cluster.RESNET, [f"storage={tmp_path}"]))
     assert Estimator(plan.storage).counts(plan.experiment).subset.size == 2048
