@@ -30,8 +30,8 @@ mlflow_server() {
   export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true
   mkdir -p ~/mlflow
   setsid bash -c '
-    mlflow server --host 127.0.0.1 --port 5000 --workers 1 --backend-store-uri "sqlite:///$HOME/mlflow/mlflow.db" \
-      --artifacts-destination "$HOME/mlflow/files" &
+    mlflow server --host 127.0.0.1 --port 5000 --workers 1 --allowed-hosts "localhost:*,127.0.0.1:*" \
+      --backend-store-uri "sqlite:///$HOME/mlflow/mlflow.db" --artifacts-destination "$HOME/mlflow/files" &
     while pgrep -u "$(id -u)" gcs_server >/dev/null; do sleep 2; done
     kill -- -$$
   ' >~/mlflow/log 2>&1 </dev/null &

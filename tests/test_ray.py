@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,22 +10,26 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from helpers import build, marked, tiny, until
 
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Display
-from pdiff_ray.config.schema import Resources
+from pdiff_ray.config.schema import Data, Resources
 from pdiff_ray.reports.tables import table_rows
 from pdiff_ray.running import experiment as experiment_running
 from pdiff_ray.running.experiment import make_plan
 from pdiff_ray.running.experiment import run as run_plan
 from pdiff_ray.stages.evaluation import make_tasks, networks_to_judge, num_networks
 from pdiff_ray.stages.report import load_summary
+from pdiff_ray.storage.files import Storage
 from pdiff_ray.storage.parameters import ParameterStore
 
+ROOT = Path(__file__).parent.parent
 TWO = ("resources.workers=2", "resources.actors=2")
 
 
@@ -47,6 +52,33 @@ def test_workers_use_this_environment(ray):
 
 def test_a_local_ray_listens_on_loopback_alone(ray):
     assert ray.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"
+
+
+def test_a_node_s_process_tells_which_node_of_which_cluster_it_is(ray):
+    """`cluster/node.sh notice` reads it where it tells Ray that the machine will be gone."""
+    context, pattern = ray.get_runtime_context(), "(?<=--{}=)[0-9a-f.:]+"  # the script's
+    assert pattern.format("$1") in (ROOT / "cluster/node.sh").read_text()
+    commands = [" ".join(process.cmdline()) for process in psutil.process_iter() if process.name() == "raylet"]
+    found = {tuple(re.search(pattern.format(f), c)[0] for f in ("gcs-address", "node_id")) for c in commands}
+    assert (context.gcs_address, context.get_node_id()) in found
+
+
+def test_a_node_that_is_short_of_memory_or_disk_is_told_of(tmp_path, monkeypatch):
+    from pdiff_ray.distributed import nodes
+
+    monkeypatch.setenv("PDIFF_CACHE", str(tmp_path / "cache"))
+    storage = Storage(str(tmp_path / "storage"))
+    storage.write("there", b"1")
+    wanted = nodes.software(), Data(name="digits"), storage.place, "there", b"1"
+    look = lambda: nodes._look(*wanted)  # noqa: E731
+    assert look()[1] == []
+    gone = SimpleNamespace(available=2**30, free=2**29)
+    monkeypatch.setattr(nodes.psutil, "virtual_memory", lambda: gone)
+    monkeypatch.setattr(nodes.shutil, "disk_usage", lambda _: gone)
+    memory, disk = look()[1]
+    assert memory.startswith("1.0 GiB of memory free, where a worker takes 2")
+    assert disk.startswith("0.5 GiB free for the cache ")
+    assert "PDIFF_CACHE" in disk
 
 
 def test_the_same_table_as_in_process(here, tmp_path):

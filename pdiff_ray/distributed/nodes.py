@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -31,6 +32,7 @@ from pdiff_ray.storage.files import TEMPORARY, Storage
 
 ANSWER_S = 120.0  # that a node may take to start a process and to look at its data
 CLOCK_S = 2.0  # by which clocks may differ: what is signed for object storage has a time, and so have MLflow's charts
+LEAST_GIB = 2  # of memory, for a worker's imports and images; of disk, for a data set's images
 REFUSED_S = 15.0  # in which a cluster that asks for no token has let everybody in
 
 
@@ -196,7 +198,14 @@ def _look(
         problems.append(str(error))
     cache = default_cache()
     cache.mkdir(parents=True, exist_ok=True)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    memory, disk = psutil.virtual_memory().available / 2**30, shutil.disk_usage(cache).free / 2**30
+    if memory < LEAST_GIB:
+        problems.append(f"{memory:.1f} GiB of memory free, where a worker takes {LEAST_GIB}; end what else runs there")
+    if disk < LEAST_GIB:
+        problems.append(
+            f"{disk:.1f} GiB free for the cache {cache}, where images take up to {LEAST_GIB}; free some, or set "
+            "PDIFF_CACHE to a folder of another disk"
+        )
     try:
         storage = Storage(storage_uri)
         if storage.read(name) != content:
@@ -210,8 +219,7 @@ def _look(
     except (PdiffError, OSError) as error:
         problems.append(str(error))
     text = (
-        f"{os.cpu_count()} cores, {devices}, {memory / 2**30:.0f} GiB of memory free, "
-        f"{shutil.disk_usage(cache).free / 2**30:.0f} GiB free for the cache {cache}"
+        f"{os.cpu_count()} cores, {devices}, {memory:.0f} GiB of memory free, {disk:.0f} GiB free for the cache {cache}"
     )
     return text, problems, answer
 
