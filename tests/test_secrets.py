@@ -28,7 +28,14 @@ def test_uris_lose_users_and_queries_alone(text, shown):
     assert str(PdiffError(text)) == shown
 
 
-def test_a_sweep_leaves_no_secret_anywhere(tmp_path):
+ENVIRONMENT = (
+    "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "RAY_AUTH_TOKEN"
+)  # fmt: skip
+
+
+def test_a_sweep_leaves_no_secret_anywhere(tmp_path, monkeypatch):
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, f"hidden-{name}")
     file = tmp_path / "sweep.yaml"
     file.write_text(f"base: {TINY}\nname: tiny\nsweep: {{parameters: {{generator.members: [4, 12]}}}}\n")
     storage, uri = tmp_path / "storage", "http://me:hidden@127.0.0.1:1/?token=hidden"
