@@ -41,6 +41,7 @@ def num_parameters(network):
         ("convnet_mini", CIFAR, 24_262),  # from here on as published
         ("mlp_mini", CIFAR, 66_970),
         ("resnet_mini", CIFAR, 25_138),
+        ("resnet20", CIFAR, 272_474),
         ("vit_mini", CIFAR, 80_714),
         ("convnext_mini", CIFAR, 74_970),
     ],

@@ -65,6 +65,7 @@ def sizes(found):
         ("mlp_mini", CIFAR, {}, [16, 64]),
         # A block's own channels, and the residual stream of each stage.
         ("resnet_mini", CIFAR, {}, [8, 8, 10, 10, 24, 24, 28, 28]),
+        ("resnet20", CIFAR, {}, [size for size in (16, 32, 64) for _ in range(4)]),
         # The stream; in each of three blocks heads, what is in a head, and the MLP.
         ("vit_mini", CIFAR, {}, [4, 4, 4, 13, 13, 13, 52, 104, 104, 104]),
         # The streams of four stages, of which the last has two blocks, and the MLP of each block.
