@@ -7,7 +7,7 @@ from pdiff_ray.evaluation.comparison import compare
 from pdiff_ray.evaluation.diagnostics import diagnose
 from pdiff_ray.evaluation.metrics import METRICS
 from pdiff_ray.reports.answers import answers, conclusion, points, warnings, wilson
-from pdiff_ray.reports.tables import table_rows
+from pdiff_ray.reports.tables import headline, table_rows
 
 IMAGES = 2000
 SHARES = {"replica": 0.0, "interpolation": 0.9, "new": 0.097, "noise": 0.003}
@@ -74,6 +74,31 @@ def test_it_is_new_if_its_samples_are(word, shares, short):
     assert second.text.startswith("all of it of 40 samples. ")
     assert f"New are {shares.get('new', 0):.0%} [" in second.text or not shares
     assert "(members 0.25, held out 0.25)" in second.text
+
+
+def test_what_is_open_is_said_with_the_number_that_would_decide():
+    known = summary()
+    known["novelty"]["undecided"] = [
+        {"question": "how many samples are new", "remedy": "weights tell 60%", "n": None},
+        {"question": "whether samples are new", "remedy": "it has 4 vectors", "n": 10},
+    ]
+    text = answers(known)[1].text
+    assert text.endswith("Undecided how many samples are new. Undecided whether samples are new (10 would decide).")
+
+
+def test_the_headline_has_means_the_interval_and_the_best_baseline():
+    known = summary(errors=0.05)
+    for line, mean in zip(known["groups"], (0.9, 0.91, 0.95), strict=True):
+        line["mean"] = mean
+    known["groups"].append({"group": "ensemble", "mean": 0.92})
+    lower, upper = (100 * known["comparison"]["means"]["generated"][end] for end in ("lower", "upper"))
+    difference = points(known["comparison"]["differences"]["average of 2"])
+    assert headline(known) == (
+        f"original / ensemble / p-diff 90.00 / 92.00 / 95.00 [{lower:.1f}, {upper:.1f}]; "
+        f"best baseline average of 2: {difference}, better"
+    )
+    del known["comparison"]
+    assert headline(known) == "original / ensemble / p-diff 90.00 / 92.00 / 95.00"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from pdiff_ray.evaluation.copying import data_copying, effective_number
 from pdiff_ray.evaluation.geometry import Geometry
 from pdiff_ray.evaluation.kinds import Family
+from pdiff_ray.evaluation.metrics import named_metrics
 from pdiff_ray.evaluation.novelty import Known, assess
 
 K, D, N = 60, 300, 100
@@ -111,7 +112,7 @@ def smoothed(members, seed):
     mean, centred = members.mean(0), members - members.mean(0)
     _, s, v = torch.linalg.svd(centred, full_matrices=False)
     error = torch.randn(N, 20, generator=random(seed)) @ v[-20:] * s[0] / len(members) ** 0.5
-    return mean + 0.3 * centred[torch.randint(len(members), (N,), generator=random(seed))] + 0.3 * error
+    return mean + 0.2 * centred[torch.randint(len(members), (N,), generator=random(seed))] + 0.3 * error
 
 
 def test_what_is_far_from_every_known_kind_is_unknown(zoo):
@@ -155,6 +156,18 @@ def test_it_is_json_and_the_same_again(zoo):
     other = zoo.known.assess(zoo.fresh[permuted])
     assert other.shares == pytest.approx(first.shares, abs=1e-6)
     assert other.words == tuple(first.words[i] for i in permuted)
+
+
+def test_what_is_measured_is_a_metric(zoo):
+    found = zoo.known.assess(zoo.fresh)
+    metrics = named_metrics({"groups": [], "verdict": {"shares": found.shares}, "novelty": found.to_dict()})
+    assert metrics["generated/share_new"] == found.shares["new"]
+    assert metrics["novelty/effective_rank"] == found.effective_rank
+    assert metrics["novelty/members_rank"] == found.members_rank
+    assert metrics["novelty/spread"] == found.spread
+    for name, copying in found.copying.items():
+        assert (metrics[f"novelty/c_t_{name}"], metrics[f"novelty/z_{name}"]) == (copying.c_t, copying.z)
+    assert found.copying
 
 
 def test_losses_tell_what_weights_do_not():

@@ -317,8 +317,8 @@ def named_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     novelty = summary.get("novelty", {})
     facts = {field: novelty.get(field) for field in ("spread", "effective_rank", "members_rank")}
     for yardstick, copying in novelty.get("copying", {}).items():
-        facts |= {f"c_t_{yardstick}": copying["c_t"], f"copying_z_{yardstick}": copying["z"]}
-    numbers |= {f"generated/{field}": value for field, value in facts.items() if value is not None}
+        facts |= {f"c_t_{yardstick}": copying["c_t"], f"z_{yardstick}": copying["z"]}
+    numbers |= {f"novelty/{field}": value for field, value in facts.items() if value is not None}
     for field, found in summary.get("condition", {}).get("correlations", {}).items():
         ends = {"": found["estimate"], "_lower": found["lower"], "_upper": found["upper"]}
         numbers |= {f"generated/asked_{field}{end}": value for end, value in ends.items() if value is not None}

@@ -30,7 +30,7 @@ COLLAPSED = 0.1  # of the members' mean distance: samples whose median distance 
 MIN_VECTORS = 10  # of a kind, below which it is not known how it lies
 TOLD = 0.8  # the posterior from which on a sample's word is certain
 MIN_LOSS_SPREAD = 0.02  # of the logarithm of losses
-FAR = 2.0  # times as far from the likeliest kind as any of its own vectors: of no known kind
+FAR = 2.5  # times as far from the likeliest kind as any of its own vectors: of no known kind
 LOSSES_TELL = ("gaussian-like", "new")  # apart, where weights do not
 Z95 = 1.96
 

@@ -11,7 +11,7 @@ from .sweeps import disturbed
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--faults", type=int, default=100, help="how many to inject at least")
+    parser.add_argument("--faults", type=int, default=100, help="how many to inject at least; 0: see it run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="disturb the short form's sweep")
     arguments = parser.parse_args()

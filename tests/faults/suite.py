@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -345,6 +345,24 @@ class Suite:
                 vectors = b"" if manifest.stage == "evaluation" else store.vectors().tobytes()
                 found[folder] = (rows, hash(vectors))
         return found
+
+    def stored(self) -> Iterator[str]:
+        """Yields lines on what is in object storage, and how many processes have made it."""
+        names = self.storage.list("", recursive=True)
+        for stage, count in sorted(Counter(name.partition("/")[0] for name in names).items()):
+            yield f"{stage:12} {count:4} objects"
+        workers: dict[str, set[str | None]] = {}
+        for folder in finished(self.storage):
+            manifest = read_manifest(self.storage, folder)
+            store = ParameterStore(opened(self.storage, manifest))
+            if store.ids:
+                workers.setdefault(manifest.stage, set()).update(row.worker for row in store.records())
+        for stage, found in workers.items():
+            yield f"{stage}: networks made by {len(found)} processes, on nodes without a shared file system"
+
+    def check_driver(self) -> None:
+        """Nothing is where the command was typed but its file and its cache."""
+        assert sorted(path.name for path in self.home.iterdir() if path.name != "cache") == ["faults.yaml"]
 
     def twice(self) -> list[str]:
         """Returns networks and manifests that were stored twice, though the first was never deleted."""
