@@ -376,18 +376,18 @@ class Suite:
                 rows.update(f"{name.partition('/networks')[0]} {id_}" for id_ in part["id"].to_pylist())
         return found + [row for row, count in rows.items() if count > 1]
 
-    def redone(self) -> int:
-        """Returns how many members were made again after a loss, as the lines on progress tell."""
-        count, last = 0, dict[str, int]()
+    def redone(self) -> list[int]:
+        """Returns how many members a run has made again after a loss, each time, as the lines on progress tell."""
+        counts, last = [], dict[str, int]()
         for line in self.log.read_text().splitlines():
             if "Ray: 1/1" in line:  # typed again: other zoos may be missing
                 last.clear()
             if found := re.search(r"(zoo[^:]*): \d+/\d+ (run \d+), step (\d+)", line):
                 of, step = f"{found[1]} {found[2]}", int(found[3])
                 if step <= last.get(of, -1):
-                    count += 1 + (last[of] - step) // self.every
+                    counts.append(1 + (last[of] - step) // self.every)
                 last[of] = step
-        return count
+        return counts
 
     def check_mlflow(self) -> None:
         """One run for each trial, one for the sweep, and none that runs."""
