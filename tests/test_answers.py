@@ -83,7 +83,10 @@ def test_what_is_open_is_said_with_the_number_that_would_decide():
         {"question": "whether samples are new", "remedy": "it has 4 vectors", "n": 10},
     ]
     text = answers(known)[1].text
-    assert text.endswith("Undecided how many samples are new. Undecided whether samples are new (10 would decide).")
+    assert text.endswith(
+        " Undecided how many samples are new: weights tell 60%. Undecided whether samples are new: it has 4 vectors; 10 "
+        "would decide."
+    )
 
 
 def test_the_headline_has_means_the_interval_and_the_best_baseline():

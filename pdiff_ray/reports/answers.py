@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pdiff_ray.evaluation.comparison import EQUAL, Z
+from pdiff_ray.evaluation.novelty import Undecided
 
 PARTLY = 0.1  # new samples from which on a mixture is partly new
 
@@ -106,8 +107,7 @@ def _new(summary: Mapping[str, Any]) -> Answer:
         own = distances.pop("samples")
         others = ", ".join(f"{name} {distance:.2f}" for name, distance in distances.items())
         text += f"Their nearest member is at {own:.2f} of the mean distance among members ({others})."
-    undecided = [one["question"] + (f" ({one['n']} would decide)" if one["n"] else "") for one in novelty["undecided"]]
-    text += "".join(f" Undecided {question}." for question in undecided)
+    text += "".join(f" {Undecided(**one)}" for one in novelty["undecided"])
     answer: Word = "yes" if word == "new" else "unknown" if word == "unknown" else "no"
     if word == "mixture" and shares.get("new", 0) >= PARTLY:
         answer = "partly"
