@@ -84,8 +84,8 @@ def test_what_is_open_is_said_with_the_number_that_would_decide():
     ]
     text = answers(known)[1].text
     assert text.endswith(
-        " Undecided how many samples are new: weights tell 60%. Undecided whether samples are new: it has 4 vectors; 10 "
-        "would decide."
+        " Undecided how many samples are new: weights tell 60%. "
+        "Undecided whether samples are new: it has 4 vectors; 10 would decide."
     )
 
 
