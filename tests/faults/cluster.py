@@ -66,19 +66,23 @@ class Cluster:
     Attributes:
         address: of the head.
         environment: of who joins.
+        trace: the file in which processes of its nodes write down what members they train; see `traced`.
         nodes: those that are alive, without the head.
     """
 
     def __init__(self, folder: Path, hidden: Path) -> None:
-        self.folder, self.hidden = folder, hidden
+        self.folder, self.hidden, self.trace = folder, hidden, folder / "trace"
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         # Short, for the sockets in it, and not Ray's own, where the address would stay and mislead every later Ray.
         self.temporary = tempfile.mkdtemp(dir="/tmp")
-        path = f"{ROOT}:{ROOT / 'tests'}"
         self.environment = {
-            **JOINED, "PDIFF_TEST_CLUSTER": self.address, "PYTHONPATH": path, "RAY_TMPDIR": self.temporary
-        }  # fmt: skip
+            **JOINED,
+            "PDIFF_TEST_CLUSTER": self.address,
+            "PDIFF_TEST_TRACE": str(self.trace),
+            "PYTHONPATH": ":".join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/faults/traced"))),
+            "RAY_TMPDIR": self.temporary,
+        }
         self.nodes: list[Node] = []
         self._started = 0
 

@@ -33,6 +33,7 @@ from .store import Store
 
 CODE = "from pdiff_ray.cli.main import main; main()"
 MOST_NODES, FEWEST_NODES = 3, 2
+DELETED = "deleted"  # the line in the trace where all runs may begin anew
 NOTICE_S = 4.0  # between a drain notice and the end of the node
 ENDED_S = 600.0  # in which an undisturbed command must end
 TRIES = 8  # of the command, when nothing disturbs it any more
@@ -87,6 +88,7 @@ class Suite:
         self.storage = Storage(self.uri)
         self.deleted: set[str] = set()
         self.first = len(self.store.puts)
+        self._mark()
 
     def launch(self, in_process: bool = False) -> None:
         """Types the command; `in_process`, it needs no cluster."""
@@ -148,7 +150,12 @@ class Suite:
                 for file in there:
                     self.storage.delete(file)
                 self.deleted.update(there)
+                self._mark()
                 self.say(f"as it says, {name} is deleted")
+
+    def _mark(self) -> None:
+        with self.cluster.trace.open("a", encoding="utf-8") as file:
+            file.write(f"{DELETED}\n")
 
     # --- faults -------------------------------------------------------------------------------------------------------
 
@@ -377,16 +384,17 @@ class Suite:
         return found + [row for row, count in rows.items() if count > 1]
 
     def redone(self) -> list[int]:
-        """Returns how many members a run has made again after a loss, each time, as the lines on progress tell."""
+        """Returns how many members a run has trained again after a loss, each time; not after one has been deleted."""
         counts, last = [], dict[str, int]()
-        for line in self.log.read_text().splitlines():
-            if "Ray: 1/1" in line:  # typed again: other zoos may be missing
+        for line in self.cluster.trace.read_text().splitlines():
+            if line == DELETED:
                 last.clear()
-            if found := re.search(r"(zoo[^:]*): \d+/\d+ (run \d+), step (\d+)", line):
-                of, step = f"{found[1]} {found[2]}", int(found[3])
-                if step <= last.get(of, -1):
-                    counts.append(1 + (last[of] - step) // self.every)
-                last[of] = step
+                continue
+            run, _, step = line.rpartition(" ")
+            if int(step) <= last.get(run, -1):
+                counts.append(1 + (last[run] - int(step)) // self.every)
+            last[run] = int(step)
+        assert last, "no member was trained"
         return counts
 
     def check_mlflow(self) -> None:

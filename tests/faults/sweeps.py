@@ -90,7 +90,7 @@ def disturbed(folder: Path, faults: int, seed: int, small: bool = False) -> None
     print(f"{'in all':8} {injected.total():4} injected; all survived: after each of {number} rounds the same results")
     print(f"the command was typed again {restarts} times")
     seen = f"{sum(redone)} in {len(redone)} runs, {max(redone, default=0)} at most"
-    print(f"members made again after a loss, as progress tells: {seen}, where {PART} may be in flight")
+    print(f"members trained again after a loss: {seen}, where {PART} may be in flight")
     print("networks and artifacts stored twice: 0")
 
 
