@@ -28,6 +28,7 @@ BENCHMARKS = {
     "fit_memory": "latents",
     "growth_D": "latents",
     "verdict_D": "latents",
+    "whole": "latents",
     "verdict": "verdict",
     "align": "aligning",
     "actors": "cluster",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from pdiff_ray.storage.parameters import ParameterStore, Record
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LIMIT_MIB = 1536  # of a process that fits and draws, whatever the number of values
+RESNET, WHOLE_GIB = Path(__file__).with_name("whole_resnet18.yaml"), 6  # of one that does all of this experiment
 # A zoo of S-2s, 55,050 values each, that needs no download: digits at MNIST's size.
 ZOO = {
     "name": "latents",
@@ -126,6 +129,20 @@ def verdict_D(values: int = 10**7, members: int = 50, samples: int = 20) -> Iter
     ours = _process(values, members, samples, SUBSPACE, told=True)
     what = f"process: {samples} samples told from copies, noise and Gaussians of {members} vectors of {values:,} values"
     yield result("verdict_D", what, f"a limit of {LIMIT_MIB} MiB", [(ours, LIMIT_MIB)], target=1.0, unit="MiB")
+
+
+def whole(overrides: Sequence[str] = ()) -> Iterator[Result]:
+    """Memory of a process that has a ResNet-18 trained, generated and judged whole, from the base to the report."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pdiff_ray.sweep", str(RESNET), "--storage", folder, "--in-process"]
+        command += [argument for override in overrides for argument in ("--set", override)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{' '.join(command)} has failed")
+    what = "an experiment of whole ResNet-18s, of 11,172,810 values"
+    peak = usage.ru_maxrss / 2**20
+    yield result("whole", what, f"a limit of {WHOLE_GIB} GiB", [(peak, WHOLE_GIB)], target=1.0, unit="GiB")
 
 
 def _process(values: int, members: int, samples: int, settings: Mapping[str, Any], told: bool = False) -> float:

@@ -101,12 +101,21 @@ def test_a_second_run_prints_the_same_table():
 
 
 @pytest.mark.long
+def test_whole_networks_are_measured():
+    brief = ("network.name=s1", "network.cifar_stem=false", "zoo.members=20", "sampling.samples=4")
+    (result,) = latents.whole(brief)
+    assert 0.3 < result.ours_s < 6
+
+
+@pytest.mark.long
 def test_the_quickstart_runs_without_baselines():
     (result,) = cluster.baselines((*cluster.BRIEF, "zoo.members=20", "sampling.samples=4"), n=1)
     assert result.ratio > 0
 
 
 def test_the_resnets_can_be_built(tmp_path):
+    plan = make_plan(loading.load(latents.RESNET, [f"storage={tmp_path}"]))
+    assert Estimator(plan.storage).counts(plan.experiment).subset.size == 11_172_810
     plan = make_plan(loading.load(cluster.RESNET, [f"storage={tmp_path}"]))
     assert Estimator(plan.storage).counts(plan.experiment).subset.size == 2048
     assert STAGES["evaluation"].about(plan.experiment).startswith("177 networks")

@@ -362,7 +362,16 @@ def test_a_named_pipe_is_no_file(root):
         (
             b'{"verdict": {"text": ""}, "groups": ['
             + b", ".join(
-                b'{"group": "%s", "networks": 1, "best": 0.5, "best_id": [1]}' % group
+                b'{"group": "%s", "networks": 1, "mean": 1%s}' % (group, b"0" * 400)
+                for group in (b"original", b"ensemble", b"generated")
+            )
+            + b"]}",
+            "OverflowError",
+        ),
+        (
+            b'{"verdict": {"text": ""}, "groups": ['
+            + b", ".join(
+                b'{"group": "%s", "networks": 1, "mean": 0.5, "best_id": [1]}' % group
                 for group in (b"original", b"ensemble", b"generated")
             )
             + b"]}",

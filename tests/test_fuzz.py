@@ -348,8 +348,10 @@ def manifest(draw, folder):
 
 def summary(draw, folder):
     """The summary of an evaluation, its digest right."""
-    groups = [{"group": g, "networks": 2, "best": 0.5, "best_id": None} for g in ("original", "ensemble", "generated")]
-    content = mutated_tree(draw, {"groups": groups, "verdict": {"text": "yes"}})
+    groups = [{"group": g, "networks": 2, "mean": 0.5, "best_id": None} for g in ("original", "ensemble", "generated")]
+    interval = {"estimate": 0.5, "lower": 0.4, "upper": 0.6, "word": "equal"}
+    comparison = {"best": "ensemble", "means": {"generated": interval}, "differences": {"ensemble": interval}}
+    content = mutated_tree(draw, {"groups": groups, "verdict": {"text": "yes"}, "comparison": comparison})
     artifact = Artifact(Storage(str(folder)), "evaluation", {}, {})
     artifact.commit({"summary.json": json.dumps(content).encode()}, {}, 1.0)
     return folder, lambda: load_summary({"evaluation": artifact})

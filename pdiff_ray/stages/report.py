@@ -81,7 +81,7 @@ def load_summary(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
                 group["best_id"] = store.records([group["best_id"]])[0].number
     except StorageError:  # of the evaluation's parts
         raise
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise StorageError(f"{evaluation.location}: {SUMMARY_FILE}: no summary ({error!r}); {ANEW}") from None
     return summary
 
