@@ -183,7 +183,8 @@ class MLflow:
         os.killpg(self.process.pid, number)
 
     def stop(self) -> None:
-        self.signal(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may be stopped already
+            self.signal(signal.SIGKILL)
         self.process.wait()
 
 

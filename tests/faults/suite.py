@@ -128,7 +128,8 @@ class Suite:
         said = self.said()
         assert "Traceback" not in said, said
         assert "secret" not in said, said
-        self.follow(said)
+        with self.store.spared():
+            self.follow(said)
 
     def damaged(self) -> bool:
         """Tells whether something in storage is; follows what is said of it."""
