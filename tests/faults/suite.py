@@ -387,7 +387,9 @@ class Suite:
     def redone(self) -> list[int]:
         """Returns how many members a run has trained again after a loss, each time; not after one has been deleted."""
         counts, last = [], dict[str, int]()
-        for line in self.cluster.trace.read_text().splitlines():
+        lines = self.cluster.trace.read_text().splitlines()
+        assert set(lines) > {DELETED}, "no member was trained"
+        for line in lines:
             if line == DELETED:
                 last.clear()
                 continue
@@ -395,7 +397,6 @@ class Suite:
             if int(step) <= last.get(run, -1):
                 counts.append(1 + (last[run] - int(step)) // self.every)
             last[run] = int(step)
-        assert last, "no member was trained"
         return counts
 
     def check_mlflow(self) -> None:
