@@ -119,7 +119,7 @@ def check(
     assert found.keys() == expected.keys()
     for name in expected:
         assert found[name] == expected[name], name
-    assert suite.twice() == []
+    assert not (twice := suite.twice()), f"stored twice: {twice}"
     suite.check_mlflow()
     suite.check_driver()
     redone = suite.redone()
