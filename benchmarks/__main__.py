@@ -14,7 +14,7 @@ import torch
 from benchmarks.harness import Result
 from pdiff_ray.common.devices import exact_float32
 
-# Those of `cluster` start Ray, or whole experiments; `scale` writes to MLflow. The others need neither of both.
+# Those of `cluster` and `whole` run experiments or start Ray; `scale` writes to MLflow. The others need neither.
 BENCHMARKS = {
     "evaluate": "judging",
     "zoo_step": "judging",

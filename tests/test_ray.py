@@ -58,7 +58,8 @@ def test_a_node_s_process_tells_which_node_of_which_cluster_it_is(ray):
     """`cluster/node.sh notice` reads it where it tells Ray that the machine will be gone."""
     context, pattern = ray.get_runtime_context(), "(?<=--{}=)[0-9a-f.:]+"  # the script's
     assert pattern.format("$1") in (ROOT / "cluster/node.sh").read_text()
-    commands = [" ".join(process.cmdline()) for process in psutil.process_iter() if process.name() == "raylet"]
+    every = [process.info for process in psutil.process_iter(["name", "cmdline"])]  # others may end meanwhile
+    commands = [" ".join(one["cmdline"]) for one in every if one["name"] == "raylet" and one["cmdline"]]
     found = {tuple(re.search(pattern.format(f), c)[0] for f in ("gcs-address", "node_id")) for c in commands}
     assert (context.gcs_address, context.get_node_id()) in found
 
