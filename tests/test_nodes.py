@@ -33,7 +33,7 @@ def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cluster")
     driver = folder / "driver"
     driver.mkdir()
-    started = Cluster(folder, driver)
+    started = Cluster(folder, driver, cache_mib=4096)  # the doctor asks for 2 GiB; what is not written takes none
     try:
         started.start()
         for _ in range(2):

@@ -19,7 +19,6 @@ ROOT = Path(__file__).parents[2]
 UNSHARE = ["unshare", "--mount", "--propagation", "private"]
 # Several nodes, not a local Ray of the tests; whoever joins has the token.
 JOINED = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
-CACHE_MIB = 64
 DRAIN = """
 import sys, time, ray
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
@@ -61,7 +60,7 @@ class Node:
 
 
 class Cluster:
-    """A head that only plans, and nodes that see no file below `hidden`.
+    """A head that only plans, and nodes that see no file below `hidden`, with `cache_mib` MiB for images each.
 
     Attributes:
         address: of the head.
@@ -70,8 +69,9 @@ class Cluster:
         nodes: those that are alive, without the head.
     """
 
-    def __init__(self, folder: Path, hidden: Path) -> None:
+    def __init__(self, folder: Path, hidden: Path, cache_mib: int) -> None:
         self.folder, self.hidden, self.trace = folder, hidden, folder / "trace"
+        self.cache_mib = cache_mib
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         # Short, for the sockets in it, and not Ray's own, where the address would stay and mislead every later Ray.
@@ -95,7 +95,7 @@ class Cluster:
         self._started += 1
         name, cache = f"node-{self._started}", self.folder / f"cache-{self._started}"
         cache.mkdir()
-        hide = f"mount -t tmpfs none {self.hidden} && mount -t tmpfs -o size={CACHE_MIB}m none {cache} && "
+        hide = f"mount -t tmpfs none {self.hidden} && mount -t tmpfs -o size={self.cache_mib}m none {cache} && "
         prefix = [*UNSHARE, "bash", "-c", f'{hide}exec "$@"', "node"]
         environment = {"PDIFF_CACHE": str(cache), **environment}
         self._start(name, f"--address={self.address}", "--num-cpus=1", prefix=prefix, **environment)

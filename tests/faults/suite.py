@@ -56,7 +56,7 @@ class Suite:
         self.file = self.home / "faults.yaml"
         self.file.write_text(yaml.safe_dump(content, sort_keys=False))
         self.store, self.server = Store(), MLflow(folder / "mlflow")
-        self.cluster = Cluster(folder, self.home)
+        self.cluster = Cluster(folder, self.home, cache_mib=64)
         self.every = content["zoo"]["steps_per_member"]
         self.injected: Counter[str] = Counter()
         self.restarts = 0
