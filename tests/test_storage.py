@@ -190,7 +190,7 @@ def test_object_storage_that_is_away_for_a_while_is_waited_for(failing, odd, mon
         back.start()
         assert act()
         assert store.hit > hit
-    assert sum("networks/part-" in name for name in store.puts) == 1
+    assert sum("networks/part-" in name for name, _ in store.puts) == 1
 
 
 def test_object_storage_that_stays_away_is_no_damage(failing, monkeypatch):
@@ -279,7 +279,7 @@ def test_two_builders_at_once_in_an_object_store_leave_a_whole_artifact(failing,
         builder.join()
         assert builder.exitcode == 0
     manifest = f"{its['zoo'].folder}/manifest.json"
-    assert sum(name.endswith(manifest) for name in store.puts) == 2
+    assert sum(name.endswith(manifest) for name, _ in store.puts) == 2
     found, expected = (ParameterStore(artifacts_of(experiment, s)["zoo"]) for s in (storage, its["zoo"].storage))
     assert found.vectors().tobytes() == expected.vectors().tobytes()
     assert [row.wrong for row in found.records()] == [row.wrong for row in expected.records()]

@@ -23,7 +23,8 @@ class Store:
         uri: of storage in it.
         mode: what happens to a call: "" nothing, "fail" (an error or a connection that ends), "hang" (no answer).
         every: the calls that it happens to: each one, each tenth.
-        puts: names of all objects that were written, in order.
+        puts: names of all objects that were written, and hashes of what they held, in order; a client that has waited
+            too long for its answer writes the same once more.
         hit: calls that were made to fail.
     """
 
@@ -32,7 +33,7 @@ class Store:
 
         self.app = DomainDispatcherApplication(create_backend_app)
         self.mode, self.every = "", 10
-        self.puts: list[str] = []
+        self.puts: list[tuple[str, str]] = []
         self.hit, self._calls = 0, itertools.count(1)
         logging.getLogger("werkzeug").setLevel(logging.CRITICAL)  # of connections that end
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet)
@@ -77,16 +78,16 @@ class Store:
                 return [b"" if environ["REQUEST_METHOD"] == "HEAD" else SLOW_DOWN]
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionError("made to end")
-        wrote = []
+        wrote = {}
 
         def started(status, headers, *rest):
-            wrote.append(status.startswith("200"))
+            wrote.update(status=status, etag=dict(headers).get("ETag", ""))
             return start_response(status, headers, *rest)
 
         answer = self.app(environ, started)
-        done = environ["REQUEST_METHOD"] in ("PUT", "POST") and "partNumber" not in environ["QUERY_STRING"]
-        if done and wrote[0] and not re.search(r"^(uploads|delete)\b", environ["QUERY_STRING"]):
-            self.puts.append(environ["PATH_INFO"].removeprefix("/bucket/"))
+        done = wrote["status"].startswith("200") and environ["REQUEST_METHOD"] in ("PUT", "POST")
+        if done and not re.search(r"^(uploads|delete)\b|\bpartNumber\b", environ["QUERY_STRING"]):
+            self.puts.append((environ["PATH_INFO"].removeprefix("/bucket/"), wrote["etag"]))
         return answer
 
 

@@ -306,7 +306,7 @@ class Suite:
         content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
         puts = len(self.store.puts)
         self.storage.write(name, bytes(content))
-        self.store.puts[puts:] = [put for put in self.store.puts[puts:] if not put.endswith(name)]
+        self.store.puts[puts:] = [put for put in self.store.puts[puts:] if not put[0].endswith(name)]
         return f"{name}, one bit"
 
     def mlflow(self) -> str:
@@ -374,8 +374,8 @@ class Suite:
 
     def twice(self) -> list[str]:
         """Returns networks and manifests that were stored twice, though the first was never deleted."""
-        own = [name for name in self.store.puts[self.first :] if name.startswith(f"{self.name}/")]
-        names = Counter(name.removeprefix(f"{self.name}/") for name in own)
+        own = {put for put in self.store.puts[self.first :] if put[0].startswith(f"{self.name}/")}
+        names = Counter(name.removeprefix(f"{self.name}/") for name, _ in own)
         found = [n for n, count in names.items() if count > 1 and n.endswith(MANIFEST) and n not in self.deleted]
         rows: Counter[str] = Counter()
         for name in names:
