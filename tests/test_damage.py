@@ -353,30 +353,30 @@ def test_a_named_pipe_is_no_file(root):
     assert any(f"{file}: no such file" in p for p in problems_of(root, str(file.parent.relative_to(root))))
 
 
+def summary(group, **more):
+    """A summary whose groups have some fields more, and as a whole has some."""
+    groups = [{"group": name, "networks": 1, "mean": 0.5, **group} for name in ("original", "ensemble", "generated")]
+    verdict = {"word": "new", "text": "", "failed": 0, "collapsed": False}
+    return json.dumps({"groups": groups, "verdict": verdict, **more}).encode()
+
+
+INTERVAL = {"networks": 2, "estimate": 0.5, "lower": 0.4, "upper": 0.6, "word": "equal"}
+COMPARED = {
+    **{"best": None, "word": None, "text": "", "networks": 2},
+    **{"means": {"generated": INTERVAL, "original": INTERVAL}, "differences": {"original": INTERVAL}},
+}
+NOVELTY = {"word": "new", "shares": {}, "distances": {}, "headline": "", "undecided": [{"remedy": ""}]}
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         (b"[]", "AttributeError"),
         (b'{"groups": [{}], "verdict": {"text": ""}}', "KeyError"),
         (b"[" * 100_000, "RecursionError"),
-        (
-            b'{"verdict": {"text": ""}, "groups": ['
-            + b", ".join(
-                b'{"group": "%s", "networks": 1, "mean": 1%s}' % (group, b"0" * 400)
-                for group in (b"original", b"ensemble", b"generated")
-            )
-            + b"]}",
-            "OverflowError",
-        ),
-        (
-            b'{"verdict": {"text": ""}, "groups": ['
-            + b", ".join(
-                b'{"group": "%s", "networks": 1, "mean": 0.5, "best_id": [1]}' % group
-                for group in (b"original", b"ensemble", b"generated")
-            )
-            + b"]}",
-            "TypeError",
-        ),
+        (summary({"mean": 10**400}), "OverflowError"),
+        (summary({"best_id": [1]}), "TypeError"),
+        (summary({}, comparison=COMPARED, novelty=NOVELTY), r"TypeError\(.*question"),
     ],
 )
 def test_a_summary_that_is_none(tmp_path, content, expected):

@@ -13,9 +13,9 @@ import yaml
 from pdiff_ray.common.errors import StorageError
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.evaluation.groups import groups_of
-from pdiff_ray.evaluation.metrics import described
+from pdiff_ray.evaluation.metrics import described, named_metrics, verdict_words
 from pdiff_ray.reports import figures
-from pdiff_ray.reports.answers import answers, warnings
+from pdiff_ray.reports.answers import answers, conclusion, warnings
 from pdiff_ray.reports.pages import render
 from pdiff_ray.reports.tables import DIFFERENCE, comma_separated, headline, legend, markdown, sharing_text, table_rows
 from pdiff_ray.stages.base import HISTORY_FILE
@@ -73,7 +73,15 @@ def load_summary(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     content = evaluation.read(SUMMARY_FILE)
     try:
         summary: dict[str, Any] = json.loads(content)
-        _ = table_rows(summary), headline(summary), summary["verdict"]["text"]  # what a summary has, its uses say
+        # What a summary has, its uses say.
+        _ = (
+            table_rows(summary, differences=True),
+            comma_separated(summary),
+            legend(described(summary)),
+            summary["verdict"],
+        )
+        _ = headline(summary), conclusion(summary), verdict_words(summary), _yardsticks(summary.get("novelty", {}))
+        _ = [float(number) for number in named_metrics(summary).values()]
         if any(group["group"] == "ensemble" and group.get("best_id") is not None for group in summary["groups"]):
             # An earlier version gave the ids of the evaluation's rows, which nothing but the evaluation has.
             store = ParameterStore(evaluation)
