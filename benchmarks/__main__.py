@@ -35,6 +35,7 @@ BENCHMARKS = {
     "ray_overhead": "cluster",
     "nodes": "cluster",
     "trial_overhead": "cluster",
+    "start": "cluster",
     "rerun": "cluster",
     "baselines": "cluster",
     "scale": "scale",

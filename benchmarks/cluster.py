@@ -346,15 +346,29 @@ def baselines(overrides: tuple[str, ...] = (), n: int = 2) -> Iterator[Result]:
     yield result("baselines", "the quickstart", "without the baselines that are drawn or trained", pairs, target=0.8)
 
 
+def start(overrides: tuple[str, ...] = (), n: int = 2) -> Iterator[Result]:
+    """The whole quickstart from the command line on a local Ray, against one process, which starts no other."""
+    pairs = []
+    for _ in range(n):
+        found = []
+        for flags in ((), ("--in-process",)):
+            with tempfile.TemporaryDirectory() as storage:
+                found.append(_timed(lambda flags=flags, to=storage: _quickstart(to, overrides, *flags)))
+        (table, on_ray), (other, in_process) = found
+        assert table == other, f"two runs of the quickstart differ:\n{table}\n{other}"
+        pairs.append((on_ray, in_process))
+    yield result("start", "the quickstart on a local Ray", "in one process", pairs, target=1.0)
+
+
 def _timed(work: Callable[[], str]) -> tuple[str, float]:
     found: list[str] = []
     taken = seconds(lambda: found.append(work()))
     return found[0], taken
 
 
-def _quickstart(storage: str, overrides: tuple[str, ...]) -> str:
+def _quickstart(storage: str, overrides: tuple[str, ...], *flags: str) -> str:
     """Runs it in a process of its own; returns the result table that it prints."""
-    command = [sys.executable, "-m", "pdiff_ray.sweep", str(QUICKSTART), "--storage", storage]
+    command = [sys.executable, "-m", "pdiff_ray.sweep", str(QUICKSTART), "--storage", storage, *flags]
     settings = [argument for override in overrides for argument in ("--set", override)]
     done = subprocess.run([*command, *settings], capture_output=True, text=True, check=True)
     table = re.search(r"^ *group .*?(?=^Did it work)", done.stdout, re.MULTILINE | re.DOTALL)

@@ -101,6 +101,12 @@ def test_a_second_run_prints_the_same_table():
 
 
 @pytest.mark.long
+def test_the_quickstart_prints_the_same_table_with_and_without_ray():
+    (result,) = cluster.start(cluster.BRIEF, n=1)
+    assert result.ratio > 0
+
+
+@pytest.mark.long
 def test_whole_networks_are_measured():
     brief = ("network.name=s1", "network.cifar_stem=false", "zoo.members=20", "sampling.samples=4")
     (result,) = latents.whole(brief)

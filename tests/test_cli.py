@@ -52,6 +52,34 @@ def storage(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("print('x' * 100_000)", 0, ""),
+        ("raise PdiffError('so it is')", 1, "error: so it is\n"),
+        ("raise ConfigError('so it is')", 2, "error: so it is\n"),
+        ("raise ValueError('a bug')", 1, "ValueError: a bug\n"),
+    ],
+)
+def test_a_process_ends_with_all_that_was_printed_and_its_code(body, code, said):
+    script = f"""
+import atexit, click
+from pdiff_ray.cli.main import guarded
+from pdiff_ray.common.errors import ConfigError, PdiffError
+
+@click.command()
+def command():
+    atexit.register(print, "registered by a library")
+    {body}
+
+guarded(command)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stderr.endswith(said)
+    assert done.stdout == ("x" * 100_000 + "\n") * (code == 0) + "registered by a library\n"
+
+
 def test_help_imports_nothing_heavy():
     code = "import sys; from pdiff_ray.cli.main import cli; cli(['--help'], standalone_mode=False); print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

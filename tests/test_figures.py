@@ -5,6 +5,8 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_info
 
 from pdiff_ray.evaluation.comparison import compare
 from pdiff_ray.evaluation.groups import GROUPS
@@ -66,6 +68,19 @@ def test_figures_have_names_on_their_axes_and_legends_beside_them(drawn, many):
             assert axes.get_legend() is None
             assert all(not legend.get_window_extent().overlaps(axes.get_window_extent()) for legend in figure.legends)
     assert sum(len(figure.legends) for figure in made) == 2
+
+
+def test_latents_are_placed_with_one_thread(monkeypatch):
+    """More of them take forty times as long where the machine has other work."""
+    threads = []
+
+    def fit_transform(self, points):
+        threads.extend(library["num_threads"] for library in threadpool_info())
+        return points[:, :2]
+
+    monkeypatch.setattr(TSNE, "fit_transform", fit_transform)
+    figures.latent_map({"original": np.eye(9), "generated": np.eye(9)}, 0)
+    assert set(threads) == {1}
 
 
 @pytest.mark.parametrize("draw", ["accuracy_by_group", "similarity_matrix"])

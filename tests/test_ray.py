@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from helpers import build, marked, tiny, until
+from helpers import build, marked, tiny, until, with_
 
 from pdiff_ray.common.errors import ConfigError, PdiffError
 from pdiff_ray.common.progress import Display
@@ -283,6 +283,28 @@ def test_actors_that_find_no_place_are_not_waited_for(sampled, ray):
         assert len(tasks) > free
         assert sum(pool.evaluate(tasks)) == num_networks(experiment)
     assert ParameterStore(artifacts["evaluation"]).ids == list(range(num_networks(experiment)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "workers", "expected"),
+    [
+        ({"actors": 3}, 2, 2),
+        ({"actors": 3, "cpus_per_worker": 2}, 2, 0),
+        ({"actors": 3, "cpus_per_actor": 2}, 1, 1),
+        ({"actors": 2, "gpus_per_actor": 0.5}, 1, 0),
+        ({"actors": 1}, 1, 1),
+        ({"actors": 2, "address": "127.0.0.1:1"}, 1, 0),
+    ],
+)
+def test_actors_start_beside_workers_where_both_have_room(sampled, ray, settings, workers, expected):
+    from pdiff_ray.distributed.pool import Pool
+
+    experiment, artifacts = sampled
+    experiment = with_(experiment, resources=with_(experiment.resources, **settings))
+    assert ray.cluster_resources()["CPU"] == 4
+    with Pool(experiment, artifacts, "nobody", beside=workers) as pool:
+        assert len(pool.actors) == expected
+        assert pool.size == settings["actors"]
 
 
 def test_more_than_this_machine_has(tmp_path, ray):

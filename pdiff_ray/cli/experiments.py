@@ -24,8 +24,6 @@ from pdiff_ray.cli.options import (
 )
 from pdiff_ray.common.errors import ConfigError, PdiffError
 
-PLANNED = "planned"  # what a command returns that has printed a plan
-
 
 @click.command()
 @click.argument("data")
@@ -44,7 +42,7 @@ def init(data: str, network: str, output: Path | None) -> None:
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @in_process_option
 @json_option
-def sweep(file: str, dry_run: bool, in_process: bool, as_json: bool, **options: Any) -> str | None:
+def sweep(file: str, dry_run: bool, in_process: bool, as_json: bool, **options: Any) -> None:
     """Run the experiment of FILE, or all trials of its sweep, from data to report; what is there is used again."""
     from pdiff_ray.config.sweep import SweepFile
 
@@ -60,7 +58,7 @@ def sweep(file: str, dry_run: bool, in_process: bool, as_json: bool, **options: 
             ledger = Ledger(loaded)
             if dry_run:
                 printing.print_sweep_plan(ledger, as_json)
-                return PLANNED
+                return
             result = sweeps.run(ledger, in_process=in_process)
             printing.print_sweep(result, as_json)
             if result.failed:
@@ -70,11 +68,10 @@ def sweep(file: str, dry_run: bool, in_process: bool, as_json: bool, **options: 
             plan = experiments.make_plan(loaded)
             if dry_run:
                 printing.print_plan(plan, as_json)
-                return PLANNED
+                return
             printing.print_start(plan)
             experiments.run(plan, in_process=in_process, track=True)
             printing.print_result(Result(loaded.name, plan.artifacts), as_json)
-    return None
 
 
 @click.command()
@@ -93,7 +90,7 @@ def sweep(file: str, dry_run: bool, in_process: bool, as_json: bool, **options: 
 @in_process_option
 def reproduce(
     names: tuple[str, ...], only_list: bool, dry_run: bool, folder: Path, in_process: bool, **options: Any
-) -> str | None:
+) -> None:
     """Run CELLs of the paper's tables, such as v1/mnist/s-2 or "final/cifar10/*", and compare ours with the published.
 
     A cell is a trial, with its seeds, of one of the project's sweeps of the paper's networks. What is there is used
@@ -112,11 +109,11 @@ def reproduce(
     if only_list:
         uri = options["storage"] or os.environ.get("PDIFF_STORAGE") or DEFAULT_STORAGE
         printing.print_cells(reproduce.lines(Storage(uri), cells))
-        return None
+        return
     if dry_run:
         for file in files:
             printing.print_sweep_plan(Ledger(file))
-        return PLANNED
+        return
     failed = []
     for file, plain in zip(files, reproduce.load(folder, cells, ()), strict=True):
         failed += reproduce.run(file, plain, in_process=in_process)
@@ -124,7 +121,6 @@ def reproduce(
     printing.print_cells(reproduce.lines(storage, cells), reproduce.write_page(storage))
     if failed:
         raise PdiffError(f"trials failed: {'; '.join(f'{trial.text}: {trial.reason}' for trial in failed)}")
-    return None
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -24,22 +25,29 @@ def guarded(command: click.Command, arguments: Sequence[str] | None = None) -> N
     # Libraries make millions of objects that stay; with the usual threshold (700) they are searched for cycles
     # over and over.
     gc.set_threshold(10_000)
+    code = 1  # of an error that is none of the user's, which has a traceback
+
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # to free what libraries have made, object by object, takes two seconds
+
+    if arguments is None:
+        atexit.register(end)  # before anything heavy is imported, and so called after what that registers
     try:
         with signals.ending():
-            result = command(arguments, standalone_mode=False)
-        if result == experiments.PLANNED and arguments is None:
-            sys.stdout.flush()
-            os._exit(0)  # nothing was started; to free what libraries have made, object by object, takes a second
-        sys.exit()
+            command(arguments, standalone_mode=False)
+        code = 0
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except PdiffError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; the same command goes on from here", err=True)
-        sys.exit(signals.exit_code())
+        code = signals.exit_code()
+    sys.exit(code)
 
 
 def main() -> None:

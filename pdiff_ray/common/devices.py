@@ -21,6 +21,15 @@ def limit_threads(threads: int) -> None:
     threadpool_limits(threads, user_api="blas")
 
 
+def one_thread() -> contextlib.AbstractContextManager[object]:
+    """Returns a context in which scikit-learn computes with one thread.
+
+    By itself it takes all cores, whose threads wait for each other without pause: small work takes twice as long where
+    something else runs on one of them, or forty times.
+    """
+    return threadpool_limits(1)
+
+
 def exact_float32() -> None:
     """Makes GPUs compute float32 exactly and repeatably, in this process.
 

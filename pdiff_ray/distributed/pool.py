@@ -9,10 +9,18 @@ import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayTaskError
 
 from pdiff_ray.common.errors import PdiffError
-from pdiff_ray.config.schema import Experiment
+from pdiff_ray.config.schema import Experiment, Resources
 from pdiff_ray.data.kept import default_cache
+from pdiff_ray.distributed import ray_address
 from pdiff_ray.distributed.nodes import check_software, expected_software
-from pdiff_ray.distributed.session import gpu_share, leaving, reason_of, report_progress, take_place
+from pdiff_ray.distributed.session import (
+    cluster_resources,
+    gpu_share,
+    leaving,
+    reason_of,
+    report_progress,
+    take_place,
+)
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.evaluation import Evaluator, Task
 from pdiff_ray.stages.table import build_missing
@@ -52,18 +60,32 @@ class _Worker:
 
 
 class Pool:
-    """The actors of one experiment. Work of an actor that dies is given to the others while it is restarted."""
+    """The actors of one experiment. Work of an actor that dies is given to the others while it is restarted.
 
-    def __init__(self, experiment: Experiment, artifacts: Mapping[str, Artifact], events: str) -> None:
+    Args:
+        beside: workers of Ray Train that are to come. Actors for which a local Ray has room beside them start at once,
+            so that they are there when the workers end; the others, and all of a cluster, start with the first work.
+    """
+
+    def __init__(
+        self, experiment: Experiment, artifacts: Mapping[str, Artifact], events: str, *, beside: int = 0
+    ) -> None:
         resources = experiment.resources
-        gpus = gpu_share(resources.gpus_per_actor, resources.actors)
-        self.max_failures = resources.max_failures
-        actor = ray.remote(_Worker).options(
-            num_cpus=resources.cpus_per_actor, num_gpus=gpus, max_restarts=resources.max_failures
+        self.size, self.max_failures = resources.actors, resources.max_failures
+        gpus = gpu_share(resources.gpus_per_actor, self.size)
+        self.actor = ray.remote(_Worker).options(
+            num_cpus=resources.cpus_per_actor, num_gpus=gpus, max_restarts=self.max_failures
         )
-        given = experiment, artifacts, events, gpus, expected_software(resources)
-        self.actors: list[Any] = [actor.remote(*given) for _ in range(resources.actors)]
-        self.deaths = dict.fromkeys(self.actors, 0)
+        self.given = experiment, artifacts, events, gpus, expected_software(resources)
+        self.actors: list[Any] = []
+        self.deaths: dict[Any, int] = {}
+        self._start(min(self.size, _room(resources, gpus, beside)) if beside else self.size)
+
+    def _start(self, count: int) -> None:
+        """Has so many actors."""
+        while len(self.actors) < count:
+            self.actors.append(self.actor.remote(*self.given))
+            self.deaths[self.actors[-1]] = 0
 
     def build(self, stage: str) -> None:
         """Builds a stage ("generator", "samples" or what is left of "evaluation") on one actor."""
@@ -81,6 +103,7 @@ class Pool:
             ray.kill(actor)
 
     def _run(self, method: str, items: Sequence[Any]) -> Iterator[Any]:
+        self._start(self.size)
         waiting = [(item, 0) for item in reversed(items)]
         idle: list[Any] = []
         # Work goes to actors that have started: in a full cluster some may wait for a place.
@@ -116,3 +139,15 @@ class Pool:
                 actor, (item, failures) = idle.pop(0), waiting.pop()
                 running[getattr(actor, method).remote(item, failures)] = (actor, item, failures)
             yield from results  # when every actor has work: the caller may take its time
+
+
+def _room(resources: Resources, gpus: float, workers: int) -> int:
+    """Returns for how many actors a local Ray has room beside workers; a cluster's is not ours to take."""
+    if ray_address(resources):
+        return 0
+    needs = {
+        "CPU": (resources.cpus_per_actor, resources.cpus_per_worker),
+        "GPU": (gpus, gpu_share(resources.gpus_per_worker, workers)),
+    }
+    there = cluster_resources()
+    return min(int((there.get(kind, 0) - workers * other) // own) for kind, (own, other) in needs.items() if own)

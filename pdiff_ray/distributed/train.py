@@ -15,10 +15,12 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -97,6 +99,7 @@ def train(jobs: Sequence[Job], events: str) -> dict[str, str]:
         ),
     )
     try:
+        get_or_create_autoscaling_coordinator()  # which the workers' controller would start after itself
         trainer.fit()
     except TrainingFailedError as error:
         found = failures(events)
@@ -161,6 +164,8 @@ class _Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        # It starts an actor for Ray Data, which nothing here uses.
+        callbacks = [each for each in callbacks if not isinstance(each, DatasetsCallback)]
         with signals.kept():
             known = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)  # what is connected to
         if known.dashboard_url:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pdiff_ray.common.devices import one_thread
 from pdiff_ray.evaluation.geometry import Geometry, Place
 
 CELL = 20  # vectors of samples and yardstick, which a cell of C_T has
@@ -82,7 +83,8 @@ def _cells(geometry: Geometry, count: int, seed: int) -> tuple[Tensor, Tensor]:
         return torch.zeros(len(components), dtype=torch.long, device=components.device), components.mean(0)[None]
     from sklearn.cluster import KMeans
 
-    found = KMeans(count, n_init=10, random_state=seed % 2**32).fit(components.cpu().numpy())
+    with one_thread():
+        found = KMeans(count, n_init=10, random_state=seed % 2**32).fit(components.cpu().numpy())
     centres = torch.from_numpy(found.cluster_centers_).to(components)
     return torch.from_numpy(found.labels_).to(components.device), centres
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from pdiff_ray.common.devices import one_thread
 from pdiff_ray.config.split import MEMBER_GROUPS
 from pdiff_ray.evaluation.groups import GROUPS, Group
 from pdiff_ray.evaluation.similarity import iou, unpack_wrong
@@ -163,6 +164,12 @@ def _left_out(records: Sequence[Record], lowest: float) -> str:
     return f"; {below} below {lowest:.0f} are at the edge" if below else ""
 
 
+def get_ready() -> None:
+    """Imports what figures are made with, which takes two seconds: for a thread, while others work."""
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import sklearn.manifold  # noqa: F401
+
+
 def latent_map(latents: Mapping[str, np.ndarray], seed: int) -> bytes:
     """Draws a t-SNE of the latents of members and samples (van der Maaten and Hinton 2008), whose axes mean nothing."""
     from sklearn.manifold import TSNE
@@ -171,7 +178,8 @@ def latent_map(latents: Mapping[str, np.ndarray], seed: int) -> bytes:
     points = np.concatenate(list(chosen.values()))
     perplexity = min(30.0, (len(points) - 1) / 3)
     init = "pca" if points.shape[1] > 1 else "random"
-    placed = TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform(points)
+    with one_thread():
+        placed = TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform(points)
     figure, axes = _figure(5, 4.2)
     parts = np.split(placed, np.cumsum([len(values) for values in chosen.values()])[:-1])
     for group, part in zip(chosen, parts, strict=True):

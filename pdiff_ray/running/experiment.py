@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from pdiff_ray.data.kept import default_cache
 from pdiff_ray.evaluation.diagnostics import diagnose
 from pdiff_ray.evaluation.groups import groups_of
 from pdiff_ray.evaluation.metrics import metrics_of
+from pdiff_ray.reports import figures
 from pdiff_ray.reports.answers import warnings
 from pdiff_ray.stages import evaluation
 from pdiff_ray.stages.checks import checked_subset
@@ -171,18 +173,24 @@ def _run_on_ray(plan: Plan, progress: Display) -> None:
 
     with session.connect(experiment.resources, progress) as events:
         progress("Ray", 1, 1, "running")
-        if trained := plan.missing_on("workers"):
-            if problems := train.train([train.Job(experiment, artifacts, trained)], events):
-                raise PdiffError(next(iter(problems.values())))
-            _announce(plan, *trained)
-        if made := plan.missing_on("actor", "actors"):
-            with pool.Pool(experiment, artifacts, events) as actors:
-                for stage in made:
-                    if stage == "evaluation":
-                        context = Context(torch.device("cpu"), default_cache(), progress=progress)
-                        evaluation.judge_missing(experiment, artifacts, context, actors.evaluate, len(actors.actors))
-                    actors.build(stage)  # vectors do not pass through this process
-                    _announce(plan, stage)
+        if "report" in plan.missing:
+            threading.Thread(target=figures.get_ready, daemon=True).start()
+        trained, made = plan.missing_on("workers"), plan.missing_on("actor", "actors")
+        jobs = [train.Job(experiment, artifacts, trained)] if trained else []
+        with contextlib.ExitStack() as stack:
+            if made:
+                workers = train.useful_workers(jobs) if jobs else 0
+                actors = stack.enter_context(pool.Pool(experiment, artifacts, events, beside=workers))
+            if jobs:
+                if problems := train.train(jobs, events):
+                    raise PdiffError(next(iter(problems.values())))
+                _announce(plan, *trained)
+            for stage in made:
+                if stage == "evaluation":
+                    context = Context(torch.device("cpu"), default_cache(), progress=progress)
+                    evaluation.judge_missing(experiment, artifacts, context, actors.evaluate, actors.size)
+                actors.build(stage)  # vectors do not pass through this process
+                _announce(plan, stage)
 
 
 def _announce(plan: Plan, *stages: str) -> None:
