@@ -301,7 +301,7 @@ def test_actors_start_beside_workers_where_both_have_room(sampled, ray, settings
 
     experiment, artifacts = sampled
     experiment = with_(experiment, resources=with_(experiment.resources, **settings))
-    assert ray.cluster_resources()["CPU"] == 4
+    until(lambda: ray.available_resources().get("CPU") == 4)  # those of other tests have ended
     with Pool(experiment, artifacts, "nobody", beside=workers) as pool:
         assert len(pool.actors) == expected
         assert pool.size == settings["actors"]

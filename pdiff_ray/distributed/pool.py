@@ -14,7 +14,6 @@ from pdiff_ray.data.kept import default_cache
 from pdiff_ray.distributed import ray_address
 from pdiff_ray.distributed.nodes import check_software, expected_software
 from pdiff_ray.distributed.session import (
-    cluster_resources,
     gpu_share,
     leaving,
     reason_of,
@@ -142,12 +141,12 @@ class Pool:
 
 
 def _room(resources: Resources, gpus: float, workers: int) -> int:
-    """Returns for how many actors a local Ray has room beside workers; a cluster's is not ours to take."""
+    """Returns for how many actors a local Ray has room now beside workers; others may be waiting for a cluster's."""
     if ray_address(resources):
         return 0
     needs = {
         "CPU": (resources.cpus_per_actor, resources.cpus_per_worker),
         "GPU": (gpus, gpu_share(resources.gpus_per_worker, workers)),
     }
-    there = cluster_resources()
+    there = ray.available_resources()
     return min(int((there.get(kind, 0) - workers * other) // own) for kind, (own, other) in needs.items() if own)
