@@ -10,7 +10,7 @@ import threading
 
 import mlflow
 import pytest
-from helpers import until
+from helpers import tiny, until
 from test_cli import pdiff
 
 from pdiff_ray import tracking
@@ -56,6 +56,26 @@ def test_a_file_that_is_no_database_is_named(tmp_path):
     with pytest.raises(tracking.TrackingError, match="cannot be read as an SQLite database"):
         tracking.reachable(f"sqlite:///{tmp_path}/mlflow.db")
     assert expected in pdiff("ui", "--storage", tmp_path, code=1)
+
+
+def test_the_database_is_made_while_others_work(tmp_path):
+    experiment, artifacts = tiny(tmp_path)
+    tracking.get_ready(experiment, artifacts["base"].storage)
+    made = (tmp_path / "mlflow.db").stat()
+    assert tracking.reachable(f"sqlite:///{tmp_path}/mlflow.db") == "there"
+    assert (tmp_path / "mlflow.db").stat().st_ino == made.st_ino
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///{}/mlflow.db", "http://127.0.0.1:1"])
+def test_who_writes_says_what_is_wrong_and_who_prepares_does_not(uri, tmp_path, capsys):
+    uri = uri.format(tmp_path)
+    (tmp_path / "mlflow.db").write_bytes(b"no database at all")
+    experiment, artifacts = tiny(tmp_path, f"tracking.uri={uri}")
+    tracking.get_ready(experiment, artifacts["base"].storage)
+    assert (tmp_path / "mlflow.db").read_bytes() == b"no database at all"
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(tracking.TrackingError):
+        tracking.reachable(uri)
 
 
 def test_processes_that_start_at_once_make_one_database(tmp_path):

@@ -140,7 +140,10 @@ def run(plan: Plan, *, in_process: bool = False, track: bool = False) -> None:
     with usage if track and plan.missing else contextlib.nullcontext(), display() as progress:
         if plan.needs_ray:
             started = time.monotonic()
-            (_run_here if in_process else _run_on_ray)(plan, progress)
+            if in_process:
+                _run_here(plan, progress)
+            else:
+                _run_on_ray(plan, progress, track)
             console.print(f"  built in {time.monotonic() - started:.0f} s")
         for stage in plan.missing_on("driver"):
             build_missing(stage, plan.experiment, plan.artifacts, here(progress))
@@ -165,7 +168,7 @@ def _run_here(plan: Plan, progress: Display) -> None:
         _announce(plan, stage)
 
 
-def _run_on_ray(plan: Plan, progress: Display) -> None:
+def _run_on_ray(plan: Plan, progress: Display, track: bool = False) -> None:
     experiment, artifacts = plan.experiment, plan.artifacts
     progress("Ray", 0, 1, "starting")
     distributed.prepare(experiment.resources)
@@ -173,8 +176,8 @@ def _run_on_ray(plan: Plan, progress: Display) -> None:
 
     with session.connect(experiment.resources, progress) as events:
         progress("Ray", 1, 1, "running")
-        if "report" in plan.missing:
-            threading.Thread(target=figures.get_ready, daemon=True).start()
+        ready = threading.Thread(target=_get_ready, args=(plan, track), daemon=True)
+        ready.start()
         trained, made = plan.missing_on("workers"), plan.missing_on("actor", "actors")
         jobs = [train.Job(experiment, artifacts, trained)] if trained else []
         with contextlib.ExitStack() as stack:
@@ -191,6 +194,15 @@ def _run_on_ray(plan: Plan, progress: Display) -> None:
                     evaluation.judge_missing(experiment, artifacts, context, actors.evaluate, actors.size)
                 actors.build(stage)  # vectors do not pass through this process
                 _announce(plan, stage)
+        ready.join()
+
+
+def _get_ready(plan: Plan, track: bool) -> None:
+    """Does what takes time at the end and needs no result: for a thread, while others work."""
+    if "report" in plan.missing:
+        figures.get_ready()
+    if track:
+        tracking.get_ready(plan.experiment, plan.storage)
 
 
 def _announce(plan: Plan, *stages: str) -> None:

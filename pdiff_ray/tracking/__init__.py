@@ -11,6 +11,7 @@ from pdiff_ray.tracking.runs import record
 from pdiff_ray.tracking.server import (
     Server,
     experiment_name,
+    get_ready,
     reachable,
     tracking_uri,
     warn,
@@ -25,6 +26,7 @@ __all__ = [
     "database",
     "experiment_name",
     "follow",
+    "get_ready",
     "links",
     "log",
     "reachable",

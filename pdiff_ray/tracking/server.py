@@ -111,8 +111,7 @@ def connect(uri: str, name: str, storage: Storage) -> Connection:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    for noisy, level in (("mlflow", logging.WARNING), ("alembic", logging.WARNING), ("urllib3", logging.ERROR)):
-        logging.getLogger(noisy).setLevel(level)
+    _quieten()
     # Left behind by a surrounding MLflow job, it would make every run here a child of that one.
     os.environ.pop("MLFLOW_RUN_ID", None)
     if file := database(uri):
@@ -130,6 +129,22 @@ def connect(uri: str, name: str, storage: Storage) -> Connection:
         if found := find_experiment(client, uri, name):
             return Connection(client, found, own)
         raise
+
+
+def get_ready(experiment: Experiment, storage: Storage) -> None:
+    """Has the SQLite file made that runs go to, if they go to one, which takes seconds: for a thread of its own.
+
+    What is wrong, whoever writes runs finds as well.
+    """
+    with contextlib.suppress(Exception):
+        if file := database(tracking_uri(experiment, storage)):
+            _quieten()
+            prepare_database(file)
+
+
+def _quieten() -> None:
+    for noisy, level in (("mlflow", logging.WARNING), ("alembic", logging.WARNING), ("urllib3", logging.ERROR)):
+        logging.getLogger(noisy).setLevel(level)
 
 
 def find_experiment(client: Any, uri: str, name: str) -> str | None:
