@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -225,21 +226,42 @@ def _build(jobs: Sequence[Job], events: str, device: torch.device) -> None:
             failed[artifact.key] = str(error)
             if world > 1:  # the others may be waiting for this worker, and only a restart ends that
                 raise
-    shift = 0
+    shift, seconds = 0, dict[str, float]()
     for job in jobs:
         artifact = job.artifacts["zoo"]
         if "zoo" not in job.stages or not failed.keys().isdisjoint((artifact.key, job.artifacts["base"].key)):
             continue
         try:
             if not artifact.exists():
+                started = time.monotonic()
                 zoo.build(job.experiment, job.artifacts, context("zoo", job), shift)
+                seconds[artifact.key] = time.monotonic() - started
         except UnavailableError:
             raise
         except PdiffError as error:
             report_failure(events, artifact.key, str(error))
         shift += len(zoo.runs_of(job.experiment.zoo))
     if world > 1:
+        everyone = [seconds] * world
+        dist.all_gather_object(everyone, seconds)  # when all have ended
+        if rank == 0:
+            _commit_zoos(jobs, everyone, events)
         dist.barrier()  # the group ends as soon as one of its workers does
+
+
+def _commit_zoos(jobs: Sequence[Job], seconds: Sequence[Mapping[str, float]], events: str) -> None:
+    """Commits the zoos that several workers have built, given the seconds that each of them took, by key."""
+    for job in jobs:
+        artifact = job.artifacts["zoo"]
+        taken = [of_worker[artifact.key] for of_worker in seconds if artifact.key in of_worker]
+        if not taken or artifact.exists():
+            continue
+        try:
+            zoo.finish(job.experiment, job.artifacts, max(taken))
+        except UnavailableError:
+            raise
+        except PdiffError as error:
+            report_failure(events, artifact.key, str(error))
 
 
 def _finished(artifact: Artifact, world: int) -> bool:

@@ -89,7 +89,8 @@ def subset_of(experiment: Experiment, network: nn.Module) -> Subset:
 def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Context, shift: int = 0) -> None:
     """Trains this worker's share of the missing members and stores each with its judgement.
 
-    The worker that sees the zoo complete commits it.
+    A worker that is alone commits the zoo. Of several, one does by `finish` when all have ended: two that saw it
+    complete at the same moment would both.
 
     Args:
         shift: the worker that the first run falls to, so that workers share several zoos.
@@ -109,8 +110,15 @@ def build(experiment: Experiment, artifacts: Mapping[str, Artifact], context: Co
                 store.append([_independent(experiment, judge, id_, context)], subset)
     elif missing:
         _FromBase(experiment, artifacts, subset, store, context).train(missing)
-    if set(ParameterStore(artifact).ids).issuperset(range(config.size)):
-        commit(artifact, subset, config, time.monotonic() - started)
+    if context.world == 1:
+        finish(experiment, artifacts, time.monotonic() - started)
+
+
+def finish(experiment: Experiment, artifacts: Mapping[str, Artifact], seconds: float) -> None:
+    """Commits the zoo if all its members are there."""
+    store, config = ParameterStore(artifacts["zoo"]), experiment.zoo
+    if set(store.ids).issuperset(range(config.size)):
+        commit(artifacts["zoo"], store.subset(), config, seconds)
 
 
 def commit(
