@@ -195,6 +195,20 @@ def test_empty_image_folder(tmp_path):
         sources.check_data(config)
 
 
+def test_parquet_names_and_labels_that_are_no_text(parquet):
+    config, _, _ = parquet
+    file = next(Path(config.root).glob("train-0*"))
+    content, images = file.read_bytes(), pq.read_table(file)
+    labels = pa.array([b"\xe9"] * len(images), pa.binary()).view(pa.string())
+    pq.write_table(images.set_column(1, "label", labels), file)
+    with pytest.raises(ConfigError, match=rf"{file} cannot be read as Parquet images: .*UTF8"):
+        sources.check_data(config)
+    assert content.count(b"label") > 0
+    file.write_bytes(content.replace(b"label", b"\xe9abel"))
+    with pytest.raises(ConfigError, match=rf"{file} cannot be read as Parquet images: .*utf-8"):
+        sources.check_data(config)
+
+
 def test_truncated_parquet_file_is_named(parquet):
     config, _, _ = parquet
     path = Path(config.root) / "train-1.parquet"

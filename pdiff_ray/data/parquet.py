@@ -48,21 +48,29 @@ def declared_classes(files: Sequence[str]) -> list[str] | None:
     return next(iter(found.values()), None)
 
 
-def _dataset(file: str) -> ds.Dataset:
+@contextlib.contextmanager
+def _reading(file: str) -> Iterator[None]:
+    """Turns what pyarrow raises into one message, also of names and labels that are no text."""
     try:
-        return ds.dataset(file, format="parquet")
-    except (pa.ArrowException, OSError) as error:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.root: {file} cannot be read as Parquet images: {first_line(error)}") from None
+
+
+def _dataset(file: str) -> ds.Dataset:
+    with _reading(file):
+        return ds.dataset(file, format="parquet")
 
 
 def _columns(file: str, schema: pa.Schema) -> tuple[str, str]:
     """Returns the names of the columns of images and of labels."""
-    image = next((n for n in ("img", "image") if n in schema.names), None)
-    label = next((n for n in ("label", "fine_label") if n in schema.names), None)
+    with _reading(file):
+        names = schema.names
+    image = next((n for n in ("img", "image") if n in names), None)
+    label = next((n for n in ("label", "fine_label") if n in names), None)
     if image is None or label is None:
         raise ConfigError(
-            f"data.root: {file} has columns {', '.join(schema.names)}; wanted are img or image (struct with bytes) "
-            "and label"
+            f"data.root: {file} has columns {', '.join(names)}; wanted are img or image (struct with bytes) and label"
         )
     return image, label
 
@@ -166,7 +174,7 @@ class ParquetImages:
                 continue  # perhaps of no type
             dataset = _dataset(file)
             image, _ = _columns(file, dataset.schema)
-            try:
+            with _reading(file):
                 # Small batches and little read ahead: a set may be larger than memory.
                 for batch in dataset.to_batches(
                     columns={"bytes": ds.field(image, "bytes")}, batch_size=256, batch_readahead=2
@@ -181,8 +189,6 @@ class ParquetImages:
                             )
                         yield encoded
                         index += 1
-            except (pa.ArrowException, OSError) as error:
-                raise ConfigError(f"data.root: {file} cannot be read as Parquet images: {first_line(error)}") from None
 
     def _refuse(self, bad: pa.ChunkedArray, what: str, labels: pa.ChunkedArray) -> None:
         """Raises ConfigError if a label is marked as bad."""
@@ -201,7 +207,7 @@ def _labels(file: str) -> pa.ChunkedArray:
     """Returns the labels of a file as int64 or text."""
     dataset = _dataset(file)
     _, label = _columns(file, dataset.schema)
-    try:
+    with _reading(file):
         column = dataset.to_table(columns=[label])[label]
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
         text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
@@ -210,6 +216,6 @@ def _labels(file: str) -> pa.ChunkedArray:
             raise ConfigError(
                 f"data.root: {file} has labels of type {kind}; wanted is one number or one class name for each image"
             )
-        return column.cast(kind).cast(pa.string() if text else pa.int64())
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"data.root: {file} cannot be read as Parquet images: {first_line(error)}") from None
+        column = column.cast(kind).cast(pa.string() if text else pa.int64())
+        column.validate(full=text)
+        return column
