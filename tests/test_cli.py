@@ -58,6 +58,7 @@ def storage(tmp_path_factory):
         ("print('x' * 100_000)", 0, ""),
         ("raise PdiffError('so it is')", 1, "error: so it is\n"),
         ("raise ConfigError('so it is')", 2, "error: so it is\n"),
+        ("raise SystemExit(3)", 3, ""),
         ("raise ValueError('a bug')", 1, "ValueError: a bug\n"),
     ],
 )

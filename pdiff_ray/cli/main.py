@@ -38,6 +38,8 @@ def guarded(command: click.Command, arguments: Sequence[str] | None = None) -> N
         with signals.ending():
             command(arguments, standalone_mode=False)
         code = 0
+    except SystemExit as error:  # of a command that has said what there is to say
+        code = int(error.code or 0)
     except click.ClickException as error:
         error.show()
         code = error.exit_code
