@@ -19,6 +19,7 @@ from test_store import SUBSET, make_records
 import pdiff_ray
 from pdiff_ray.common.errors import ConfigError, StorageError
 from pdiff_ray.config.schema import Evaluation
+from pdiff_ray.config.section import merge
 from pdiff_ray.evaluation.groups import Group, groups_of
 from pdiff_ray.evaluation.summary import by_title
 from pdiff_ray.stages.base import load_state
@@ -353,19 +354,46 @@ def test_a_named_pipe_is_no_file(root):
     assert any(f"{file}: no such file" in p for p in problems_of(root, str(file.parent.relative_to(root))))
 
 
-def summary(group, **more):
-    """A summary whose groups have some fields more, and as a whole has some."""
-    groups = [{"group": name, "networks": 1, "mean": 0.5, **group} for name in ("original", "ensemble", "generated")]
-    verdict = {"word": "new", "text": "", "failed": 0, "collapsed": False}
-    return json.dumps({"groups": groups, "verdict": verdict, **more}).encode()
-
-
-INTERVAL = {"networks": 2, "estimate": 0.5, "lower": 0.4, "upper": 0.6, "word": "equal"}
-COMPARED = {
-    **{"best": None, "word": None, "text": "", "networks": 2},
-    **{"means": {"generated": INTERVAL, "original": INTERVAL}, "differences": {"original": INTERVAL}},
+GROUPS = ("original", "ensemble", "generated")
+INTERVAL = {
+    "networks": 2,
+    "estimate": 0.5,
+    "lower": 0.4,
+    "upper": 0.6,
+    "word": "equal",
+    "limit": "images",
+    "needed": {},
 }
-NOVELTY = {"word": "new", "shares": {}, "distances": {}, "headline": "", "undecided": [{"remedy": ""}]}
+SHARES = {"replica": 0.1, "interpolation": 0.9, "new": 0.0}
+SUMMARY = {
+    "groups": [{"group": group, "networks": 2, "mean": 0.5, "best_id": None} for group in GROUPS],
+    "verdict": {
+        **{"word": "interpolation", "text": "interpolation", "accuracy": "equal", "baseline": "ensemble"},
+        **{"shares": SHARES, "failed": 0.0, "collapsed": False},
+    },
+    "novelty": {
+        **{"word": "interpolation", "shares": SHARES, "text": "interpolation", "headline": "interpolation: all"},
+        "distances": {"samples": {"nearest": 0.4, "cosine": 0.8}, "held_out": {"nearest": 0.5, "cosine": 0.6}},
+        "copying": {"held_out": {"c_t": -3.0, "z": -1.8, "cells": 2, "num": 40, "effective": 7.3}},
+        "undecided": [{"question": "whether it is so", "remedy": "take more", "n": 55}],
+        **{"spread": 0.8, "effective_rank": 1.8, "members_rank": 2.7},
+    },
+    "comparison": {
+        **{"networks": 2, "best": "ensemble", "word": "equal", "text": "equal: 0 points above ensemble"},
+        "means": dict.fromkeys(GROUPS, INTERVAL),
+        "differences": dict.fromkeys(GROUPS[:-1], INTERVAL),
+    },
+    "zoo": [{"name": "drift", "shown": "0.5", "good": False, "advice": "Take more."}],
+    "condition": {
+        **{"condition": "accuracy", "samples": 2, "lowest": 0.1, "highest": 0.9},
+        "correlations": {"accuracy": {"estimate": 0.5, "lower": 0.1, "upper": 0.8, "members": 0.4}},
+    },
+}
+
+
+def summary(group, **parts):
+    """The content of a summary whose groups have other fields, as have some of its parts."""
+    return json.dumps(merge(SUMMARY, {"groups": [{**one, **group} for one in SUMMARY["groups"]], **parts})).encode()
 
 
 @pytest.mark.parametrize(
@@ -376,7 +404,8 @@ NOVELTY = {"word": "new", "shares": {}, "distances": {}, "headline": "", "undeci
         (b"[" * 100_000, "RecursionError"),
         (summary({"mean": 10**400}), "OverflowError"),
         (summary({"best_id": [1]}), "TypeError"),
-        (summary({}, comparison=COMPARED, novelty=NOVELTY), r"TypeError\(.*question"),
+        (summary({}, novelty={"undecided": [{"remedy": ""}]}), r"TypeError\(.*question"),
+        (summary({}).replace(b'"text": "interpolation", "accuracy"', b'"accuracy"'), r"KeyError\('text'"),
     ],
 )
 def test_a_summary_that_is_none(tmp_path, content, expected):

@@ -33,7 +33,7 @@ import yaml
 from helpers import encoded, write_parquet
 from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
-from test_damage import OLD, OLD_KEY, sweep
+from test_damage import OLD, OLD_KEY, SUMMARY, sweep
 from test_reading import SHIPPED, mutated
 from test_store import SUBSET, make_records
 
@@ -344,43 +344,6 @@ def manifest(draw, folder):
             artifacts.opened(storage, artifacts.read_manifest(storage, found)).read(name)
 
     return file.parent, read
-
-
-GROUPS = ("original", "ensemble", "generated")
-INTERVAL = {
-    "networks": 2,
-    "estimate": 0.5,
-    "lower": 0.4,
-    "upper": 0.6,
-    "word": "equal",
-    "limit": "images",
-    "needed": {},
-}
-SHARES = {"replica": 0.1, "interpolation": 0.9, "new": 0.0}
-SUMMARY = {
-    "groups": [{"group": group, "networks": 2, "mean": 0.5, "best_id": None} for group in GROUPS],
-    "verdict": {
-        **{"word": "interpolation", "text": "interpolation", "accuracy": "equal", "baseline": "ensemble"},
-        **{"shares": SHARES, "failed": 0.0, "collapsed": False},
-    },
-    "novelty": {
-        **{"word": "interpolation", "shares": SHARES, "text": "interpolation", "headline": "interpolation: all"},
-        "distances": {"samples": {"nearest": 0.4, "cosine": 0.8}, "held_out": {"nearest": 0.5, "cosine": 0.6}},
-        "copying": {"held_out": {"c_t": -3.0, "z": -1.8, "cells": 2, "num": 40, "effective": 7.3}},
-        "undecided": [{"question": "whether it is so", "remedy": "take more", "n": 55}],
-        **{"spread": 0.8, "effective_rank": 1.8, "members_rank": 2.7},
-    },
-    "comparison": {
-        **{"networks": 2, "best": "ensemble", "word": "equal", "text": "equal: 0 points above ensemble"},
-        "means": dict.fromkeys(GROUPS, INTERVAL),
-        "differences": dict.fromkeys(GROUPS[:-1], INTERVAL),
-    },
-    "zoo": [{"name": "drift", "shown": "0.5", "good": False, "advice": "Take more."}],
-    "condition": {
-        **{"condition": "accuracy", "samples": 2, "lowest": 0.1, "highest": 0.9},
-        "correlations": {"accuracy": {"estimate": 0.5, "lower": 0.1, "upper": 0.8, "members": 0.4}},
-    },
-}
 
 
 def summary(draw, folder):

@@ -74,14 +74,9 @@ def load_summary(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     try:
         summary: dict[str, Any] = json.loads(content)
         # What a summary has, its uses say.
-        _ = (
-            table_rows(summary, differences=True),
-            comma_separated(summary),
-            legend(described(summary)),
-            summary["verdict"],
-        )
+        _ = table_rows(summary, differences=True), comma_separated(summary), legend(described(summary))
         _ = headline(summary), conclusion(summary), verdict_words(summary), _yardsticks(summary.get("novelty", {}))
-        _ = [float(number) for number in named_metrics(summary).values()]
+        _ = [float(number) for number in named_metrics(summary).values()], summary["verdict"]["text"]
         if any(group["group"] == "ensemble" and group.get("best_id") is not None for group in summary["groups"]):
             # An earlier version gave the ids of the evaluation's rows, which nothing but the evaluation has.
             store = ParameterStore(evaluation)
