@@ -161,7 +161,7 @@ def actors(
                     break
                 with evaluation.pool(count, events) as several:
                     one = copy.copy(several)
-                    one.actors = several.actors[:1]
+                    one.actors, one.size = several.actors[:1], 1
                     ours = functools.partial(evaluation.run, several)
                     other = functools.partial(evaluation.run, one)
                     assert _same(other(), ours())

@@ -31,6 +31,8 @@ def pytest_collection_modifyitems(items):
     with_ray = {item.path for item in items if "ray" in item.fixturenames}
     for item in items:
         item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else item.path.stem))
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.timeout(0))
 
 
 @pytest.fixture(scope="session", autouse=True)
