@@ -108,6 +108,7 @@ SHARED = {
     "ablate_regime": {"base": 3, "zoo": 9},
     "ablate_batchnorm": {"base": 3, "zoo": 15, "alignment": 6, "generator": 15},
     "ablate_alignment": {"base": 6, "zoo": 6, "alignment": 12, "generator": 36},
+    "deepweightflow": {"base": 3, "zoo": 3, "alignment": 3, "generator": 12},
     "whole_networks": {"base": 15, "zoo": 15, "alignment": 15, "generator": 60},
     "tune_autoencoder": {"base": 1, "zoo": 1},
     "tune_diffusion": {"base": 1, "zoo": 1},

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,15 +231,11 @@ def _build(jobs: Sequence[Job], events: str, device: torch.device) -> None:
         artifact = job.artifacts["zoo"]
         if "zoo" not in job.stages or not failed.keys().isdisjoint((artifact.key, job.artifacts["base"].key)):
             continue
-        try:
+        with _failing_alone(artifact, events):
             if not artifact.exists():
                 started = time.monotonic()
                 zoo.build(job.experiment, job.artifacts, context("zoo", job), shift)
                 seconds[artifact.key] = time.monotonic() - started
-        except UnavailableError:
-            raise
-        except PdiffError as error:
-            report_failure(events, artifact.key, str(error))
         shift += len(zoo.runs_of(job.experiment.zoo))
     if world > 1:
         everyone = [seconds] * world
@@ -256,12 +252,19 @@ def _commit_zoos(jobs: Sequence[Job], seconds: Sequence[Mapping[str, float]], ev
         taken = [of_worker[artifact.key] for of_worker in seconds if artifact.key in of_worker]
         if not taken or artifact.exists():
             continue
-        try:
+        with _failing_alone(artifact, events):
             zoo.finish(job.experiment, job.artifacts, max(taken))
-        except UnavailableError:
-            raise
-        except PdiffError as error:
-            report_failure(events, artifact.key, str(error))
+
+
+@contextlib.contextmanager
+def _failing_alone(artifact: Artifact, events: str) -> Iterator[None]:
+    """Reports what makes an artifact impossible, and lets the others be built."""
+    try:
+        yield
+    except UnavailableError:
+        raise
+    except PdiffError as error:
+        report_failure(events, artifact.key, str(error))
 
 
 def _finished(artifact: Artifact, world: int) -> bool:

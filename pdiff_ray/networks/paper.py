@@ -134,6 +134,7 @@ NETWORKS: Registry[Callable[..., nn.Module]] = Registry(
         "s1": partial(MLP, hidden=[32]),
         "s2": partial(MLP, hidden=[64, 64]),
         "s3": partial(MLP, hidden=[160, 160]),
+        "mlp": MLP,
         "convnet3": partial(ConvNet, widths=(32, 64, 128)),
         "convnet": ConvNet,
         "convnet_mini": partial(ConvNet, widths=(12, 12, 24, 36, 36)),
