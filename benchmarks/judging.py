@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import Result, Work, compare, matrix_rate, peak_mib, result, seconds
 from pdiff_ray.common.devices import autocast
 from pdiff_ray.config.schema import Data, Network, SubsetRule
-from pdiff_ray.data.cache import random_images
+from pdiff_ray.data.cache import Cached
 from pdiff_ray.data.dataset import Dataset, Split
 from pdiff_ray.data.sources import DataInfo
 from pdiff_ray.evaluation.judge import Judge
@@ -72,7 +72,9 @@ class Subject:
         self.network = build_network(network, info, 0).to(DEVICE).eval().requires_grad_(False)
         self.network.to(memory_format=torch.channels_last)
         self.subset: Subset = resolve(rule, self.network)
-        self.info, self.images = info, random_images(info, Data(), num_images)
+        random, shape = np.random.default_rng(0), (num_images, info.channels, image_size, image_size)
+        pixels: np.ndarray = random.integers(256, size=shape, dtype=np.uint8)
+        self.info, self.images = info, Cached(pixels, random.integers(info.num_classes, size=num_images), f"{shape}")
         self.precision = precision
         self.judge = Judge(self.network, self.subset, self.dataset(slice(None)), DEVICE, precision=precision)
 

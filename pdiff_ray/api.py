@@ -74,7 +74,9 @@ def load_sweep(file: str | Path | None = None, *, preset: str | None = None, **s
 
 
 def _read(file: str | Path | None, preset: str | None, sections: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    raw = {"name": "experiment"} if file is None else loading.read(file, preset=preset)
+    if file is None and preset is not None:
+        raise ConfigError(f"preset: {preset!r} is given without the file that has it")
+    raw = loading.with_site({"name": "experiment"}) if file is None else loading.read(file, preset=preset)
     return merge(raw, dict(sections)), "experiment" if file is None else str(file)
 
 
@@ -130,15 +132,15 @@ class FittedGenerator:
         vectors: Tensor,
         settings: schema.Generator,
         subset: Subset,
-        device: torch.device,
         known: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        self._device, self._generator = device, make_generator(settings, subset)
+        self._generator = make_generator(settings, subset)
         with display() as progress:
-            fitting = Fitting(device, derive_seed(settings.seed or 0, "fit"), progress=progress)
+            self._device = here(progress).device
+            fitting = Fitting(self._device, derive_seed(settings.seed or 0, "fit"), progress=progress)
             if settings.condition:
                 fitting = replace(fitting, known=lambda name: _known(known or {}, name, len(vectors)))
-            self._generator.fit(vectors.to(device), fitting)
+            self._generator.fit(vectors.to(self._device), fitting)
         self.history, self.notes = fitting.history, fitting.notes
 
     def sample(self, count: int, *, seed: int = 0, **sampling: Any) -> Tensor:
@@ -175,12 +177,11 @@ def fit(
         ConfigError: unknown name or setting.
         PdiffError: the vectors have another shape, or values that are not finite.
     """
-    if vectors.ndim != 2 or not vectors.isfinite().all():
-        raise PdiffError(f"vectors: shape {tuple(vectors.shape)}; (K, D) with finite values is wanted")
+    if vectors.ndim != 2 or not vectors.numel() or not vectors.isfinite().all():
+        raise PdiffError(f"vectors: shape {tuple(vectors.shape)}; (K, D) with finite values is wanted, K and D 1 or more")
     section = loading.parse(schema.Generator, {"name": generator, "seed": seed, **settings}, "generator")
     whole = subset or Subset((Entry("values", (vectors.shape[1],), 0, "parameter"),))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return FittedGenerator(vectors.float(), section, whole, device, known)
+    return FittedGenerator(vectors.float(), section, whole, known)
 
 
 def _known(known: Mapping[str, Sequence[float]], name: str, count: int) -> Tensor:
@@ -203,11 +204,16 @@ def judge(experiment: Experiment, vectors: Tensor, splits: Sequence[str] = JUDGE
         A row per network: accuracies as fractions, losses in nats, and the wrong test predictions as packed bits.
 
     Raises:
-        PdiffError: the base network is not in storage.
+        PdiffError: the base network is not in storage, the vectors have another shape, or there is no such split.
     """
+    if odd := [split for split in splits if split not in JUDGED_SPLITS]:
+        raise PdiffError(f"splits: {odd[0]!r} is none of {', '.join(JUDGED_SPLITS)}")
     found = experiments.make_plan(experiment, "base")
     if found.missing:
         raise PdiffError(f"{experiment.name}: base missing in {found.storage.place}; run the experiment first")
+    subset = zoo_subset(experiment, found.artifacts)
+    if vectors.ndim != 2 or vectors.shape[1] != subset.size:
+        raise PdiffError(f"vectors: shape {tuple(vectors.shape)}; (n, {subset.size}) is wanted, as zoo.subset has it")
     with display() as progress:
-        judge = base_judge(experiment, found.artifacts, zoo_subset(experiment, found.artifacts), here(progress))
+        judge = base_judge(experiment, found.artifacts, subset, here(progress))
         return pa.Table.from_pylist([vars(judgement) for judgement in judge.judge(vectors.float(), splits)])

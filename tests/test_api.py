@@ -58,6 +58,15 @@ def test_arguments_are_laid_over_the_file(storage):
         pd.load_experiment(TINY, zoo={"member": 5})
     with pytest.raises(pd.ConfigError, match="sweep: required"):
         pd.load_sweep(TINY)
+    with pytest.raises(pd.ConfigError, match="preset: 'small' is given without the file"):
+        pd.load_experiment(preset="small")
+
+
+def test_the_site_counts_without_a_file(tmp_path, monkeypatch):
+    (tmp_path / "site.yaml").write_text("resources: {workers: 2}\n")
+    monkeypatch.setenv("PDIFF_SITE", str(tmp_path / "site.yaml"))
+    assert pd.load_experiment().resources.workers == 2
+    assert pd.load_experiment(resources={"workers": 4}).resources.workers == 4
 
 
 def test_a_plan_says_what_is_there(result, experiment, storage):
@@ -97,12 +106,28 @@ def test_a_generator_learns_from_any_tensor():
         assert first.sample(7, seed=2).shape == (7, 30)
         assert torch.equal(first.sample(7, seed=2), again.sample(7, seed=2))
         assert not torch.equal(first.sample(7, seed=2), first.sample(7, seed=3))
-    with pytest.raises(pd.PdiffError, match="shape"):
-        pd.fit(vectors[0])
+    for wrong in (vectors[0], vectors[:0], vectors[:, :0]):
+        with pytest.raises(pd.PdiffError, match="shape"):
+            pd.fit(wrong)
     with pytest.raises(pd.ConfigError, match="gaussia"):
         pd.fit(vectors, "gaussia")
     with pytest.raises(pd.ConfigError, match=r"sampler"):
         first.sample(2, sampler="euler")
+
+
+def test_fitting_makes_sums_exact():
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = False, True
+    pd.fit(torch.randn(3, 4), "gaussian")
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32) == (True, False)
+
+
+def test_judging_refuses_what_are_no_networks(result, experiment):
+    vectors = result.samples.vectors()
+    for wrong in (vectors[0], vectors[:, 1:]):
+        with pytest.raises(pd.PdiffError, match=r"vectors: shape .*; \(n, \d+\) is wanted"):
+            pd.judge(experiment, wrong)
+    with pytest.raises(pd.PdiffError, match="splits: 'val' is none of selection, validation, test"):
+        pd.judge(experiment, vectors, splits=["val"])
 
 
 def test_judging_gives_what_the_evaluation_found(result, experiment, storage):

@@ -15,7 +15,7 @@ from torch import nn
 
 import pdiff_ray
 from pdiff_ray.common.errors import StorageError
-from pdiff_ray.storage import artifacts
+from pdiff_ray.storage import artifacts, sealed
 from pdiff_ray.storage.artifacts import artifact_key
 from pdiff_ray.storage.checks import Findings, verify
 from pdiff_ray.storage.files import Storage
@@ -221,3 +221,10 @@ def test_damaged_tree(damage):
     }[damage]
     with pytest.raises(StorageError, match="zoo run 3: not a whole safetensors file"):
         load_tree(damaged, "zoo run 3")
+
+
+def test_a_manifest_that_could_not_be_read_is_not_written(artifact, monkeypatch):
+    monkeypatch.setattr(sealed, "MAX_JSON", 2000)
+    with pytest.raises(StorageError, match=r"bytes, more than the 2,000 of a record"):
+        artifact.commit({}, {"left_out": "x" * 2000}, 1.0)
+    assert not artifact.exists()

@@ -1,16 +1,19 @@
 """What is refused, and in which words; inheritance, overrides, recipes and seeds."""
 
+import re
 from pathlib import Path
 
 import pytest
+from helpers import TINY
 
-from pdiff_ray.common.errors import ConfigError
-from pdiff_ray.common.registry import fingerprint
+from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.common.registry import fingerprint, imported
 from pdiff_ray.config import loading, section
 from pdiff_ray.config.schema import Experiment
 from pdiff_ray.generators.autoencoder import AutoencoderSettings
 from pdiff_ray.generators.baselines import GaussianSettings
 from pdiff_ray.generators.latent import RECIPES
+from pdiff_ray.running.experiment import make_plan
 
 SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("**/*.yaml"))
 
@@ -380,3 +383,18 @@ def test_committed_files_load(path):
 
 def test_there_are_committed_files():
     assert {"quickstart", "mnist_s2", "cifar10_convnet3"} <= {path.stem for path in SWEEPS}
+
+
+def test_own_code_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, content in {"halved": "def f(:", "undefined": "f = nowhere", "ended": "raise OSError('gone')"}.items():
+        (tmp_path / f"{name}.py").write_text(content)
+        with pytest.raises(ConfigError, match=f"'{name}:f' .module:attribute. cannot be imported"):
+            imported(f"{name}:f")
+
+
+@pytest.mark.parametrize("field", ["storage", "data.root"])
+def test_a_home_of_nobody_is_told_of(field, tmp_path):
+    home = "~nobody-has-this-name/x"
+    with pytest.raises(PdiffError, match=f"{re.escape(field)}: '{home}' is n"):
+        make_plan(loading.load(TINY, [f"storage={tmp_path}", f"{field}={home}"]))

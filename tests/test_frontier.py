@@ -364,3 +364,11 @@ def test_what_a_killed_worker_left_is_removed(tmp_path):
     build_once(tmp_path / "folder", lambda temporary: (temporary / "file").touch())
     assert (tmp_path / "folder" / "file").exists()
     assert not left.exists()
+
+
+def test_room_is_not_made_of_what_others_write(tmp_path):
+    for name in ("frontier-a", f"frontier-b.{'0' * 32}.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0").write_bytes(bytes(2**20))
+    assert frontiers._make_room(tmp_path, 2**20, 1 / 1024)
+    assert [folder.name for folder in tmp_path.iterdir()] == [f"frontier-b.{'0' * 32}.tmp"]

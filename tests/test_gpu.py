@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import EVALUATED, build_missing, tiny
-from test_frontier import experiment_of, judge_of, noise
+from test_frontier import IMAGES, experiment_of, judge_of, noise
 from test_partition import CONVNET, CONVNEXT, LAST_NORMS, RESNET, SMALL_VIT
 from torch.func import functional_call
 
@@ -91,3 +91,11 @@ def test_an_experiment(tmp_path, device):
     assert info["runs_whole"] is None
     groups = json.loads(artifacts["evaluation"].read("summary.json"))["groups"]
     assert {group["group"] for group in groups} >= {"original", "ensemble", "generated"}
+
+
+def test_images_are_there_when_they_are_on_the_cpu(device):
+    dataset = noise(64)
+    images, _ = next(dataset.test.in_order(IMAGES))
+    expected = dataset.prepare(images, torch.device("cpu"))
+    for _ in range(20):
+        assert torch.equal(dataset.prepare(images.to(device), torch.device("cpu")), expected)

@@ -1,6 +1,7 @@
 """Pixels of every mode, from folders and from Parquet files: the same, and those that a viewer shows."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -279,3 +280,20 @@ def test_whatever_byte_changes_an_image_is_read_or_refused(format):
             refusals.append(str(error))
     assert refusals
     assert all(" cannot be decoded: " in refusal for refusal in refusals)
+
+
+def test_what_torchvision_reads_lies_as_in_the_file(tmp_path):
+    """Its loaders drop what EXIF says, on which networks with published weights were trained."""
+    from torchvision.datasets import ImageFolder
+
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    (tmp_path / "a").mkdir()
+    Image.fromarray(COLOUR).save(tmp_path / "a" / "0.png", exif=exif)
+    samples = ImageFolder(str(tmp_path))
+    for name, expected in {"imagenet": COLOUR, "own": np.rot90(COLOUR, 2)}.items():
+        info = replace(
+            sources.DATASETS["imagenet"], image_size=8, torchvision="ImageNet" if name == "imagenet" else None
+        )
+        image, _ = sources.decoded(samples, 0, info)
+        np.testing.assert_array_equal(image.transpose(1, 2, 0), expected)

@@ -13,6 +13,7 @@ from helpers import tiny
 from torch import nn
 
 from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.stages import checkpoints
 from pdiff_ray.stages.base import load_network, untrained_network
 from pdiff_ray.stages.checkpoints import Options, import_zoo
 from pdiff_ray.storage import matching, weights
@@ -351,6 +352,11 @@ def test_archives_that_say_more_than_they_hold(files, monkeypatch):
         with pytest.raises(ConfigError, match=expected):
             weights.read(folder / f"{name}.pt")
     assert weights.read(folder / "whole.pt")["a"].shape == (6,)
+    monkeypatch.setattr(weights, "MAX_EXPANDED", 100)
+    repeated = files({"repeated.pt": {"a": torch.zeros(1).expand(26)}, "bias.pt": {"a": torch.zeros(1).expand(25)}})
+    assert weights.read(repeated / "bias.pt")["a"].shape == (25,)
+    with pytest.raises(ConfigError, match="repeats its 4 bytes"):
+        weights.read(repeated / "repeated.pt")
     monkeypatch.setattr(weights, "MAX_DESCRIPTION_BYTES", 100)
     with pytest.raises(ConfigError, match="on describing its tensors"):
         weights.read(folder / "whole.pt")
@@ -395,3 +401,25 @@ def test_any_bytes_give_a_checkpoint_or_a_message(files):
             with contextlib.suppress(ConfigError):
                 read = weights.read(folder / "damaged")
                 weights.load(matching.match(read, [n for n, _ in NETWORK.named_parameters()]).named())
+
+
+def test_a_base_that_another_folder_left_is_told_of(bring, refused, monkeypatch):
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(checkpoints, "commit", fails)
+        with pytest.raises(KeyboardInterrupt):
+            bring({"a_1.pt": state(1), "a_2.pt": state(2)}, 2)
+    others = {f"a_{i}.pt": state(i) | {"layers.0.conv.weight": NETWORK.layers[0].conv.weight + 1} for i in (1, 2)}
+    message = refused(others)
+    assert "the base of zoo.imported 'x' is there" in message
+    assert "differs from a_1.pt, the first member; choose another label, or delete it" in message
+    assert bring({"a_1.pt": state(1), "a_2.pt": state(2)}, 2)[1] == [1, 2]
+
+
+def test_many_files_that_are_left_out_are_counted(bring, monkeypatch):
+    monkeypatch.setattr(checkpoints, "MAX_LEFT_OUT", 1)
+    report, _, artifacts = bring({f"a_{i}.pt": state(i) for i in range(5)}, 2)
+    info = artifacts["zoo"].manifest().info
+    assert (len(info["left_out"]), info["num_left_out"]) == (1, len(report.left_out)) == (1, 3)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import tiny
 
 from pdiff_ray.config import sweep
 from pdiff_ray.stages.table import artifacts_of
@@ -31,3 +32,14 @@ def test_every_shipped_file_is_among_them():
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "sweeps").glob("*.yaml")} <= {
         name.partition(":")[0] for name in KEYS
     }
+
+
+@pytest.mark.parametrize("override", ["zoo.members=2", "zoo.imported=mine"])
+def test_code_of_an_own_network_is_part_of_the_bases_key(override, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = set()
+    for factor in (1, 2):
+        (tmp_path / "own_network.py").write_text(f"def build(in_channels, image_size, num_classes): return {factor}")
+        _, artifacts = tiny(tmp_path / "s", "network.name=own_network:build", "network.args={}", override)
+        keys.add(artifacts["base"].key)
+    assert len(keys) == 2

@@ -232,6 +232,16 @@ def test_cifar_stem(resnet18, source):
         ({"name": f"{__name__}:no_network"}, r"returned str, not a torch\.nn\.Module"),
         ({"name": "convnet", "args": {"width": 4}}, r"convnet \(paper\) cannot be built: .*'width'"),
         ({"name": f"{__name__}:custom", "args": {"widht": 4}}, "cannot be built: .*'widht'"),
+        ({"name": "s4:s5:s6"}, "cannot be imported"),
+        ({"name": ".s4:build"}, "cannot be imported"),
+        (
+            {"name": "resnet18", "source": "timm", "args": {"checkpoint_path": "net.pth"}},
+            r"network\.args\.checkpoint_path: net\.pth is a file, whose content is no part of the keys",
+        ),
+        (
+            {"name": "resnet18", "source": "timm", "args": {"pretrained_cfg": {"file": "net.pth"}}},
+            r"network\.args\.pretrained_cfg\.file: net\.pth is a file",
+        ),
         ({"name": "s1", "cifar_stem": True}, r"network\.cifar_stem: s1 is no ResNet .*; set it to false"),
     ],
     ids=lambda value: value["name"].rpartition(":")[2] if isinstance(value, dict) else "",

@@ -1,5 +1,7 @@
 """Where images come from: the table of data sets, Parquet files and folders, and what is wrong with them."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -271,3 +273,21 @@ def test_damaged_image_file_is_named(tmp_path):
     (tmp_path / "test/cat/b.png").write_bytes(b"not an image")
     with pytest.raises(PdiffError, match=r"test/cat/b\.png cannot be decoded"):
         data.load(Data(name="custom", source="folder", root=str(tmp_path)), tmp_path / "cache")
+
+
+def test_one_process_at_a_time_fetches(tmp_path, monkeypatch):
+    running, most = 0, 0
+
+    class Slow:
+        def __init__(self, root, train, download):
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            time.sleep(0.05)
+            running -= 1
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", Slow)
+    config = Data(name="mnist", root=str(tmp_path / "root"), download=True)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda split: sources.open_samples(config, split), ["train", "test"] * 2))
+    assert most == 1

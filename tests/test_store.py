@@ -108,6 +108,25 @@ def test_rows_of_an_earlier_version_lack_what_is_kept_since(store, artifact, mon
     assert len(ParameterStore(artifact).vectors([0, 2])) == 2
 
 
+def test_parts_of_other_networks_are_told_of(store, artifact):
+    """Each is whole by itself, and what it says of itself is what it holds."""
+    store.append(make_records([0]), SUBSET)
+    wider = resolve(SubsetRule(all=True), nn.Linear(3, 9))
+    store.append([Record(1, "original", vector=np.zeros(wider.size, np.float32))], wider)
+    finish(store)
+    with pytest.raises(StorageError, match=f"vectors have {wider.size} values, those of another part {SUBSET.size}"):
+        ParameterStore(artifact).vectors()
+    assert len(ParameterStore(artifact).records()) == 2
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "load"}, {"dtype": 3}, {"shape": [-4, -3]}, {"shape": ["a"]}])
+def test_descriptions_of_no_tensors_are_refused(changes):
+    (first, *_) = json.loads(SUBSET.to_json())
+    assert Subset.from_json(json.dumps([first])).names == [first["name"]]
+    with pytest.raises((ValueError, TypeError, LookupError)):
+        Subset.from_json(json.dumps([first | changes]))
+
+
 def test_one_network_is_read_without_the_rest(store, artifact):
     """Every row has a row group of its own, and every column its pages."""
     store.append(make_records(range(4)), SUBSET)

@@ -60,7 +60,7 @@ def imported(name: str, field: str = "") -> Any:
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the module's own code
         where = f"{field}: " if field else ""
         raise ConfigError(f"{where}{name!r} (module:attribute) cannot be imported: {first_line(error)}") from None
 

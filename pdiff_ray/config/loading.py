@@ -48,11 +48,16 @@ def read(path: str | Path, overrides: Sequence[str] = (), preset: str | None = N
         )
     if preset is not None:
         raw = merge(raw, _preset(presets, preset, path))
-    if site := os.environ.get("PDIFF_SITE"):
-        raw = merge(raw, _read(Path(site), seen=()))
+    raw = with_site(raw)
     for override in overrides:
         raw = merge(raw, _parse_override(override))
     return raw
+
+
+def with_site(raw: dict[str, Any]) -> dict[str, Any]:
+    """Lays the site's file (PDIFF_SITE), if there is one, over an experiment."""
+    site = os.environ.get("PDIFF_SITE")
+    return merge(raw, _read(Path(site), seen=())) if site else raw
 
 
 def presets(path: str | Path) -> list[str]:
@@ -71,7 +76,11 @@ def _preset(presets: Any, name: str, path: str | Path) -> dict[str, Any]:
 def parse_experiment(raw: dict[str, Any], where: str) -> Experiment:
     """Validates the mapping of an experiment; data.root becomes absolute, as workers have another current folder."""
     experiment = parse(Experiment, raw, where)
-    data = experiment.data.model_copy(update={"root": str(Path(experiment.data.root).expanduser().absolute())})
+    try:
+        root = Path(experiment.data.root).expanduser().absolute()
+    except RuntimeError as error:  # no user has the home that it names
+        raise ConfigError(f"{where}: data.root: {experiment.data.root!r} is no folder: {error}") from None
+    data = experiment.data.model_copy(update={"root": str(root)})
     return experiment.model_copy(update={"data": data})
 
 

@@ -88,15 +88,6 @@ class Streamed(torch.utils.data.Dataset):
         yield from loader
 
 
-def random_images(info: DataInfo, config: Data, count: int) -> Cached:
-    """Returns a source of `count` random images and labels, the same in every call, for measurements."""
-    random, shape = np.random.default_rng(0), (count, info.channels, info.image_size, info.image_size)
-    images: np.ndarray = random.integers(256, size=shape, dtype=np.uint8)
-    if config.pixel_noise:
-        images = random.standard_normal(shape, dtype=np.float32)
-    return Cached(images, random.integers(info.num_classes, size=count), f"random-{digest([shape, images.dtype.name])}")
-
-
 def open_source(config: Data, info: DataInfo, split: str, cache: Path, progress: Progress) -> Cached | Streamed:
     """Opens the images of a split, decoding them into `cache` first if they are not there.
 

@@ -71,7 +71,7 @@ class Dataset:
 
     def prepare(self, images: Tensor, device: torch.device) -> Tensor:
         """Returns stored images as standardized float32 (B, C, S, S) on `device`, channels last in memory."""
-        images = images.to(device, non_blocking=True)
+        images = images.to(device, non_blocking=device.type == "cuda")  # a copy to the CPU has to be there at once
         if images.dtype == torch.uint8:
             mean, std = (_per_channel(values, device) for values in (self.info.mean, self.info.std))
             images = (images.float() / 255 - mean) / std

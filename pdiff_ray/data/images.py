@@ -97,7 +97,7 @@ def decode(image: Any, channels: int, size: int) -> np.ndarray:
         image = image.resize((width, height), resample=2)  # bilinear
         left, top = (width - size) // 2, (height - size) // 2
         image = image.crop((left, top, left + size, top + size))
-    array = np.asarray(image, dtype=np.uint8)
+    array = np.array(image, dtype=np.uint8)
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from pdiff_ray.common.errors import ConfigError, PdiffError, first_line
@@ -290,13 +292,24 @@ def open_samples(config: Data, split: str) -> Samples:
     if config.name != "imagenet":  # which nobody may download
         kwargs["download"] = config.download
     try:
-        return getattr(datasets, str(info.torchvision))(root=config.root, **kwargs)
+        with _downloading(config) if kwargs.get("download") else contextlib.nullcontext():
+            return getattr(datasets, str(info.torchvision))(root=config.root, **kwargs)
     except Exception as error:  # of any kind, as its readers meet damaged files
         reason = first_line(error)
         raise ConfigError(
             f"data.root: {config.name} is not under {config.root!r} ({reason}); put it there, set data.download: true "
             "to let torchvision fetch it, or name another data.source"
         ) from None
+
+
+@contextlib.contextmanager
+def _downloading(config: Data) -> Iterator[None]:
+    """Has one process at a time fetch a data set: torchvision writes where it stays."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # nothing can be written there, so that nothing will be fetched
+            Path(config.root).mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(Path(config.root) / f".{config.name}.lock"))
+        yield
 
 
 class _Digits:
@@ -324,6 +337,8 @@ def decoded(samples: Samples, index: int, info: DataInfo) -> tuple[np.ndarray, i
     """
     try:
         image, label = samples[index]
+        if info.torchvision and type(samples).__module__.startswith("torchvision."):  # as they lie in the files
+            image.info.clear()
         return decode(image, info.channels, info.image_size), int(label)
     except PdiffError:
         raise

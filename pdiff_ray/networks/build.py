@@ -146,6 +146,15 @@ def _timm(config: Network, info: DataInfo) -> nn.Module:
             f"network.name: {config.name} is a folder, whose content is no part of the keys of results; give the name "
             "of its architecture, or module:function of a function that builds and loads it"
         )
+    given = {"checkpoint_path": config.args.get("checkpoint_path")}
+    for name in ("pretrained_cfg", "pretrained_cfg_overlay"):
+        if isinstance(described := config.args.get(name), dict):
+            given[f"{name}.file"] = described.get("file")
+    if file := next((name for name, value in given.items() if value), None):
+        raise ConfigError(
+            f"network.args.{file}: {given[file]} is a file, whose content is no part of the keys of results; set "
+            "network.pretrained for timm's weights, or give module:function of a function that builds and loads it"
+        )
     hub = config.name.startswith(HUB)
     if not hub and not timm.is_model(config.name):
         raise ConfigError(f"network.name: timm has no {config.name!r}{did_you_mean(config.name, timm.list_models())}")

@@ -186,7 +186,8 @@ def _mapped(file: Path, layout: _Layout) -> Tensor:
 
 def _make_room(cache: Path, size: int, limit_gib: float) -> bool:
     """Returns whether `size` bytes may be kept in the cache, after removing what was not used for longest."""
-    kept = sorted((f for f in cache.glob("frontier-*") if f.is_dir()), key=lambda folder: folder.stat().st_mtime)
+    finished = (f for f in cache.glob("frontier-*") if f.is_dir() and f.suffix != ".tmp")  # which others are writing
+    kept = sorted(finished, key=lambda folder: folder.stat().st_mtime)
     sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in kept]
     cache.mkdir(parents=True, exist_ok=True)
     limit = min(limit_gib * 2**30, sum(sizes) + shutil.disk_usage(cache).free / 2)

@@ -123,12 +123,21 @@ class Subset:
 
     @staticmethod
     def from_json(text: str) -> Subset:
-        return Subset(
-            tuple(
-                Entry(**{**item, "shape": tuple(item["shape"]), "also": tuple(item.get("also", ()))})
-                for item in json.loads(text)
-            )
+        """Reads what `to_json` has written.
+
+        Raises:
+            ValueError, TypeError, LookupError: it describes no tensors.
+        """
+        entries = tuple(
+            Entry(**{**item, "shape": tuple(item["shape"]), "also": tuple(item.get("also", ()))})
+            for item in json.loads(text)
         )
+        for entry in entries:
+            if not isinstance(getattr(torch, entry.dtype), torch.dtype):
+                raise ValueError(f"{entry.name}: {entry.dtype!r} is no type of tensors")
+            if not all(isinstance(size, int) and size >= 0 for size in entry.shape):
+                raise ValueError(f"{entry.name}: {entry.shape} is no shape")
+        return Subset(entries)
 
 
 def first_names(network: nn.Module) -> dict[str, str]:

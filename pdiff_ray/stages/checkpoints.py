@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import itertools
 import math
 import re
 import time
@@ -23,7 +24,14 @@ from pdiff_ray.data.kept import default_cache
 from pdiff_ray.generators.imported import Imported, ImportedSettings
 from pdiff_ray.networks.subset import Subset, first_names
 from pdiff_ray.stages.alignment import members_of
-from pdiff_ray.stages.base import describe_base, files_of, load_network, open_dataset, untrained_network
+from pdiff_ray.stages.base import (
+    NETWORK_FILE,
+    describe_base,
+    files_of,
+    load_network,
+    open_dataset,
+    untrained_network,
+)
 from pdiff_ray.stages.context import Context
 from pdiff_ray.stages.generator import commit_generator
 from pdiff_ray.stages.zoo import commit, subset_of
@@ -32,6 +40,7 @@ from pdiff_ray.storage.artifacts import Artifact
 from pdiff_ray.storage.matching import match
 from pdiff_ray.storage.matrix import StoredVectors, is_held, rows_at_a_time
 from pdiff_ray.storage.parameters import PARTS, ParameterStore, Record, stamp
+from pdiff_ray.storage.trees import load_tree
 from pdiff_ray.storage.vectors import read_vectors
 from pdiff_ray.storage.weights import Weight
 
@@ -43,6 +52,7 @@ COMPANIONS = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "random_state
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 STEPS = ("global_step", "step", "steps", "iteration", "iter")  # names under which trainers keep the step
 MAX_NUMBERS = 32  # of a file, in the manifest
+MAX_LEFT_OUT = 1000  # files that it names as left out
 IMPORT_STACK = 20
 
 
@@ -89,6 +99,12 @@ class Report:
             *(f"left out: {some_of(names)}: {reason}" for reason, names in by_reason.items()),
         ]
         return "\n".join(line for line in lines if line)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What a manifest says of the files that are left out, of which there may be any number."""
+        first = dict(itertools.islice(self.left_out.items(), MAX_LEFT_OUT))
+        return {"left_out": first, "num_left_out": len(self.left_out)}
 
     def take(self, checkpoint: Checkpoint) -> None:
         self.members.append(checkpoint.name)
@@ -165,6 +181,7 @@ def import_zoo(
             f"{folder}: holds {len(members)} different checkpoints ({', '.join(SUFFIXES)}), but zoo.members is "
             f"{count}; lower it, or choose other files with --pattern\n{report}"
         )
+    wanted.check_base(artifacts["base"], experiment.zoo.imported, report.base)
     context = Context(torch.device("cpu"), default_cache(), progress=progress)
     dataset = open_dataset(experiment, context)
     info = describe_base(experiment, wanted.network, dataset, context)
@@ -186,9 +203,7 @@ def import_zoo(
     artifacts["base"].commit(files_of(wanted.network, dataset), {**info, **origin, "file": report.base}, 0.0)
     said = [{"file": member.name, **member.numbers} for member in members]
     seconds = time.monotonic() - started
-    commit(
-        artifacts["zoo"], wanted.subset, experiment.zoo, seconds, {**origin, "files": said, "left_out": report.left_out}
-    )
+    commit(artifacts["zoo"], wanted.subset, experiment.zoo, seconds, {**origin, "files": said, **report.manifest})
     return report
 
 
@@ -242,7 +257,7 @@ def import_samples(
         return report
     generator = Imported(settings, subset)
     generator.load_state({"vectors": vectors}, StoredVectors(members_of(artifacts), experiment.split.learned))
-    info = {"imported_from": str(source), "sha256": sha256, "files": files, "left_out": report.left_out}
+    info = {"imported_from": str(source), "sha256": sha256, "files": files, **report.manifest}
     commit_generator(artifact, generator, subset, {}, info, time.monotonic() - started)
     return report
 
@@ -387,6 +402,18 @@ class _Wanted:
                     "holds values that are not finite" if tensor.isnan().any() else "is tied to a tensor that differs"
                 )
                 raise ConfigError(f"{checkpoint.file}: {name} {reason}")
+
+    def check_base(self, artifact: Artifact, label: str, file: str) -> None:
+        """Raises ConfigError if the base is there, of an import that was interrupted, and is not the network."""
+        if not artifact.exists():
+            return
+        there = load_tree(artifact.read(NETWORK_FILE), artifact.location)
+        own = self.network.state_dict()
+        if there.keys() != own.keys() or not all(torch.equal(there[name], tensor) for name, tensor in own.items()):
+            raise ConfigError(
+                f"{artifact.location}: the base of zoo.imported {label!r} is there, from "
+                f"{artifact.manifest().info.get('file')}, and differs from {file}; choose another label, or delete it"
+            )
 
     def vector(self, checkpoint: Checkpoint) -> Tensor:
         """Returns the subset of a checkpoint, flattened (D,).

@@ -45,12 +45,11 @@ class Stage:
 
 def _base_config(experiment: Experiment) -> dict[str, Any]:
     data, network = sources.keyed(experiment.data), experiment.network.keyed()
+    code = {"code": fingerprint(experiment.network.name)} if is_own(experiment.network.name) else {}
     if experiment.zoo.imported:  # base and zoo came together, from files
-        return {"data": data, "network": network, "imported": experiment.zoo.imported}
+        return {"data": data, "network": network, "imported": experiment.zoo.imported, **code}
     training = experiment.training
-    config: dict[str, Any] = {"data": data, "network": network, "training": training.keyed(), "seed": training.seed}
-    if is_own(experiment.network.name):
-        config["code"] = fingerprint(experiment.network.name)
+    config = {"data": data, "network": network, "training": training.keyed(), "seed": training.seed, **code}
     if experiment.resources.workers > 1:  # their BatchNorm layers see shares of the batches
         config["workers"] = experiment.resources.workers
     return config

@@ -59,7 +59,7 @@ class Storage:
             else:
                 self.fs, self.root = pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
                 self.uri = self.root
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowInvalid, OSError, RuntimeError) as error:  # the last if no user has the home that it names
             raise StorageError(
                 f"storage: {uri!r} is not a folder or a URI that pyarrow.fs knows: {first_line(error)}"
             ) from None

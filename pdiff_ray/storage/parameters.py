@@ -355,7 +355,7 @@ class ParameterStore:
                 raise StorageError(f"{self.artifact.location}: holds no network {id_}; its ids are {known}")
             part, row = self._rows[id_]
             wanted.setdefault(part, {})[row] = id_
-        tables = []
+        tables, width = [], None
         for part, rows in wanted.items():
             with self._naming(part):
                 file = self._open(part)
@@ -363,6 +363,9 @@ class ParameterStore:
                     raise ValueError(f"it has no column {min(lacking)}")
                 if file.num_rows != len(self._parts[part]):
                     raise ValueError(f"it has {file.num_rows} rows, for {len(self._parts[part])} numbers")
+                width = file.width if width is None else width
+                if "vector" in columns and file.width != width:
+                    raise ValueError(f"its vectors have {file.width} values, those of another part {width}")
                 tables.append(file.read(list(rows), [column for column in columns if column in file.columns]))
         return pa.concat_tables(tables, promote_options="default"), [
             id_ for rows in wanted.values() for id_ in rows.values()

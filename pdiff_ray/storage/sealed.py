@@ -55,6 +55,8 @@ def read_sealed(storage: Storage, name: str, kind: type[T], remedy: str) -> T:
 def unseal(content: bytes, kind: type[T], where: str, remedy: str) -> T:
     """Returns the record that `seal` has made `content` of; `where` names it in messages."""
     head, mark, _ = content.rpartition(MARK)
+    if len(content) > MAX_JSON:
+        raise StorageError(f"{where}: has {len(content):,} bytes, more than the {MAX_JSON:,} of a record; {remedy}")
     text = head + b"\n}" if mark else content
     try:
         if mark and content != _sealed(text):

@@ -27,6 +27,7 @@ from pdiff_ray.common.errors import ConfigError, first_line
 
 # Of all that a file says of its tensors: names, shapes, places. 40,000 tensors fit; reading it takes a second.
 MAX_DESCRIPTION_BYTES = 4 * 2**20
+MAX_EXPANDED = 2**24  # bytes of a tensor that has more values than the file, which `expand` makes
 MAX_FILE_NAME = 255  # bytes, as systems have it
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -325,6 +326,8 @@ class _Program:
         reach = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1 if math.prod(shape) else 0
         if reach * dtype.itemsize > entry.file_size or entry.file_size % dtype.itemsize:
             raise ValueError(f"a tensor of shape {shape} reaches beyond its {entry.file_size} bytes ({entry.filename})")
+        if math.prod(shape) * dtype.itemsize > max(entry.file_size, MAX_EXPANDED):
+            raise ValueError(f"a tensor of shape {shape} repeats its {entry.file_size} bytes ({entry.filename})")
         return Weight(self.file, entry.filename, dtype, tuple(shape), offset, tuple(stride))
 
 
