@@ -43,6 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
 GENERATORS: dict[str, tuple[str, dict[str, Any]]] = {
     "members": ("replica", {"name": "average", "count": 1}),
     **{f"noise {sigma:g}": ("replica", {"name": "noise", "sigma": sigma}) for sigma in (0.02, 0.05, 0.15, 0.5, 1, 3)},
+    **{f"deviation {b:g}": ("replica", {"name": "gaussian_kernel", "bandwidth": b}) for b in (0.001, 0.05, 0.15)},
     "averages of 2": ("interpolation", {"name": "average", "count": 2}),
     "averages of 16": ("interpolation", {"name": "average", "count": 16}),
     "between two": ("interpolation", {"name": "interpolation"}),
@@ -83,6 +84,7 @@ class Subject:
             far = word == "replica" and self.place(drawn).nearest.median() >= self.unit
             yield name, "noise" if far else word, drawn
         copies, noisy = self._draw(GENERATORS["members"][1], 3), self._draw(GENERATORS["noise 0.15"][1], 3)
+        yield "members in bfloat16", "replica", copies.bfloat16().float()
         yield "80 members, 20 with noise 0.15", "replica", torch.cat([copies[:80], noisy[:20]])
         fresh = self._fresh()
         yield "fresh", "new", fresh

@@ -178,7 +178,7 @@ def fit(
         PdiffError: the vectors have another shape, or values that are not finite.
     """
     if vectors.ndim != 2 or not vectors.numel() or not vectors.isfinite().all():
-        raise PdiffError(f"vectors: shape {tuple(vectors.shape)}; (K, D) with finite values is wanted, K and D 1 or more")
+        raise PdiffError(f"vectors: shape {tuple(vectors.shape)}; (K, D) with values that are finite is wanted")
     section = loading.parse(schema.Generator, {"name": generator, "seed": seed, **settings}, "generator")
     whole = subset or Subset((Entry("values", (vectors.shape[1],), 0, "parameter"),))
     return FittedGenerator(vectors.float(), section, whole, known)

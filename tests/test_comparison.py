@@ -262,3 +262,9 @@ def test_points_are_said_in_words():
 )
 def test_quantiles_of_student(freedom, quantile):
     assert comparison.student(freedom) == pytest.approx(quantile, rel=0.01)
+
+
+def test_accuracies_are_no_more_than_all_images(random):
+    wrong = {"original": random.random((3, 20)) < 0.1, "generated": random.random((2, 20)) < 0.05}
+    for mean in compared(wrong).means.values():
+        assert 0 <= mean.lower <= mean.estimate <= mean.upper <= 1

@@ -10,6 +10,8 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from test_generators import CPU, SUBSET, draw, fitted, small
 from torch import nn
 
+from pdiff_ray.common.errors import ConfigError
+from pdiff_ray.config import loading
 from pdiff_ray.config.schema import Generator, Sampling, SubsetRule
 from pdiff_ray.generators import graphs, samplers
 from pdiff_ray.generators.autoencoder import BatchNorm
@@ -82,7 +84,16 @@ class Exact(torch.nn.Module):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 @pytest.mark.parametrize(
-    ("sampler", "steps"), [("ddpm", None), ("ddpm", 250), ("ddim", 100), ("dpmsolver++", 25), ("dpmsolver++", None)]
+    ("sampler", "steps"),
+    [
+        ("ddpm", None),
+        ("ddpm", 250),
+        ("ddim", 100),
+        ("ddim", 501),
+        ("ddim", 600),
+        ("dpmsolver++", 25),
+        ("dpmsolver++", None),
+    ],
 )
 def test_samplers_with_the_exact_denoiser(sampler, steps, prediction):
     diffusion = Diffusion(DiffusionSettings(prediction=prediction, width=8, depth=1), 2)
@@ -361,3 +372,10 @@ def test_a_transformer_over_tokens_learns_what_the_vectors_are():
     torch.testing.assert_close(
         again.sample(9, Sampling(seed=0, steps=5), CPU), generator.sample(9, Sampling(seed=0, steps=5), CPU)
     )
+
+
+@pytest.mark.parametrize("changes", [{"num_timesteps": 10_000}, {"beta_end": 0.3}])
+def test_schedules_that_leave_nothing_are_refused(changes):
+    with pytest.raises(ConfigError, match=r"generator\.process: num_timesteps \d+ with betas .*; lower the betas"):
+        loading.parse(Generator, {"name": "latent", "process": {"name": "diffusion", **changes}}, "it", "generator")
+    DiffusionSettings(num_timesteps=10_000, beta_start=1e-5, beta_end=2e-3)

@@ -86,6 +86,14 @@ def test_normalizer_statistics():
         assert len(centered.std[piece].unique()) == 1
 
 
+def test_a_tensor_of_one_value_has_the_spread_of_the_zoo():
+    subset = Subset((Entry("weight", (2, 4), 0, "parameter"), Entry("scale", (1,), 8, "parameter")))
+    vectors = draw(50, 9) + 3
+    normalizer = Normalizer.fit(vectors, "tensor", subset)
+    assert normalizer.std[8].item() == pytest.approx(vectors[:, 8].std(correction=0).item())
+    assert normalizer.normalize(vectors)[:, 8].abs().max() < 6
+
+
 @pytest.mark.parametrize("mode", ["dimension", "centered_tensor"])
 def test_what_does_not_move_is_zero_and_comes_back(mode):
     """Rounding errors of values that are the same in all members must not be blown up to a signal."""
@@ -417,7 +425,18 @@ def test_the_principal_gaussian_has_the_leading_components():
     torch.testing.assert_close(torch.cov(chosen.T), torch.cov(members.T), rtol=0.1, atol=1)
 
 
-@pytest.mark.parametrize("name", ["average", "interpolation", "noise", "gaussian_diagonal", "gaussian_pca"])
+def test_kernels_stand_about_members_and_vary_as_these_do():
+    members = 4 * torch.eye(14)[:12] + draw(12, 14)
+    drawn = drawn_by("gaussian_kernel", members, samples=20_000, bandwidth=0.1)
+    distances = torch.cdist(drawn, members)
+    moved = drawn - members[distances.argmin(1)]
+    torch.testing.assert_close(torch.cov(moved.T), 0.01 * torch.cov(members.T), rtol=0, atol=2e-3)
+    assert distances.argmin(1).bincount().min() > 20_000 / 12 * 0.8
+
+
+@pytest.mark.parametrize(
+    "name", ["average", "interpolation", "noise", "gaussian_diagonal", "gaussian_pca", "gaussian_kernel"]
+)
 def test_baselines_of_few_members_and_their_state(name):
     for count in (1, 3):
         vectors = draw(count, 14)

@@ -45,6 +45,9 @@ class Short(Halves):
 class Ensemble(Halves):
     name = "ensemble"
 
+class HeldOut(Halves):
+    name = "held-out"
+
 class Nameless(Group):
     pass
 
@@ -139,6 +142,7 @@ def test_baselines_and_metrics_of_ones_own_are_in_the_results(own, tmp_path, mon
         ("baselines=['own_groups:Nameless']", r"own_groups:Nameless is no class of a baseline"),
         ("baselines=['own_groups:spread']", r"own_groups:spread is no class of a baseline"),
         ("baselines=['own_groups:Ensemble']", r"'ensemble' of another group"),
+        ("baselines=['own_groups:HeldOut']", r"'held-out' of another group"),
         ("baselines=['own_groups:Halves', 'own_groups:Short']", r"'halves' of another group"),
         ("metrics=['own_groups:nothing']", r"evaluation\.metrics: 'own_groups:nothing' .* cannot be imported"),
         ("metrics=['own_groups:listed']", r"own_groups:listed is neither a function nor a Metric"),

@@ -298,3 +298,11 @@ def test_judged_record_keeps_what_it_has():
     assert found == Record(3, "original", parent=1, validation_loss=0.5, test_accuracy=0.25, wrong=b"x")
     assert found.judged
     assert not record.judged
+
+
+def test_networks_without_batchnorm_are_not_measured(dataset, network, monkeypatch):
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    subset = resolve(SubsetRule(all=True), plain)
+    monkeypatch.setattr(recalibration, "call_with", None)  # no pass is made
+    (judgement,) = Judge(plain, subset, dataset, CPU, "recalibrated").judge(make_vectors(plain, subset, 1))
+    assert judgement.statistics is None

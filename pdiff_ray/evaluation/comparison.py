@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -156,6 +156,9 @@ def compare(
     groups = {name: _Group.of(packed, num_images) for name, packed in wrong.items()}
     drawn = _drawn(groups, num_images, seed)
     means = {name: _contrast({name: 1}, groups, drawn).interval for name in groups}
+    means = {  # of few networks on few images an interval may reach beyond what accuracies are
+        name: replace(mean, lower=max(0.0, mean.lower), upper=min(1.0, mean.upper)) for name, mean in means.items()
+    }
     contrasts = {name: _contrast({generated: 1, name: -1}, groups, drawn) for name in groups if name != generated}
     accuracies = {name: float(np.mean(values)) for name, values in validation.items()}
     differences = {

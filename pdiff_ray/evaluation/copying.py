@@ -94,9 +94,12 @@ def effective_number(values: Tensor) -> float:
     count = len(values)
     if count < 4:
         return float(count)
-    ranks = values.argsort().argsort().double()
+    _, places, counts = values.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[places].double()  # equals share their mean rank
     centred = ranks - ranks.mean()
     energy = float(centred.square().sum())
+    if not energy:  # all are equal
+        return float(count)
     time = autocorrelation_time(float(centred[: count - lag] @ centred[lag:]) / energy for lag in range(count))
     return count / min(float(count), time)
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from pdiff_ray.evaluation.copying import autocorrelation_time
-from pdiff_ray.evaluation.similarity import CHUNK_VALUES, mean_within, unpack_wrong
-from pdiff_ray.storage.matrix import Vectors, pieces
+from pdiff_ray.evaluation.similarity import mean_within, unpack_wrong
+from pdiff_ray.storage.matrix import CHUNK_VALUES, Vectors, pieces
 from pdiff_ray.storage.parameters import Record
 
 LEAST_MEMBERS = 20  # below, ranks and autocorrelations say more of K than of the zoo, and are not judged

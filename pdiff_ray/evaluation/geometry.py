@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pdiff_ray.storage.matrix import Vectors, pieces
+from pdiff_ray.storage.matrix import CHUNK_VALUES, Vectors, pieces
 
-CHUNK_VALUES = 2**22  # held in float64 at a time, however large D is
 PAIR_VALUES = 2**21  # of vectors and pairs of members, held at a time
 BANDS = (3, 10, 30, 100)  # principal components up to which energies are averaged
 FLOOR = 1e-4  # of the mean distance: what is closer is the same
+NEAR = 0.02  # of the mean distance: a vector that is as near to a member lies as that does, whatever parts them
 MIN_SPAN = 1e-6  # of the largest singular value: what is smaller is rounding
 MAX_SQUARE = 25.0  # of a standardized value: one that hardly moves in the zoo does not outweigh the others
 MIN_WHITENESS = -8.0  # logarithm, below which a band has no part in a residual
@@ -162,7 +162,20 @@ class Geometry:
         - log mean over a band of the squared coordinates of what parts the vector from its nearest member, against the
           mean over all dimensions: 0 for white noise;
         - log mean square of the values in standard deviations of the zoo: 0 for values that are drawn independently.
+
+        Vectors that are `NEAR` to a member have its features: what rounding or a little noise leaves is no other kind.
         """
+        found, near = self._features(place), place.nearest <= NEAR * self.mean_distance
+        if near.any():
+            found[near] = self._of_members[place.distances.argmin(1)[near]]
+        return found
+
+    @functools.cached_property
+    def _of_members(self) -> Tensor:
+        """The features of the members (K, F), as vectors."""
+        return self._features(self.place(self.members))
+
+    def _features(self, place: Place) -> Tensor:
         unit = self.mean_distance or 1.0
         inside = place.components.square()
         outside = (place.squares - inside.sum(1)).clamp(min=0)

@@ -23,7 +23,9 @@ WORDS = {
     "new": "networks of the kind of those that no generator has seen",
     "unknown": "what is far from every known kind",
 }
-SIGMAS = (0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0)  # of noise, at which replicas are known
+# Of noise, at which replicas are known.
+SIGMAS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0)
+BANDWIDTHS = (0.03, 0.1, 0.2, 0.3)  # of deviations within the span, likewise
 FREEDOM = 5.0  # degrees of freedom of the densities: tails heavier than a Gaussian's
 SHRINKAGE = 0.3  # of covariances to their diagonal
 MIN_SPREAD = 0.2  # of features, all of which are logarithms
@@ -50,6 +52,7 @@ def recipes(geometry: Geometry) -> dict[str, Recipe]:
     return {
         "copies": Recipe("replica", {"name": "average", "count": 1}, "copies"),
         **{f"noise {sigma:g}": Recipe("replica", {"name": "noise", "sigma": sigma}) for sigma in SIGMAS},
+        **{f"deviation {b:g}": Recipe("replica", {"name": "gaussian_kernel", "bandwidth": b}) for b in BANDWIDTHS},
         "average 2": Recipe("interpolation", {"name": "average", "count": 2}, "pairs"),
         "between": Recipe("interpolation", {"name": "interpolation"}, "pairs"),
         "average 4": Recipe("interpolation", {"name": "average", "count": 4}, "averages of a few"),
@@ -93,7 +96,8 @@ class Kind:
         covariance *= (count + 1) / (count - 1)
         shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * torch.diag(covariance.diagonal())
         self.factor = torch.linalg.cholesky(shrunk + MIN_SPREAD**2 * torch.eye(len(shrunk)).to(shrunk))
-        self.reach = float(self.squares(features).max())  # of its own vectors
+        # Of its own vectors; of a kind that hardly varies, half of what `MIN_SPREAD` allows each feature.
+        self.reach = max(float(self.squares(features).max()), len(self.mean) / 4)
 
     def squares(self, features: Tensor) -> Tensor:
         """Returns squared Mahalanobis distances (n,)."""

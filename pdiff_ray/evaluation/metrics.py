@@ -7,6 +7,7 @@ Shapes: n networks of a group, K originals, T test images.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -100,11 +101,12 @@ def _wrong_classes(records: Sequence[Record], wrong: np.ndarray, num_classes: in
 
 
 def _of(field: str, statistic: Callable[[np.ndarray], Any] = np.mean) -> Callable[[JudgedGroup], float | None]:
-    """Returns the metric that is a statistic of a field; None if no network has it."""
+    """Returns the metric that is a statistic of a field; None if no network has it, or it is no finite number."""
 
     def metric(networks: JudgedGroup) -> float | None:
         values = networks.values(field)
-        return float(statistic(values)) if len(values) else None
+        found = float(statistic(values)) if len(values) else math.nan
+        return found if math.isfinite(found) else None
 
     return metric
 

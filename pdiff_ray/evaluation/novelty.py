@@ -137,7 +137,7 @@ class Known:
 
     Args:
         geometry: of the members that the generator has learned.
-        families: by name, what known ways of making vectors give, 100 of each or more.
+        families: by name, what known ways of making vectors give, `MIN_VECTORS` of each or more.
         yardsticks: by name, vectors (m, D) that no generator has seen, in the order in which their runs kept them; what
             lies as they do is new. Those with fewer than `MIN_VECTORS` give distances alone.
         losses: of networks of families and yardsticks on validation images (not on test images, which choose nothing),

@@ -36,6 +36,8 @@ def recalibrate(network: nn.Module, tensors: Mapping[str, Tensor], dataset: Data
         tensors: replace the network's own, by name.
     """
     statistics = fresh_statistics(network)
+    if not statistics:
+        return {}
     device = next(network.parameters()).device
     with contextlib.ExitStack() as restored:
         for layer in {name.rpartition(".")[0]: None for name in statistics}:

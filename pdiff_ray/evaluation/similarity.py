@@ -9,9 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pdiff_ray.storage.matrix import Vectors, pieces
-
-CHUNK_VALUES = 2**22
+from pdiff_ray.storage.matrix import CHUNK_VALUES, Vectors, pieces
 
 
 def unpack_wrong(packed: Sequence[bytes], num_images: int) -> np.ndarray:

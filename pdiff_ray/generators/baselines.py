@@ -59,6 +59,11 @@ class NoiseSettings(BaselineSettings):
     sigma: float = Field(0.1, ge=0, description="of the noise, in standard deviations of each tensor's values")
 
 
+class KernelSettings(BaselineSettings):
+    name: schema.GeneratorName = "gaussian_kernel"
+    bandwidth: float = Field(0.2, gt=0, description="standard deviations about a member, in those of the members")
+
+
 class Baseline(Generator):
     """A generator that has learned nothing but which vectors the members are.
 
@@ -233,6 +238,18 @@ class Interpolation(Baseline):
         share = torch.rand(count, 1, generator=random, device=random.device)
         shares = torch.cat([share, 1 - share], 1)[:, -chosen.shape[1] :]
         return super().weights(count, random).scatter(1, chosen, shares / shares.sum(1, keepdim=True))
+
+
+class KernelDensity(Baseline):
+    """Random members with deviations of the members' covariance: a Gaussian kernel density (Silverman 1986)."""
+
+    Settings = KernelSettings
+    weighs_members = True
+
+    def weights(self, count: int, random: torch.Generator) -> Tensor:
+        chosen = super().weights(count, random).scatter(1, self.some(count, 1, random), 1.0)
+        drawn = normal(count, len(self.members), random) / self.scale
+        return chosen + self.settings.bandwidth * (drawn - drawn.mean(1, keepdim=True))
 
 
 class Noise(Baseline):

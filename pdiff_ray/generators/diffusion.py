@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,6 +25,7 @@ from pdiff_ray.generators.conditioning import ConditionedDenoiser
 from pdiff_ray.networks.subset import Entry, Subset
 
 TOKEN_VALUES, HEAD_WIDTH, FREQUENCIES = 4, 32, 16  # values of a token per width, width of a head at least
+MIN_LOG_ALPHA = math.log(1e-30)  # of what the forward process leaves of a latent's variance
 KINDS = ("weight", "bias", "running_mean", "running_var")  # by tensors' names; each of one axis, or of more
 ONEDNN, ONEDNN_BATCH = torch.backends.mkldnn.is_available(), 16  # for fewer rows MKL takes less time
 
@@ -69,6 +70,17 @@ class DiffusionSettings(DenoiserSettings):
     num_timesteps: int = Field(1000, ge=2, le=100_000, description="of the forward process")
     beta_start: float = Field(1e-4, gt=0, lt=1, description="first of the linear betas")
     beta_end: float = Field(2e-2, gt=0, lt=1, description="last of the linear betas")
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> DiffusionSettings:
+        betas = torch.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=torch.double)
+        if (left := float((-betas).log1p().sum())) < MIN_LOG_ALPHA:
+            raise ValueError(
+                f"num_timesteps {self.num_timesteps} with betas from {self.beta_start:g} to {self.beta_end:g} leaves "
+                f"e^{left:.0f} of a latent's variance, which float32 cannot hold; lower the betas by a factor of "
+                f"{left / MIN_LOG_ALPHA:.1f} or more"
+            )
+        return self
 
 
 class TimestepEmbedding(nn.Module):

@@ -44,7 +44,9 @@ class Normalizer(nn.Module):
                 piece = slice(entry.offset, entry.offset + entry.size)
                 if mode == "tensor":
                     mean[piece] = vectors[:, piece].mean()
-                    std[piece] = vectors[:, piece].std(1, correction=0).mean()
+                    within = vectors[:, piece].std(1, correction=0).mean()
+                    # One value, or several that are equal, have a spread over the zoo alone.
+                    std[piece] = within if within > 0 else (vectors[:, piece] - mean[piece]).square().mean().sqrt()
                 else:
                     std[piece] = (vectors[:, piece] - mean[piece]).square().mean().sqrt()
         # What does not move in the zoo is decoded with an error; a small scale keeps it where it was.

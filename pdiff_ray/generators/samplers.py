@@ -66,7 +66,7 @@ def ddpm(model: Diffusion, timesteps: Tensor, x: Tensor, draw: Draw) -> Tensor:
 
 def ddim(model: Diffusion, timesteps: Tensor, x: Tensor, draw: Draw) -> Tensor:
     """Follows the deterministic process with the same marginals, eta 0 (Song et al. 2020, equation 12)."""
-    following = timesteps - model.num_timesteps // len(timesteps)
+    following = torch.cat([timesteps[1:], timesteps.new_tensor([-1])])
     _, a_next, x_start, eps = _factors(model, timesteps, following)
     mean = a_next.sqrt() * x_start + (1 - a_next).sqrt() * eps
     return _follow(model, timesteps, x, torch.cat([mean, torch.zeros_like(mean[:1])]).T, draw)

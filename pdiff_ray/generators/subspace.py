@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pdiff_ray.storage.matrix import Vectors
+from pdiff_ray.storage.matrix import CHUNK_VALUES, Vectors, pieces
 
 MIN_SHARE = 1e-12  # of the variance: what is less is rounding
 
@@ -69,9 +69,11 @@ class Subspace:
     def coordinates(self, vectors: Vectors) -> Tensor:
         """Returns the coordinates (n, r) of vectors (n, D), float64, on their device."""
         products = torch.zeros(len(vectors), len(self.members), dtype=torch.float64, device=vectors.device)
-        for columns, mean, values in centred(self.members, torch.float64):
-            moved = vectors.columns(columns.start, columns.stop).double() - mean.to(products.device)
-            products.addmm_(moved, values.T.to(products.device))
+        for piece in pieces(self.members, vectors, values=CHUNK_VALUES):
+            values = self.members.columns(piece.start, piece.stop).double()
+            mean = values.mean(0)
+            moved = vectors.columns(piece.start, piece.stop).double() - mean.to(products.device)
+            products.addmm_(moved, (values - mean).T.to(products.device))
         return products @ self._units.to(products.device)
 
     def points(self, coordinates: Tensor) -> Combinations:

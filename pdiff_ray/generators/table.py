@@ -9,6 +9,7 @@ from pdiff_ray.generators.baselines import (
     DiagonalGaussian,
     Gaussian,
     Interpolation,
+    KernelDensity,
     Noise,
     PrincipalGaussian,
 )
@@ -25,6 +26,7 @@ GENERATORS: Registry[type[Generator]] = Registry(
         "gaussian": Gaussian,
         "gaussian_diagonal": DiagonalGaussian,
         "gaussian_pca": PrincipalGaussian,
+        "gaussian_kernel": KernelDensity,
         "average": Average,
         "interpolation": Interpolation,
         "noise": Noise,

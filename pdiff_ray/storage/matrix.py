@@ -20,6 +20,7 @@ from torch import Tensor
 from pdiff_ray.storage.parameters import BLOCK, ParameterStore, Position, checksums
 
 CHUNK_BYTES = 2**24  # of columns that are read at a time, if a block of them is not more
+CHUNK_VALUES = 2**22  # of several matrices that work on some columns of them holds at a time
 ROWS_BYTES = 2**27  # of whole vectors that are held at a time
 HELD_BYTES = 2**28  # of vectors that are held, as long as they are used; more of them stay in files
 CPU = torch.device("cpu")
