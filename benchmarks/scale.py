@@ -168,7 +168,7 @@ def requests(members: int = 100, trials: int = 100, zoos: int = 10, latency_s: f
     from pyarrow import fs
 
     counted: Counter[str] = Counter()
-    answer = moto.DomainDispatcherApplication.__call__
+    answer, at_a_time = moto.DomainDispatcherApplication.__call__, files.AT_A_TIME
 
     def slowly(application: Any, environ: dict[str, Any], start: Any) -> Any:
         counted["LIST" if "list-type" in environ["QUERY_STRING"] else environ["REQUEST_METHOD"]] += 1
@@ -192,12 +192,13 @@ def requests(members: int = 100, trials: int = 100, zoos: int = 10, latency_s: f
             del works["plan of the sweep in another storage"]
             for what, work in works.items():
                 taken = []
-                for files.AT_A_TIME in (1, 16):
+                for files.AT_A_TIME in (1, at_a_time):
                     counted.clear()
                     taken.append(seconds(work))
                 note = f"{', '.join(f'{n:,} {kind}' for kind, n in counted.most_common())}; {latency_s:g} s for each"
-                whole = f"{what}: {trials:,} trials in S3, up to 16 requests at a time"
+                whole = f"{what}: {trials:,} trials in S3, up to {at_a_time} requests at a time"
                 yield result("requests", whole, "one after another", [(taken[1], taken[0])], note=note)
     finally:
+        files.AT_A_TIME = at_a_time
         moto.DomainDispatcherApplication.__call__ = answer
         server.stop()

@@ -21,7 +21,7 @@ install() {
   local line="export PATH=$here/.venv/bin:\$HOME/.local/bin:\$PATH RAY_AUTH_MODE=token PDIFF_SITE=$here/$1"
   touch ~/.bashrc
   if ! grep -qxF "$line" ~/.bashrc; then
-    { echo "$line"; cat ~/.bashrc; } >~/.bashrc.new
+    { echo "$line"; grep -v "PDIFF_SITE=$here/" ~/.bashrc || true; } >~/.bashrc.new  # without that of an earlier site
     mv ~/.bashrc.new ~/.bashrc
   fi
 }

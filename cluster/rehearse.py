@@ -27,6 +27,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 NETWORK = "10.213.77"
+CLUSTER = "pdiff-rehearsal"
 BRIDGE = "pdiff-bridge"
 NAMES = ("pdiff-head", "pdiff-one", "pdiff-two")
 TOOLS = ("ip", "unshare", "sshd", "ssh", "ssh-keygen", "rsync", "uv")
@@ -164,6 +165,7 @@ def hosts(scratch: Path) -> Iterator[list[Host]]:
 def cluster_file(scratch: Path, made: list[Host]) -> Path:
     """Writes hosts.yaml with the hosts' addresses; one core each, so that work must go to both."""
     content = yaml.safe_load((ROOT / "cluster/hosts.yaml").read_text())
+    content["cluster_name"] = CLUSTER  # a cluster of the user's keeps its own state
     content["provider"] |= {"head_ip": made[0].address, "worker_ips": [host.address for host in made[1:]]}
     content["auth"] = {"ssh_user": "root", "ssh_private_key": str(scratch / "key")}
     content["file_mounts"] = {"~/pdiff_ray": str(ROOT), "~/.ray/auth_token": str(scratch / "token")}
@@ -242,6 +244,8 @@ def rehearse(job: list[str]) -> set[str]:
             return workers
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        for left in Path("/tmp/ray").glob(f"cluster-{CLUSTER}.*"):  # which hosts are taken, of Ray's launcher
+            left.unlink()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pdiff_ray.evaluation.metrics import METRICS, named_metrics
 from pdiff_ray.networks.subset import Entry, Subset
 from pdiff_ray.reports.tables import legend, table_rows
 from pdiff_ray.running.experiment import check_plan, make_plan
+from pdiff_ray.running.sweep import check_sweep
 from pdiff_ray.stages import evaluation
 from pdiff_ray.stages.evaluation import made_networks, make_tasks
 from pdiff_ray.stages.report import described, load_summary
@@ -175,3 +176,15 @@ def test_seconds_are_those_in_which_anything_was_judged(artifact):
         store.append([Record(id_, "ensemble")], subset, about)
     *_, seconds = evaluation._taken(store, store.manifest_entries(range(4)))
     assert seconds == pytest.approx(7 + 1 + 2)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("field", ["baselines", "metrics"])
+def test_every_value_of_a_sweep_is_looked_at_before_it_starts(tmp_path, field, order):
+    values = [[], ["no_such_module:thing"]][::order]
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        json.dumps({"name": "s", "base": str(TINY), "sweep": {"parameters": {f"evaluation.{field}": values}}})
+    )
+    with pytest.raises(ConfigError, match=f"evaluation.{field}: 'no_such_module:thing'.* cannot be imported"):
+        check_sweep(Ledger(space.load(path, [f"storage={tmp_path}"])))

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from helpers import build, marked, tiny, until, with_
+from helpers import TINY, build, marked, tiny, until, with_
 
-from pdiff_ray.common.errors import ConfigError, PdiffError
+from pdiff_ray.common.errors import PdiffError, UnavailableError
 from pdiff_ray.common.progress import Display
 from pdiff_ray.config.schema import Data, Resources
 from pdiff_ray.reports.tables import table_rows
@@ -307,11 +307,102 @@ def test_actors_start_beside_workers_where_both_have_room(sampled, ray, settings
         assert pool.size == settings["actors"]
 
 
-def test_more_than_this_machine_has(tmp_path, ray):
-    from pdiff_ray.distributed.session import check_resources
+def test_more_than_this_ray_has(ray, capsys):
+    from pdiff_ray.distributed.session import connect, shortages
 
-    with pytest.raises(ConfigError, match=r"resources\.workers"):
-        check_resources(Resources(workers=1000), {"CPU": 4.0})
+    (found,) = shortages(Resources(workers=1000), {"CPU": 4.0})
+    assert found.startswith("resources.workers: 1000 workers with 1 cores each, but this Ray has 4; lower ")
+    with connect(Resources(workers=1000), Display(None)):  # of a Ray that is there already, and may grow
+        assert "or wait until it has more" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Could not find any running Ray instance."),
+        ValueError("Malformed address: nonsense"),
+        RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.9"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_one_message(monkeypatch, error):
+    from pdiff_ray.distributed import session
+
+    def refuse(**_):
+        raise error
+
+    monkeypatch.setattr(session.ray, "init", refuse)
+    with pytest.raises(PdiffError, match=f"resources.address: auto: {str(error)[:20]}.*; name a cluster that runs"):
+        session._init("auto")
+
+
+def test_an_address_that_is_none_is_told_of(tmp_path):
+    command = "from pdiff_ray.cli.main import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", command, "run", "zoo", TINY, "--storage", tmp_path, "--address", "nonsense"],
+        capture_output=True,
+        text=True,
+    )
+    assert "error: resources.address: nonsense: " in ended.stdout + ended.stderr
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stdout + ended.stderr
+
+
+class Scarce:
+    """In place of an actor: its node has no room, for the first tries of each task."""
+
+    tries = 1
+
+    def __init__(self, *given):
+        pass
+
+    def ready(self):
+        pass
+
+    def evaluate(self, task, failures):
+        if failures < self.tries:
+            raise UnavailableError("cache /x: no space left on device")
+        return len(task)
+
+
+class Full(Scarce):
+    tries = 9
+
+
+@pytest.mark.parametrize("actors", [1, 3])
+def test_what_an_actors_node_lacks_is_looked_for_elsewhere(sampled, ray, monkeypatch, actors):
+    from pdiff_ray.distributed import pool
+
+    experiment, artifacts = sampled
+    resources = experiment.resources.model_copy(update={"actors": actors, "max_failures": 2})
+    given = experiment.model_copy(update={"resources": resources}), artifacts, "nobody"
+    monkeypatch.setattr(pool, "_Worker", Scarce)
+    with pool.Pool(*given) as scarce:
+        assert list(scarce.evaluate([["one"], ["two", "three"]])) in ([1, 2], [2, 1])
+    monkeypatch.setattr(pool, "_Worker", Full)
+    with pool.Pool(*given) as full, pytest.raises(UnavailableError, match="no space left"):
+        list(full.evaluate([["one"]]))
+
+
+def test_one_piece_of_work_starts_one_actor(sampled, ray, monkeypatch):
+    from pdiff_ray.distributed import pool
+
+    monkeypatch.setattr(pool, "_room", lambda *_: 0)  # as on a cluster
+    experiment, artifacts = sampled
+    with pool_of(experiment, artifacts, 3) as (actors, tasks):
+        assert not actors.actors
+        list(actors.evaluate(tasks[:1]))
+        assert len(actors.actors) == 1
+        list(actors.evaluate(tasks[1:]))
+        assert len(actors.actors) == 3
+
+
+def test_gpus_that_stay_idle_are_told_of():
+    from pdiff_ray.distributed.session import idle_gpus
+
+    (found,) = idle_gpus(Resources(actors=9), {"GPU": 8.0})
+    assert found == "resources.actors: 9 actors, 2 to a GPU, leave 3 of 8 GPUs idle; 8 or 16 use all"
+    assert not idle_gpus(Resources(actors=16, workers=8), {"GPU": 8.0})
+    assert not idle_gpus(Resources(actors=9), {})
 
 
 def test_workers_of_a_group_meet_where_ray_is(ray):
@@ -339,8 +430,8 @@ def test_gpus_are_shared_such_that_all_find_a_place(monkeypatch):
     assert session.gpu_share("auto", 1) == session.gpu_share("auto", 2) == 1
     assert session.gpu_share("auto", 3) == 0.5
     assert session.gpu_share(0.25, 3) == 0.25
-    with pytest.raises(ConfigError, match="GPUs each"):
-        session.check_resources(Resources(workers=3, gpus_per_worker=1), session.ray.cluster_resources())
+    (found,) = session.shortages(Resources(workers=3, gpus_per_worker=1), session.ray.cluster_resources())
+    assert "3 workers with 1 GPUs each, but this Ray has 2" in found
     monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 8.0})
     assert session.gpu_share("auto", 2) == 0
 

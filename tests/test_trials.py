@@ -2,6 +2,8 @@
 
 import math
 import shutil
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -274,3 +276,20 @@ def test_a_damaged_trial_is_named(tmp_path):
     ledger.storage.write(f"{ledger.folder}/trials/00000.json", b"{")
     with pytest.raises(PdiffError, match=r"trials/00000\.json: damaged"):
         ledger_of(tmp_path / "storage", SEARCH)
+
+
+def test_a_time_budget_holds_for_the_confirmation_as_well(tmp_path):
+    ledger = ledger_of(tmp_path / "storage", GRID | {"time_budget": 60})
+    run_trials(ledger, in_process=True, started=time.monotonic() - 61)
+    assert not ledger.done()
+
+
+def test_failures_that_a_search_has_learned_from_count_as_ended(capsys, tmp_path):
+    sweep = {"search": "random", "num_trials": 3, "parameters": {"generator.members": [4, 12]}}
+    ledger = ledger_of(tmp_path / "storage", sweep)
+    for state in ("finished", "failed"):
+        trial = ledger.ask()
+        ended = {"objective": 0.5} if state == "finished" else {"reason": "the loss is inf"}
+        ledger.record(replace(trial, state=state, seconds=1.0, **ended))
+    shown = SweepDisplay(ledger, live=False)
+    assert [trial.state for trial in shown.trials.values() if trial.state == "failed"] == ["failed"]

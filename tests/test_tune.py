@@ -6,6 +6,7 @@ import os
 import queue
 import signal
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -213,3 +214,38 @@ def test_a_search_over_zoos_builds_each_once_in_its_trials(tmp_path):
     assert sum(1 for _ in zoos) == sum(
         len(json.loads(p.read_text())["files"]) - 1 for p in ledger.storage.local.glob("zoo/*/manifest.json")
     ), "two trials made the same members"
+
+
+def rungs_of(done=()):
+    """What an ASHA that halves, and knows the curves of earlier launches, says of the reports of a trial."""
+    from pdiff_ray.distributed import tune
+
+    sweep = SimpleNamespace(maximize=True, reduction_factor=2)
+    asha = tune._ASHA(SimpleNamespace(sweep=sweep, done=lambda: list(done)))
+
+    def told(name, curve, **more):
+        trial = SimpleNamespace(trial_id=name)
+        asha.on_trial_add(None, trial)
+        return [
+            asha.on_trial_result(None, trial, {"rung": rung, "objective": value, **more})
+            for rung, value in curve.items()
+        ]
+
+    return told
+
+
+def test_trials_that_begin_above_a_rung_are_not_compared_below_it():
+    """A subspace is fitted at once, so that its trials report from the fourth rung on."""
+    told = rungs_of()
+    told("autoencoder", {1: 0.3, 2: 0.5, 3: 0.6, 4: 0.7, 5: 0.75, 6: 0.8, 7: 0.85})
+    for name in ("subspace", "other"):
+        told(name, {4: 0.7, 5: 0.8, 6: 0.85, 7: 0.88})
+    assert set(told("better", {1: 0.35, 2: 0.55, 3: 0.65, 4: 0.75, 5: 0.8})) == {"CONTINUE"}
+    assert told("worse", {1: 0.2}) == ["STOP"]
+
+
+def test_rungs_that_were_passed_are_not_judged_again():
+    earlier = [SimpleNamespace(number=n, curve=((1, 0.5 + n / 100), (2, 0.6))) for n in range(4)]
+    told = rungs_of(earlier)
+    assert told("taken up", {1: 0.4, 2: 0.7}, passed=True) == ["CONTINUE"] * 2
+    assert told("new", {1: 0.4}) == ["STOP"]

@@ -136,3 +136,9 @@ def test_a_server_that_dies_while_it_serves_ends_the_command(tmp_path, port):
         os.kill(serving._process.pid, signal.SIGKILL)
         with pytest.raises(tracking.TrackingError, match="has ended"):
             serving.wait()
+
+
+def test_the_address_of_the_database_is_no_argument(port):
+    serving = tracking.Server("postgresql://me:secret@127.0.0.1:1/db", port)
+    assert not any("secret" in argument for argument in serving.command)
+    assert serving.environment["MLFLOW_BACKEND_STORE_URI"].endswith("@127.0.0.1:1/db")

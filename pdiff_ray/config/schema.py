@@ -10,11 +10,20 @@ import os
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import AfterValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from pdiff_ray.config.section import CHOICES, Choice, Known, Section
 from pdiff_ray.config.split import Split, held_out
 
+
+def _share(gpus: float) -> float:
+    """Returns a number of GPUs that Ray can give."""
+    if gpus > 1 and not gpus.is_integer():
+        raise ValueError(f"{gpus:g} is more than one GPU and no whole number, which Ray cannot give")
+    return gpus
+
+
+GPUs = Annotated[float, Field(ge=0), AfterValidator(_share)]
 OwnName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # module:attribute
 
 
@@ -458,14 +467,14 @@ class Resources(Section):
     address: str | None = Field(None, description="Ray cluster; default: RAY_ADDRESS, else a local Ray")
     workers: int = Field(1, ge=1, le=10_000, description="Ray Train workers for base and zoo")
     cpus_per_worker: int = Field(1, ge=1, description="cores and threads of each")
-    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+    gpus_per_worker: GPUs | Literal["auto"] = Field(
         "auto", description="auto: one, or a share such that all find a place, where the cluster has GPUs"
     )
     actors: int = Field(2, ge=1, le=10_000, description="evaluation actors")
     cpus_per_actor: int = Field(1, ge=1, description="cores and threads of each")
-    gpus_per_actor: Annotated[float, Field(ge=0)] | Literal["auto"] = Field("auto", description="likewise")
+    gpus_per_actor: GPUs | Literal["auto"] = Field("auto", description="likewise")
     cpus_per_trial: int = Field(1, ge=1, description="cores and threads of each trial of a sweep")
-    gpus_per_trial: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+    gpus_per_trial: GPUs | Literal["auto"] = Field(
         "auto", description="of a sweep; auto: one, or a share such that sweep.max_concurrent find a place"
     )
     max_failures: int = Field(3, ge=0, description="restarts of lost workers")

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayTaskError
 
-from pdiff_ray.common.errors import PdiffError
+from pdiff_ray.common.errors import PdiffError, UnavailableError
 from pdiff_ray.config.schema import Experiment, Resources
 from pdiff_ray.data.kept import default_cache
 from pdiff_ray.distributed import ray_address
@@ -63,7 +63,7 @@ class Pool:
 
     Args:
         beside: workers of Ray Train that are to come. Actors for which a local Ray has room beside them start at once,
-            so that they are there when the workers end; the others, and all of a cluster, start with the first work.
+            so that they are there when the workers end; the others, and all of a cluster, start with work for them.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Pool:
         self.given = experiment, artifacts, events, gpus, expected_software(resources)
         self.actors: list[Any] = []
         self.deaths: dict[Any, int] = {}
-        self._start(min(self.size, _room(resources, gpus, beside)) if beside else self.size)
+        self._start(min(self.size, _room(resources, gpus, beside)))
 
     def _start(self, count: int) -> None:
         """Has so many actors."""
@@ -102,7 +102,7 @@ class Pool:
             ray.kill(actor)
 
     def _run(self, method: str, items: Sequence[Any]) -> Iterator[Any]:
-        self._start(self.size)
+        self._start(min(self.size, len(items)))
         waiting = [(item, 0) for item in reversed(items)]
         idle: list[Any] = []
         # Work goes to actors that have started: in a full cluster some may wait for a place.
@@ -128,9 +128,18 @@ class Pool:
                         "evaluation.batch_size or resources.actors"
                     ) from None
             except RayTaskError as error:
-                if isinstance(error.cause, PdiffError):
+                if isinstance(error.cause, UnavailableError) and item is not None and failures < self.max_failures:
+                    # What its node lacks, such as room in the cache, others may have; it gets no more work.
+                    waiting.append((item, failures + 1))
+                    self.actors.remove(actor)
+                    ray.kill(actor)
+                    if not (idle or running):
+                        self._start(len(self.actors) + 1)
+                        running[self.actors[-1].ready.remote()] = (self.actors[-1], None, 0)
+                elif isinstance(error.cause, PdiffError):
                     raise error.cause from None
-                raise
+                else:
+                    raise
             else:
                 idle.append(actor)
                 results = [result] if item is not None else []

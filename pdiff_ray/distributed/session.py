@@ -22,11 +22,12 @@ import torch
 from pyarrow import fs as pafs
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.markup import escape
 
 from pdiff_ray.common import signals
 from pdiff_ray.common.devices import exact_float32, limit_threads
 from pdiff_ray.common.errors import ConfigError, PdiffError
-from pdiff_ray.common.progress import Progress
+from pdiff_ray.common.progress import Progress, console
 from pdiff_ray.config.schema import Resources
 from pdiff_ray.distributed import nodes, ray_address
 from pdiff_ray.distributed.events import Events
@@ -57,7 +58,14 @@ def connect(resources: Resources, progress: Progress, *, equal: bool = True) -> 
     if address:
         _reach(address)
     if ours:
-        _init(resources, address)
+        _init(address)
+    available = ray.cluster_resources()
+    problems = shortages(resources, available)
+    if problems and ours and not address:  # nothing will come beside what is there
+        _shutdown()
+        raise ConfigError(problems[0])
+    for problem in [*(f"{one}, or wait until it has more" for one in problems), *idle_gpus(resources, available)]:
+        console.print(f"[bold yellow]warning:[/] {escape(problem)}")
     name = f"pdiff-events-{uuid.uuid4().hex[:8]}"
     events: Any = ray.remote(Events).options(name=name, **beside_driver()).remote()
     stop = threading.Event()
@@ -171,7 +179,7 @@ def beside_driver() -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": node, "max_restarts": -1, "max_task_retries": -1}
 
 
-def _init(resources: Resources, address: str | None) -> None:
+def _init(address: str | None) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)  # none of its many notices is about the experiment
     # Without "local", Ray would join whatever cluster was last started on this machine.
     where: dict[str, Any] = {"address": address} if address else {"address": "local", "include_dashboard": False}
@@ -180,13 +188,12 @@ def _init(resources: Resources, address: str | None) -> None:
             ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
     except SystemExit:  # what Ray makes of SIGTERM
         signals.interrupt(signal.SIGTERM)
-    if address:
-        return
-    try:
-        check_resources(resources, ray.cluster_resources())
-    except ConfigError:
-        _shutdown()
-        raise
+    except (ConnectionError, RuntimeError, ValueError) as error:  # no cluster, one of another version, or no address
+        said = " ".join(str(error).split())
+        raise PdiffError(
+            f"resources.address: {address or 'a local Ray'}: {said}; name a cluster that runs, with this Ray and "
+            "Python, or leave the address (and RAY_ADDRESS) empty for a local Ray"
+        ) from None
 
 
 def _shutdown() -> None:
@@ -201,8 +208,9 @@ def _shutdown() -> None:
         gc.enable()
 
 
-def check_resources(resources: Resources, available: Mapping[str, float]) -> None:
-    """Raises ConfigError if a local Ray has too few cores or GPUs, for which it would wait forever."""
+def shortages(resources: Resources, available: Mapping[str, float]) -> list[str]:
+    """Returns what is asked for that a Ray with these resources has too few cores or GPUs for."""
+    found = []
     for what, count, cpus, gpus in (
         ("worker", resources.workers, resources.cpus_per_worker, resources.gpus_per_worker),
         ("actor", resources.actors, resources.cpus_per_actor, resources.gpus_per_actor),
@@ -210,10 +218,27 @@ def check_resources(resources: Resources, available: Mapping[str, float]) -> Non
     ):
         for kind, each, name in (("CPU", cpus, "cores"), ("GPU", 0 if gpus == "auto" else float(gpus), "GPUs")):
             if count * each > available.get(kind, 0):
-                raise ConfigError(
-                    f"resources.{what}s: {count} {what}s with {each:g} {name} each, but this machine has "
+                found.append(
+                    f"resources.{what}s: {count} {what}s with {each:g} {name} each, but this Ray has "
                     f"{available.get(kind, 0):g}; lower resources.{what}s or resources.{kind.lower()}s_per_{what}"
                 )
+    return found
+
+
+def idle_gpus(resources: Resources, available: Mapping[str, float]) -> list[str]:
+    """Returns where processes that share GPUs leave some of them without any."""
+    gpus, found = int(available.get("GPU", 0)), []
+    for what, count, each in (
+        ("workers", resources.workers, resources.gpus_per_worker),
+        ("actors", resources.actors, resources.gpus_per_actor),
+    ):
+        if each == "auto" and 0 < gpus < count and count % gpus:
+            share = math.ceil(count / gpus)
+            found.append(
+                f"resources.{what}: {count} {what}, {share} to a GPU, leave {gpus - math.ceil(count / share)} of "
+                f"{gpus} GPUs idle; {count // gpus * gpus} or {share * gpus} use all"
+            )
+    return found
 
 
 def _reach(address: str) -> None:

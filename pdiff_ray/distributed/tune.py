@@ -7,6 +7,7 @@ that are left, so nothing depends on Tune's own snapshots.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import uuid
@@ -24,6 +25,7 @@ from pdiff_ray.common.errors import PdiffError, StorageError, UnavailableError
 from pdiff_ray.common.secrets import without_secrets
 from pdiff_ray.config.schema import Tracking
 from pdiff_ray.data.kept import default_cache
+from pdiff_ray.distributed import ray_address
 from pdiff_ray.distributed.nodes import check_software, expected_software
 from pdiff_ray.distributed.session import (
     beside_driver,
@@ -43,6 +45,7 @@ from pdiff_ray.sweeps.trial import FINAL_RUNG, OnChange, Trial, run_trial
 
 LEASE_S = 30.0  # after which a claim lapses if it is not renewed
 POLL_S = 0.5
+MAX_PENDING = 200  # trials of a grid that ask a cluster for a place at a time, as of searches of Tune's own
 
 
 def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnChange, spent_s: float = 0.0) -> None:
@@ -55,6 +58,12 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
         spent_s: seconds of the time budget that are used already.
     """
     sweep, resources = ledger.sweep, ledger.file.experiment.resources
+    left_s = None if sweep.time_budget is None else sweep.time_budget - spent_s
+    if left_s is not None and left_s <= 0:
+        return
+    if sweep.search == "grid" and ray_address(resources):
+        # Tune asks for the place of one trial more than it has, so that a cluster would grow node by node.
+        os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(MAX_PENDING))
     claims = f"pdiff-claims-{uuid.uuid4().hex[:8]}"
     # This handle is kept because a named actor lives only as long as its handle does.
     keeper: Any = ray.remote(_Claims).options(name=claims, **beside_driver()).remote()
@@ -82,7 +91,7 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
             scheduler=scheduler,
             num_samples=-1,  # until the ledger has no more
             max_concurrent_trials=sweep.max_concurrent,
-            time_budget_s=None if sweep.time_budget is None else max(1.0, sweep.time_budget - spent_s),
+            time_budget_s=left_s,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
@@ -117,7 +126,7 @@ def _trial(config: dict[str, Any], storage: str) -> None:
 
     # A generator that was interrupted resumes beyond these rungs, and does not report them again.
     for rung, value in config["curve"]:
-        report_rung(rung, value)
+        tune.report({"rung": rung, "objective": value, "passed": True})
     try:
         check_software(config["software"])
         objective = run_trial(
@@ -199,6 +208,8 @@ class _ASHA(ASHAScheduler):
             mode="max" if ledger.sweep.maximize else "min",
             max_t=FINAL_RUNG,
             reduction_factor=ledger.sweep.reduction_factor,
+            # Else a result between two rungs counts for the lower one, if the trial began above that.
+            stop_last_trials=False,
         )
         self.stopped: set[str] = set()
         for trial in ledger.done():
@@ -215,6 +226,8 @@ class _ASHA(ASHAScheduler):
         if "failed" in result:  # there is nothing to compare
             return TrialScheduler.CONTINUE
         decision: str = super().on_trial_result(tune_controller, trial, result)
+        if "passed" in result:  # when it was reached first; others have done better meanwhile
+            return TrialScheduler.CONTINUE
         if decision == TrialScheduler.STOP and result["rung"] < FINAL_RUNG:
             self.stopped.add(trial.trial_id)
         return decision

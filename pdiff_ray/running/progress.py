@@ -34,7 +34,8 @@ class SweepDisplay:
 
     def __init__(self, ledger: Ledger, live: bool) -> None:
         self.total, self.sweep, self.live = ledger.total, ledger.sweep, live
-        self.trials = {trial.number: trial for trial in ledger.done() if trial.state != "failed"}
+        again = {trial.number for trial in ledger.open_trials()}
+        self.trials = {trial.number: trial for trial in ledger.done() if trial.number not in again}
         self.began: dict[int, float] = {}
         self.tasks: dict[str, tuple[int, int, str]] = {}  # those of the whole sweep
         self.stages: dict[int, tuple[str, int, int]] = {}  # what running trials are doing

@@ -22,7 +22,8 @@ from pdiff_ray.sweeps.trial import OnChange, Trial, run_trial
 
 
 def check_sweep(ledger: Ledger) -> None:
-    """Checks all that can be checked before work starts, once for each distinct data set, network and subset.
+    """Checks all that can be checked before work starts, once for each distinct data set, network, subset, code of
+    the user's own and import.
 
     Raises:
         PdiffError: something is wrong.
@@ -32,7 +33,9 @@ def check_sweep(ledger: Ledger) -> None:
     for trial in (ledger.planned() if ledger.sweep.search == "grid" else []) or [Trial(-1, {}, (0,))]:
         for experiment in ledger.experiments(trial):
             zoo = experiment.zoo.model_dump(include={"subset", "batchnorm", "imported", "members"})
-            same = repr((experiment.data, experiment.network, zoo, experiment.alignment.method))
+            own = experiment.evaluation.baselines, experiment.evaluation.metrics
+            brought = experiment.generator if experiment.generator.name == "imported" else None
+            same = repr((experiment.data, experiment.network, zoo, experiment.alignment.method, own, brought))
             if same not in sizes:
                 sizes[same] = check_plan(make_plan(experiment, storage=ledger.storage))
             experiment.generator.check_dimension(sizes[same])
@@ -99,11 +102,12 @@ def run(ledger: Ledger, *, in_process: bool = False, track: bool = True) -> Swee
     def follow(ledger: Ledger) -> AbstractContextManager[OnChange]:
         return tracking.follow(ledger, usage) if track else contextlib.nullcontext(lambda trial: None)
 
+    started = time.monotonic()
     with usage if track and len(ledger.done()) < ledger.total else contextlib.nullcontext(), follow(ledger) as tell:
-        run_trials(ledger, in_process=in_process, on_result=tell)
+        run_trials(ledger, in_process=in_process, on_result=tell, started=started)
         if confirmation := ledger.confirmation():
             with follow(confirmation) as tell_too:
-                run_trials(confirmation, in_process=in_process, on_result=tell_too)
+                run_trials(confirmation, in_process=in_process, on_result=tell_too, started=started)
                 report.write(confirmation)
         rows = report.write(ledger)  # in the context, as MLflow takes what is written
         return SweepResult(ledger, confirmation, rows)
@@ -114,12 +118,20 @@ def open_sweep(ledger: Ledger) -> SweepResult:
     return SweepResult(ledger, ledger.confirmation(), table(ledger))
 
 
-def run_trials(ledger: Ledger, *, in_process: bool = False, on_result: OnChange = lambda trial: None) -> None:
+def run_trials(
+    ledger: Ledger,
+    *,
+    in_process: bool = False,
+    on_result: OnChange = lambda trial: None,
+    started: float | None = None,
+) -> None:
     """Runs the trials that are left.
 
     Args:
         on_result: called with every trial that has ended.
+        started: when the time budget began, by `time.monotonic`; default: now.
     """
+    started = time.monotonic() if started is None else started
     if not ledger.open_trials() and len(ledger.done()) == ledger.total:
         return
     check_sweep(ledger)
@@ -130,12 +142,11 @@ def run_trials(ledger: Ledger, *, in_process: bool = False, on_result: OnChange 
             if trial.state != "running":
                 on_result(trial)
 
-        (_run_here if in_process else _run_on_ray)(ledger, shown, on_change)
+        (_run_here if in_process else _run_on_ray)(ledger, shown, on_change, started)
 
 
-def _run_here(ledger: Ledger, shown: SweepDisplay, on_change: OnChange) -> None:
+def _run_here(ledger: Ledger, shown: SweepDisplay, on_change: OnChange, started: float) -> None:
     limit_threads(ledger.file.experiment.resources.cpus_per_trial)
-    started = time.monotonic()
     budget = ledger.sweep.time_budget
     while (budget is None or time.monotonic() - started < budget) and (trial := ledger.ask()):
         on_change(trial)
@@ -156,8 +167,8 @@ def _run_here(ledger: Ledger, shown: SweepDisplay, on_change: OnChange) -> None:
         on_change(ended)
 
 
-def _run_on_ray(ledger: Ledger, shown: SweepDisplay, on_change: OnChange) -> None:
-    started, resources, missing = time.monotonic(), ledger.file.experiment.resources, needs(ledger).jobs
+def _run_on_ray(ledger: Ledger, shown: SweepDisplay, on_change: OnChange, started: float) -> None:
+    resources, missing = ledger.file.experiment.resources, needs(ledger).jobs
     shown("Ray", 0, 1, "starting")
     distributed.prepare(resources)
     from pdiff_ray.distributed import session, train, tune

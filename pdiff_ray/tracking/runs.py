@@ -129,7 +129,7 @@ def write(at: Connection, run: MlflowRun, usage: Usage | None = None) -> str:
         said = make_models(at, run_id, run.models, run.data)
         points = [(name, value, run.ended, 0, said.get(name, {})) for name, value in run.metrics.items()]
         for name, curve in run.curves.items():
-            every = max(1, len(curve) // MAX_POINTS)
+            every = max(1, math.ceil(len(curve) / MAX_POINTS))
             points += [(name, value, run.ended, step, {}) for step, value in curve[::every]]
         metrics = [
             Metric(accepted(name), tidy(float(value)), moment, step, **about)

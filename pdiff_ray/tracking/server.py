@@ -242,10 +242,12 @@ class Server:
             except (OSError, OverflowError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise ConfigError(f"port {port} of 127.0.0.1: {reason}; name another one with --port") from None
-        command = ["mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+        command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
         # One worker without a job queue takes a quarter of the memory of MLflow's defaults.
         self.command = [sys.executable, "-m", *command, "--workers", "1"]
-        self.environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        # All users of a machine see arguments of processes, and the database's address may have a password.
+        own = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
+        self.environment = {**os.environ, **own}
 
     def __enter__(self) -> Server:
         self._log = tempfile.TemporaryFile()
