@@ -113,6 +113,19 @@ def test_what_is_nearly_a_member_is_a_replica(zoo):
         assert found.shares["unknown"] < 0.05
 
 
+def test_points_between_near_neighbours_are_no_copies():
+    """Of a run in small steps: what stands halfway between two members is as near to both as they are to each other."""
+    steps = torch.arange(300.0)[:, None] * torch.randn(1, D, generator=random(1)) / 300
+    members = steps + 0.02 / 300 * torch.randn(300, D, generator=random(2)).cumsum(0)
+    geometry = Geometry(members)
+    middle = (members[1:-1:2] + members[2::2]) / 2
+    place = geometry.place(middle)
+    assert (place.nearest < 0.02 * geometry.mean_distance).all()
+    copies = geometry.features(members[1:-1:2])
+    assert (geometry.features_of(place) - copies).abs().amax(1).min() > 0.5
+    torch.testing.assert_close(geometry.features(members[1:-1:2] + 1e-7), copies)
+
+
 def test_means_hide_nothing(zoo):
     copies, noisy = zoo.test["member"].vectors, zoo.test["noise 0.4"].vectors
     half = zoo.known.assess(torch.cat([copies[:50], zoo.fresh[:50]]))

@@ -310,10 +310,12 @@ def test_actors_start_beside_workers_where_both_have_room(sampled, ray, settings
 def test_more_than_this_ray_has(ray, capsys):
     from pdiff_ray.distributed.session import connect, shortages
 
-    (found,) = shortages(Resources(workers=1000), {"CPU": 4.0})
-    assert found.startswith("resources.workers: 1000 workers with 1 cores each, but this Ray has 4; lower ")
+    (found,) = shortages(Resources(workers=1000), [{"CPU": 4.0}, {"CPU": 2.0}])
+    assert found.startswith("resources.workers: 1000 workers with 1 cores each, but this Ray has 6; lower it or resou")
+    (found,) = shortages(Resources(cpus_per_trial=6), [{"CPU": 4.0}, {"CPU": 2.0}])
+    assert found == "resources.cpus_per_trial: a trial with 6 cores, but no node has more than 4; lower it"
     with connect(Resources(workers=1000), Display(None)):  # of a Ray that is there already, and may grow
-        assert "or wait until it has more" in " ".join(capsys.readouterr().out.split())
+        assert "or wait until there is more" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -377,7 +379,8 @@ def test_what_an_actors_node_lacks_is_looked_for_elsewhere(sampled, ray, monkeyp
     given = experiment.model_copy(update={"resources": resources}), artifacts, "nobody"
     monkeypatch.setattr(pool, "_Worker", Scarce)
     with pool.Pool(*given) as scarce:
-        assert list(scarce.evaluate([["one"], ["two", "three"]])) in ([1, 2], [2, 1])
+        assert sorted(scarce.evaluate([["one"], ["two", "three"]])) == [1, 2]
+        assert len(scarce.actors) == actors  # others have taken the places of those that were let go
     monkeypatch.setattr(pool, "_Worker", Full)
     with pool.Pool(*given) as full, pytest.raises(UnavailableError, match="no space left"):
         list(full.evaluate([["one"]]))
@@ -402,6 +405,7 @@ def test_gpus_that_stay_idle_are_told_of():
     (found,) = idle_gpus(Resources(actors=9), {"GPU": 8.0})
     assert found == "resources.actors: 9 actors, 2 to a GPU, leave 3 of 8 GPUs idle; 8 or 16 use all"
     assert not idle_gpus(Resources(actors=16, workers=8), {"GPU": 8.0})
+    assert not idle_gpus(Resources(actors=3), {"GPU": 2.0})
     assert not idle_gpus(Resources(actors=9), {})
 
 
@@ -430,7 +434,7 @@ def test_gpus_are_shared_such_that_all_find_a_place(monkeypatch):
     assert session.gpu_share("auto", 1) == session.gpu_share("auto", 2) == 1
     assert session.gpu_share("auto", 3) == 0.5
     assert session.gpu_share(0.25, 3) == 0.25
-    (found,) = session.shortages(Resources(workers=3, gpus_per_worker=1), session.ray.cluster_resources())
+    (found,) = session.shortages(Resources(workers=3, gpus_per_worker=1), [{"CPU": 8.0, "GPU": 2.0}])
     assert "3 workers with 1 GPUs each, but this Ray has 2" in found
     monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 8.0})
     assert session.gpu_share("auto", 2) == 0

@@ -216,11 +216,11 @@ def test_a_search_over_zoos_builds_each_once_in_its_trials(tmp_path):
     ), "two trials made the same members"
 
 
-def rungs_of(done=()):
-    """What an ASHA that halves, and knows the curves of earlier launches, says of the reports of a trial."""
+def rungs_of(done=(), factor=2):
+    """What an ASHA that knows the curves of earlier launches, says of the reports of a trial."""
     from pdiff_ray.distributed import tune
 
-    sweep = SimpleNamespace(maximize=True, reduction_factor=2)
+    sweep = SimpleNamespace(maximize=True, reduction_factor=factor)
     asha = tune._ASHA(SimpleNamespace(sweep=sweep, done=lambda: list(done)))
 
     def told(name, curve, **more):
@@ -249,3 +249,24 @@ def test_rungs_that_were_passed_are_not_judged_again():
     told = rungs_of(earlier)
     assert told("taken up", {1: 0.4, 2: 0.7}, passed=True) == ["CONTINUE"] * 2
     assert told("new", {1: 0.4}) == ["STOP"]
+
+
+def test_decisions_fall_at_powers_of_the_factor_alone():
+    told = rungs_of(factor=3)
+    for name in ("one", "other"):
+        told(name, {1: 0.3, 2: 0.5, 3: 0.9})  # decoded members, which are better than what is drawn
+    assert set(told("subspace", {4: 0.7, 5: 0.8, 6: 0.85, 7: 0.88})) == {"CONTINUE"}
+    assert told("worse", {1: 0.3, 2: 0.1, 3: 0.2}) == ["CONTINUE", "CONTINUE", "STOP"]
+
+
+def test_places_are_asked_for_ahead_while_a_grid_runs_alone(monkeypatch):
+    from pdiff_ray.distributed import tune
+
+    monkeypatch.delenv(tune.PENDING, raising=False)
+    with tune._asking_ahead():
+        assert os.environ[tune.PENDING] == "200"
+    assert tune.PENDING not in os.environ
+    monkeypatch.setenv(tune.PENDING, "7")
+    with tune._asking_ahead():
+        assert os.environ[tune.PENDING] == "7"
+    assert os.environ[tune.PENDING] == "7"

@@ -129,13 +129,12 @@ class Pool:
                     ) from None
             except RayTaskError as error:
                 if isinstance(error.cause, UnavailableError) and item is not None and failures < self.max_failures:
-                    # What its node lacks, such as room in the cache, others may have; it gets no more work.
+                    # What its node lacks, such as room in the cache, another may have: one takes its place.
                     waiting.append((item, failures + 1))
                     self.actors.remove(actor)
                     ray.kill(actor)
-                    if not (idle or running):
-                        self._start(len(self.actors) + 1)
-                        running[self.actors[-1].ready.remote()] = (self.actors[-1], None, 0)
+                    self._start(len(self.actors) + 1)
+                    running[self.actors[-1].ready.remote()] = (self.actors[-1], None, 0)
                 elif isinstance(error.cause, PdiffError):
                     raise error.cause from None
                 else:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -59,12 +59,14 @@ def connect(resources: Resources, progress: Progress, *, equal: bool = True) -> 
         _reach(address)
     if ours:
         _init(address)
-    available = ray.cluster_resources()
-    problems = shortages(resources, available)
+    problems = shortages(resources, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     if problems and ours and not address:  # nothing will come beside what is there
         _shutdown()
         raise ConfigError(problems[0])
-    for problem in [*(f"{one}, or wait until it has more" for one in problems), *idle_gpus(resources, available)]:
+    for problem in [
+        *(f"{one}, or wait until there is more" for one in problems),
+        *idle_gpus(resources, ray.cluster_resources()),
+    ]:
         console.print(f"[bold yellow]warning:[/] {escape(problem)}")
     name = f"pdiff-events-{uuid.uuid4().hex[:8]}"
     events: Any = ray.remote(Events).options(name=name, **beside_driver()).remote()
@@ -208,8 +210,8 @@ def _shutdown() -> None:
         gc.enable()
 
 
-def shortages(resources: Resources, available: Mapping[str, float]) -> list[str]:
-    """Returns what is asked for that a Ray with these resources has too few cores or GPUs for."""
+def shortages(resources: Resources, nodes: Sequence[Mapping[str, float]]) -> list[str]:
+    """Returns what is asked for that a Ray of nodes with these resources has too few cores or GPUs for."""
     found = []
     for what, count, cpus, gpus in (
         ("worker", resources.workers, resources.cpus_per_worker, resources.gpus_per_worker),
@@ -217,11 +219,14 @@ def shortages(resources: Resources, available: Mapping[str, float]) -> list[str]
         ("trial", 1, resources.cpus_per_trial, resources.gpus_per_trial),
     ):
         for kind, each, name in (("CPU", cpus, "cores"), ("GPU", 0 if gpus == "auto" else float(gpus), "GPUs")):
-            if count * each > available.get(kind, 0):
-                found.append(
-                    f"resources.{what}s: {count} {what}s with {each:g} {name} each, but this Ray has "
-                    f"{available.get(kind, 0):g}; lower resources.{what}s or resources.{kind.lower()}s_per_{what}"
-                )
+            there = [node.get(kind, 0.0) for node in nodes]
+            field = f"resources.{kind.lower()}s_per_{what}"
+            if each > max(there, default=0.0):
+                largest = f"no node has more than {max(there, default=0.0):g}"
+                found.append(f"{field}: a {what} with {each:g} {name}, but {largest}; lower it")
+            elif count * each > sum(there):
+                asked = f"resources.{what}s: {count} {what}s with {each:g} {name} each"
+                found.append(f"{asked}, but this Ray has {sum(there):g}; lower it or {field}")
     return found
 
 
@@ -232,11 +237,11 @@ def idle_gpus(resources: Resources, available: Mapping[str, float]) -> list[str]
         ("workers", resources.workers, resources.gpus_per_worker),
         ("actors", resources.actors, resources.gpus_per_actor),
     ):
-        if each == "auto" and 0 < gpus < count and count % gpus:
-            share = math.ceil(count / gpus)
+        share = math.ceil(count / gpus) if gpus else 0
+        if each == "auto" and share > 1 and (idle := gpus - math.ceil(count / share)):
             found.append(
-                f"resources.{what}: {count} {what}, {share} to a GPU, leave {gpus - math.ceil(count / share)} of "
-                f"{gpus} GPUs idle; {count // gpus * gpus} or {share * gpus} use all"
+                f"resources.{what}: {count} {what}, {share} to a GPU, leave {idle} of {gpus} GPUs idle; "
+                f"{count // gpus * gpus} or {share * gpus} use all"
             )
     return found
 

@@ -7,6 +7,7 @@ that are left, so nothing depends on Tune's own snapshots.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -45,6 +46,7 @@ from pdiff_ray.sweeps.trial import FINAL_RUNG, OnChange, Trial, run_trial
 
 LEASE_S = 30.0  # after which a claim lapses if it is not renewed
 POLL_S = 0.5
+PENDING = "TUNE_MAX_PENDING_TRIALS_PG"
 MAX_PENDING = 200  # trials of a grid that ask a cluster for a place at a time, as of searches of Tune's own
 
 
@@ -59,11 +61,8 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
     """
     sweep, resources = ledger.sweep, ledger.file.experiment.resources
     left_s = None if sweep.time_budget is None else sweep.time_budget - spent_s
-    if left_s is not None and left_s <= 0:
+    if left_s is not None and left_s <= 0:  # bases and zoos have taken it
         return
-    if sweep.search == "grid" and ray_address(resources):
-        # Tune asks for the place of one trial more than it has, so that a cluster would grow node by node.
-        os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(MAX_PENDING))
     claims = f"pdiff-claims-{uuid.uuid4().hex[:8]}"
     # This handle is kept because a named actor lives only as long as its handle does.
     keeper: Any = ray.remote(_Claims).options(name=claims, **beside_driver()).remote()
@@ -104,11 +103,24 @@ def run(ledger: Ledger, events: str, unbuildable: dict[str, str], on_change: OnC
         ),
     )
     try:
-        tuner.fit()
+        with _asking_ahead() if sweep.search == "grid" and ray_address(resources) else contextlib.nullcontext():
+            tuner.fit()
     finally:
         ray.kill(keeper)
         with contextlib.suppress(OSError):  # it has Tune's snapshots only; the ledger has everything
             filesystem.delete_dir(f"{place}/{name}")
+
+
+@contextlib.contextmanager
+def _asking_ahead() -> Iterator[None]:
+    """Has Tune ask for places of many trials at a time, so that a cluster grows by as many nodes, not one by one."""
+    before = os.environ.get(PENDING)
+    os.environ.setdefault(PENDING, str(MAX_PENDING))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PENDING]
 
 
 def _trial(config: dict[str, Any], storage: str) -> None:
@@ -211,13 +223,16 @@ class _ASHA(ASHAScheduler):
             # Else a result between two rungs counts for the lower one, if the trial began above that.
             stop_last_trials=False,
         )
+        # A result at a later rung, of a trial that has none at these, is no result at these.
+        factor = ledger.sweep.reduction_factor
+        self.decisive = {math.ceil(factor**k) for k in range(FINAL_RUNG) if factor**k <= FINAL_RUNG}
         self.stopped: set[str] = set()
         for trial in ledger.done():
             known: Any = SimpleNamespace(trial_id=f"earlier-{trial.number}")
             nobody: Any = None  # in place of the controller, which ASHA does not use
             self.on_trial_add(nobody, known)
             for rung, objective in trial.curve:
-                super().on_trial_result(nobody, known, {"rung": rung, "objective": objective})
+                self._compared(nobody, known, {"rung": rung, "objective": objective})
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         return True
@@ -225,15 +240,21 @@ class _ASHA(ASHAScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if "failed" in result:  # there is nothing to compare
             return TrialScheduler.CONTINUE
-        decision: str = super().on_trial_result(tune_controller, trial, result)
+        decision = self._compared(tune_controller, trial, result)
         if "passed" in result:  # when it was reached first; others have done better meanwhile
             return TrialScheduler.CONTINUE
         if decision == TrialScheduler.STOP and result["rung"] < FINAL_RUNG:
             self.stopped.add(trial.trial_id)
         return decision
 
+    def _compared(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result["rung"] not in self.decisive:
+            return TrialScheduler.CONTINUE
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        return decision
+
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        if "failed" not in result:
+        if "failed" not in result and result["rung"] in self.decisive:
             super().on_trial_complete(tune_controller, trial, result)
 
 

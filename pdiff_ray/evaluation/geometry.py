@@ -17,7 +17,9 @@ from pdiff_ray.storage.matrix import CHUNK_VALUES, Vectors, pieces
 PAIR_VALUES = 2**21  # of vectors and pairs of members, held at a time
 BANDS = (3, 10, 30, 100)  # principal components up to which energies are averaged
 FLOOR = 1e-4  # of the mean distance: what is closer is the same
-NEAR = 0.02  # of the mean distance: a vector that is as near to a member lies as that does, whatever parts them
+# Of the mean distance, and of the member's distance to its nearest fellow: a vector that is as near to a member lies as
+# that does, whatever parts them.
+NEAR, NEARER = 0.02, 0.25
 MIN_SPAN = 1e-6  # of the largest singular value: what is smaller is rounding
 MAX_SQUARE = 25.0  # of a standardized value: one that hardly moves in the zoo does not outweigh the others
 MIN_WHITENESS = -8.0  # logarithm, below which a band has no part in a residual
@@ -165,9 +167,11 @@ class Geometry:
 
         Vectors that are `NEAR` to a member have its features: what rounding or a little noise leaves is no other kind.
         """
-        found, near = self._features(place), place.nearest <= NEAR * self.mean_distance
+        found, member = self._features(place), place.distances.argmin(1)
+        limits = (NEARER * self.among.nearest).clamp(max=NEAR * self.mean_distance)
+        near = place.nearest <= limits[member]
         if near.any():
-            found[near] = self._of_members[place.distances.argmin(1)[near]]
+            found[near] = self._of_members[member[near]]
         return found
 
     @functools.cached_property

@@ -272,7 +272,7 @@ def groups_of(config: Evaluation) -> Mapping[str, Group]:
             raise ConfigError(
                 f"evaluation.baselines: {path} has the name {kind.name!r}; a name has letters, digits, '_' and '-'"
             )
-        if kind.name.replace("-", "_") in found:  # "held-out" is how held_out is written
+        if kind.name.replace("-", "_") in {name.replace("-", "_") for name in found}:  # tables have "held-out"
             raise ConfigError(f"evaluation.baselines: {path} has the name {kind.name!r} of another group; change it")
         found[kind.name] = kind()
     return found

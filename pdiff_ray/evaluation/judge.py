@@ -154,7 +154,8 @@ class Judge:
         results: list[dict[str, float | bytes]] = [{} for _ in vectors]
         with self._inference(splits) as seconds:
             tensors = [self._tensors(vector) for vector in vectors.to(self.device)]
-            if self.batchnorm == "recalibrated" and (measured := fresh_statistics(self.network).keys()):
+            if self.batchnorm == "recalibrated":
+                measured = fresh_statistics(self.network).keys()
                 names = {name: first for name, first in first_names(self.network).items() if first in measured}
                 for own, result in zip(tensors, results, strict=True):
                     result["statistics"] = save_tree({name: own[first] for name, first in names.items()})

@@ -25,7 +25,7 @@ from pdiff_ray.generators.conditioning import ConditionedDenoiser
 from pdiff_ray.networks.subset import Entry, Subset
 
 TOKEN_VALUES, HEAD_WIDTH, FREQUENCIES = 4, 32, 16  # values of a token per width, width of a head at least
-MIN_LOG_ALPHA = math.log(1e-30)  # of what the forward process leaves of a latent's variance
+MIN_LOG_ALPHA = -85.0  # logarithm of what the forward process leaves of a latent's variance
 KINDS = ("weight", "bias", "running_mean", "running_var")  # by tensors' names; each of one axis, or of more
 ONEDNN, ONEDNN_BATCH = torch.backends.mkldnn.is_available(), 16  # for fewer rows MKL takes less time
 
@@ -78,7 +78,7 @@ class DiffusionSettings(DenoiserSettings):
             raise ValueError(
                 f"num_timesteps {self.num_timesteps} with betas from {self.beta_start:g} to {self.beta_end:g} leaves "
                 f"e^{left:.0f} of a latent's variance, which float32 cannot hold; lower the betas by a factor of "
-                f"{left / MIN_LOG_ALPHA:.1f} or more"
+                f"{math.ceil(10 * left / MIN_LOG_ALPHA) / 10:.1f} or more"
             )
         return self
 

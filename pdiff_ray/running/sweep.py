@@ -134,6 +134,8 @@ def run_trials(
     started = time.monotonic() if started is None else started
     if not ledger.open_trials() and len(ledger.done()) == ledger.total:
         return
+    if ledger.sweep.time_budget is not None and time.monotonic() - started >= ledger.sweep.time_budget:
+        return
     check_sweep(ledger)
     with sweep_display(ledger) as shown:
 

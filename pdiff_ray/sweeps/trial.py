@@ -156,8 +156,8 @@ def has_results(artifacts: Mapping[str, Artifact]) -> bool:
 
 
 def objective(artifacts: Mapping[str, Artifact], metric: str) -> float:
-    """Returns the value of a metric, named as in `OBJECTIVES`, from a finished evaluation."""
-    return named_metrics(report.load_summary(artifacts))[metric]
+    """Returns the value of a metric, named as in `OBJECTIVES`, from a finished evaluation; NaN if it is no number."""
+    return named_metrics(report.load_summary(artifacts)).get(metric, math.nan)
 
 
 def _preview(
