@@ -31,8 +31,8 @@ print(result.groups().to_pandas()[["group", "networks", "mean", "std"]])
 
 # The zoo: vectors, state dicts, a table.
 zoo = result.zoo
-vectors = zoo.vectors()
-print(f"{len(zoo)} members with {vectors.shape[1]} numbers each: {', '.join(zoo.subset.names)}")
+vectors = zoo.vectors(experiment.split.learned)  # the others are what new networks are compared with
+print(f"{len(vectors)} of {len(zoo)} networks to learn, {vectors.shape[1]} numbers each: {', '.join(zoo.subset.names)}")
 print(zoo.table().to_pandas()[["id", "step", "test_accuracy"]].tail(3))
 first = next(zoo.state_dicts())
 print(f"a whole network has {len(first)} tensors")

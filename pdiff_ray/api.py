@@ -5,7 +5,7 @@ import pdiff_ray as pd
 experiment = pd.load_experiment("sweeps/quickstart.yaml", zoo={"members": 50})
 result = pd.run(experiment)
 print(result)
-vectors = result.zoo.vectors()                         # (K, D)
+vectors = result.zoo.vectors(experiment.split.learned)  # (K, D)
 samples = pd.fit(vectors, "gaussian").sample(100)      # (100, D)
 print(pd.judge(experiment, samples).to_pandas())
 """

@@ -97,11 +97,11 @@ def test_the_headline_has_means_the_interval_and_the_best_baseline():
     lower, upper = (100 * known["comparison"]["means"]["generated"][end] for end in ("lower", "upper"))
     difference = points(known["comparison"]["differences"]["average of 2"])
     assert headline(known) == (
-        f"original / ensemble / p-diff 90.00 / 92.00 / 95.00 [{lower:.1f}, {upper:.1f}]; "
+        f"original / ensemble / generated 90.00 / 92.00 / 95.00 [{lower:.1f}, {upper:.1f}]; "
         f"best baseline average of 2: {difference}, better"
     )
     del known["comparison"]
-    assert headline(known) == "original / ensemble / p-diff 90.00 / 92.00 / 95.00"
+    assert headline(known) == "original / ensemble / generated 90.00 / 92.00 / 95.00"
 
 
 @pytest.mark.parametrize(

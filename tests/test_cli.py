@@ -118,7 +118,7 @@ def test_the_module_is_the_same_command(storage):
         [sys.executable, "-m", "pdiff_ray.sweep", str(TINY), "--storage", str(storage)], capture_output=True, text=True
     )
     assert result.returncode == 0
-    assert "original / ensemble / p-diff" in result.stdout
+    assert "original / ensemble / generated" in result.stdout
 
 
 def test_dry_run_builds_nothing(tmp_path):
@@ -405,7 +405,7 @@ def test_reports_hold_no_credentials(storage, tmp_path):
 
 def test_a_result_is_shown_again_by_file_and_by_key(storage):
     shown = pdiff("show", TINY, "--storage", storage)
-    assert "original / ensemble / p-diff" in shown
+    assert "original / ensemble / generated" in shown
     key = tiny(storage)[1]["report"].key
     assert pdiff("show", key[:8], "--storage", storage) == shown
     told = conclusion(json.loads(pdiff("show", key, "--storage", storage, "--json")))
@@ -413,6 +413,10 @@ def test_a_result_is_shown_again_by_file_and_by_key(storage):
     base = next((storage / "base").iterdir()).name
     assert "is no result" in pdiff("show", base, "--storage", storage, code=2)
     assert "missing" in pdiff("show", TINY, "--storage", storage, "--set", "sampling.seed=5", code=1)
+    told = pdiff("show", TINY, "--storage", storage, "--set", "resources.workers=2", code=1)
+    assert "or ask with --set resources.workers=1 for what ran with --in-process" in " ".join(told.split())
+    never = SWEEPS / "ablate_layers.yaml"
+    assert "no trial has ended yet in" in pdiff("show", never, "--storage", storage, "--preset", "small", code=1)
 
 
 def test_json_is_all_that_is_printed(storage):
@@ -444,6 +448,9 @@ def test_init_writes_an_experiment_that_runs(tmp_path, monkeypatch):
     assert str(experiment.zoo.subset) == "last 2 norm layers"
     assert pdiff("run", "base", "mine.yaml", "--in-process", "--set", "training.epochs=1").startswith("resnet18")
     assert "exists already" in pdiff("init", "images", "resnet18", "--output", "mine.yaml", code=2)
+    assert "written" in pdiff("init", "images", "resnet20", "--output", "plain.yaml")  # it has no stem to change
+    assert "cifar_stem" not in (tmp_path / "plain.yaml").read_text()
+    assert "network.args has its arguments" in " ".join(pdiff("init", "images", "mlp", code=2).split())
     assert "neither a folder nor one of" in pdiff("init", "pictures", "resnet18", code=2)
     assert "did you mean 'resnet18'" in pdiff("init", "images", "resnet118", code=2)
     assert "network.name: '../etc/x' is no name of a network" in pdiff("init", "images", "../etc/x", code=2)
@@ -473,3 +480,17 @@ def test_shells_complete(storage, monkeypatch, typed, found):
 def test_the_stages_of_run_are_those_of_the_table():
     assert "STAGE is one of " + ", ".join(STAGES) in " ".join(pdiff("run", "--help").split())
     assert "did you mean 'evaluation'" in pdiff("run", "evaluate", TINY, code=2)
+
+
+def test_names_are_printed_as_they_are(tmp_path):
+    """Rich would take what stands in brackets for its own marks."""
+    storage = tmp_path / "a[red]b"
+    variants = {"[/close]": {}, "[bold]": {"zoo.members": 9}}
+    path = tmp_path / "s.yaml"
+    swept = {"parameters": {"which": {"variants": variants}, "zoo.subset": [{"names": ["layers.*.bn.*"]}]}}
+    path.write_text(json.dumps({"name": "s", "base": str(TINY), "sweep": swept}))
+    shown = pdiff("sweep", path, "--storage", storage, "--dry-run")
+    assert "[/close]" in shown
+    assert "[bold]" in shown
+    assert "a[red]b" in "".join(shown.split())
+    assert "{names: [layers.*.bn.*]}" in shown

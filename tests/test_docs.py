@@ -5,6 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+
+from pdiff_ray.config import sweep
+from pdiff_ray.running.sweep import check_sweep
+from pdiff_ray.sweeps.ledger import Ledger
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,3 +40,17 @@ def test_links_lead_to_files():
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+BLOCKS = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/sweeps.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize("text", [block for block in BLOCKS if "sweep:" in block])
+def test_sweeps_that_are_shown_can_be_run(tmp_path, text):
+    written = yaml.safe_load(text)
+    path = tmp_path / f"{written.get('name', 'shown')}.yaml"
+    path.write_text(yaml.safe_dump({"name": "shown", **written, "base": str(ROOT / "sweeps/quickstart.yaml")}))
+    file = sweep.load(path, [f"storage={tmp_path}"])
+    if file.sweep.search == "grid":
+        assert [file.vary(assignment) for assignment in file.sweep.grid()]
+    assert check_sweep(Ledger(file)) is None

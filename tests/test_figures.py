@@ -1,6 +1,7 @@
 """The figures of a report, of many groups and of few."""
 
 import itertools
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -110,6 +111,7 @@ def test_groups_are_told_apart_and_many_sigmas_do_not_drown_them(drawn):
 def test_what_lies_far_below_is_counted_at_the_edge(drawn):
     records = networks("original", "generated", count=100) + networks("noise_added", count=5, sigma=3.0, wrong=0.9)
     figure = figures.accuracy_by_group(records)
+    assert re.search(r"; 5 below \d+\.\d\d are at the edge", figure.axes[0].get_xlabel())
     assert "; 5 below" in figure.axes[0].get_xlabel()
     assert figure.axes[0].get_xlim()[0] > 50
     assert "below" not in figures.accuracy_by_group(networks("original", "generated")).axes[0].get_xlabel()

@@ -146,9 +146,9 @@ def asserts(**info):
         (f"{__name__}:asserts", r"3 x 32 x 32 \(AssertionError\); set data\.image_size"),
         (
             f"{__name__}:fails_without_a_word",
-            r"^network: .*fails_without_a_word \(custom\) cannot be built: IndexError",
+            r"^network\.name: .*fails_without_a_word \(custom\) cannot be built: IndexError",
         ),
-        (f"{__name__}:fails_on_a_file", r"^network: .*fails_on_a_file \(custom\) cannot be built: no such file"),
+        (f"{__name__}:fails_on_a_file", r"^network\.name: .*fails_on_a_file \(custom\) cannot be built: no such file"),
         ("r3d_18", "videos"),
         ("fcn_resnet50", "OrderedDict, not logits"),
         ("fasterrcnn_mobilenet_v3_large_fpn", "targets should not be none"),

@@ -83,6 +83,7 @@ def test_a_preset_is_laid_over_the_file_and_those_it_inherits_from(tmp_path):
 def test_a_file_with_a_sweep_is_an_experiment_without_it(tmp_path):
     load(tmp_path, {"parameters": {"generator.members": [4]}})
     assert loading.load(tmp_path / "sweep.yaml").num_members == 12
+    assert space.load(tmp_path / "sweep.yaml", ["sweep=null"]).num_members == 12
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from helpers import TINY, context
 
 from pdiff_ray.cli import printing
 from pdiff_ray.config import sweep as space
+from pdiff_ray.reports.tables import markdown
 from pdiff_ray.running.sweep import open_sweep, run_trials
 from pdiff_ray.stages.report import load_summary
 from pdiff_ray.sweeps import figures as sweep_figures
@@ -407,6 +408,7 @@ def test_figures_of_awkward_values():
         [1, 2, 3],
         [True, False, True],
         ["a very long name indeed", "unsplittableword" * 2, ""],
+        ["cost $5 and $6", r"$\frac{1$", "[/close]"],
     ):
         for known in (curves, dict.fromkeys(curves, nothing)):
             panels = [sweep_figures.Panel("", "parameter", values, known)] * 4
@@ -423,3 +425,15 @@ def test_more_panels_than_a_figure_has_room_for_are_left_to_the_tables(monkeypat
     for draw in (sweep_figures.accuracy_over, sweep_figures.similarity_over):
         assert size(draw(panels)) == size(draw(panels[:3]))
         assert draw(panels) != draw(panels[:3])  # it says that there are more
+
+
+def test_trials_that_failed_before_any_other_are_in_the_history(monkeypatch):
+    figures = []
+    monkeypatch.setattr(sweep_figures, "_explained", lambda figure, *_: figures.append(figure) or b"")
+    search = sweep_figures.Search("objective", True, {1: 0.5, 2: 0.6}, {}, [0, 5], None)
+    sweep_figures.history(search)
+    assert figures[0].axes[0].get_xlim() == (-0.5, 5.5)
+
+
+def test_bars_do_not_split_cells():
+    assert markdown([["a", "b"], ["x|y", "1"]]).splitlines()[-1] == r"| x\|y | 1 |"

@@ -125,7 +125,7 @@ def test_a_killed_trial_is_taken_up_again(here, tmp_path):
                         os.kill(process.pid, signal.SIGKILL)
 
     shown = Killer(ledger, live=False)
-    sweep_running._run_on_ray(ledger, shown, lambda trial: None)
+    sweep_running._run_on_ray(ledger, shown, lambda trial: None, time.monotonic())
     assert killed
     assert [t.state for t in ledger.done()] == ["finished"] * 8
     assert groups(ledger) == groups(here)

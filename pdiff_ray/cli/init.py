@@ -72,7 +72,12 @@ def _settings(data: str, network: str) -> dict[str, Any]:
     chosen: dict[str, Any] = {"name": network}
     if network.startswith(("resnet", "resnext", "wide_resnet")) and info.image_size <= SMALL_IMAGE:
         chosen["cifar_stem"] = True
-    built = check_network(parse(schema.Network, chosen, "NETWORK", at="network"), info)
+    try:
+        built = check_network(parse(schema.Network, chosen, "NETWORK", at="network"), info)
+    except ConfigError:
+        if not chosen.pop("cifar_stem", False):  # which not all of these names have
+            raise
+        built = check_network(parse(schema.Network, chosen, "NETWORK", at="network"), info)
     size = sum(parameter.numel() for parameter in built.parameters())
     layers = norm_layers(built, blank_images(info))
     subset: Any = {"last_norm_layers": min(2, len(layers))} if layers else {"names": [_last_layer(built)]}

@@ -50,8 +50,8 @@ def print_start(plan: Plan) -> None:
     """Prints what is about to be built, and where."""
     e = plan.experiment
     todo = ", ".join(plan.missing) or "nothing, all of it is there"
-    console.print(f"[bold]{e.name}[/]: {e.network.name} on {e.data.name}; to build: {todo}")
-    console.print(f"  storage {plan.storage.place}")
+    console.print(f"[bold]{e.name}[/]: {escape(e.network.name)} on {escape(e.data.name)}; to build: {todo}")
+    console.print(f"  storage {plan.storage.place}", markup=False)
 
 
 def print_plan(plan: Plan, as_json: bool = False) -> None:
@@ -83,7 +83,7 @@ def print_plan(plan: Plan, as_json: bool = False) -> None:
         )
     r = e.resources
     console.print(
-        f"storage {plan.storage.place}\n"
+        f"storage {escape(plan.storage.place)}\n"
         f"Ray {distributed.ray_address(r) or 'local'}: {r.workers} workers x {r.cpus_per_worker} cores and "
         f"{r.gpus_per_worker} GPUs, {r.actors} actors x {r.cpus_per_actor} cores and {r.gpus_per_actor} GPUs"
     )
@@ -162,7 +162,7 @@ def print_sweep_plan(ledger: Ledger, as_json: bool = False) -> None:
         f"{r.workers} workers, then {plan.concurrent} trials at a time of {r.cpus_per_trial} cores and "
         f"{r.gpus_per_trial} GPUs\n"
         f"memory: {_gib(plan.memory)} for the largest process\n"
-        f"storage {ledger.storage.place}\n{_basis(estimator, plan.costs)}"
+        f"storage {escape(ledger.storage.place)}\n{_basis(estimator, plan.costs)}"
     )
     if sweep.search != "grid":
         stops = ", and ASHA will stop some of them early" if sweep.scheduler == "asha" else ""
@@ -238,6 +238,8 @@ def _sharing(estimator: Estimator, e: Experiment) -> tuple[str, str]:
 
 def _basis(estimator: Estimator, costs: Collection[Cost]) -> str:
     """Returns a line that tells how the estimates were made."""
+    if not costs:
+        return "[dim]Nothing is left to be done.[/]"
     known = sum(cost.known for cost in costs)
     ways = [f"{known} stages as long as in earlier runs, with other seeds or the like"] if known else []
     if known < len(costs):
@@ -250,7 +252,7 @@ def _print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[obj
     for column in columns:
         table.add_column(column, justify="right" if column in ("time", "memory") else "left")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(Text(str(cell)) for cell in row))
     console.print(table)
 
 
@@ -286,17 +288,17 @@ def print_result(result: Result, as_json: bool = False) -> None:
     for column in head:
         table.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
-    console.print(tables.legend(described(result.summary)), style="dim")
+    console.print(tables.legend(described(result.summary)), style="dim", markup=False)
     for line in conclusion(result.summary):
         console.print(line, markup=False)
     if sharing := result.sharing:
         console.print(f"shared: {sharing}", markup=False)
     console.print("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in result.seconds.items()))
-    console.print(f"\nreport     {result.report}")
+    console.print(f"\nreport     {result.report}", markup=False)
     samples = result.artifacts["samples"]
-    console.print(f"networks   {samples.location}  (uv run pdiff export {samples.key} FOLDER)")
+    console.print(f"networks   {samples.location}  (uv run pdiff export {samples.key} FOLDER)", markup=False)
     _print_ui(samples.storage)
 
 
@@ -308,7 +310,7 @@ def print_sweep(result: SweepResult, as_json: bool = False) -> None:
     ledger = result.ledger
     shown = result.rows if ledger.sweep.search == "grid" else result.rows[:MAX_TRIALS]
     head, *body = sweep_table.cells(ledger, shown, console.width)
-    console.print(f"\n[bold]{ledger.file.experiment.name}[/]: {sweep_report.headline(ledger)}\n")
+    console.print(f"\n[bold]{ledger.file.experiment.name}[/]: {escape(sweep_report.headline(ledger))}\n")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     for index, column in enumerate(head):
         table.add_column(Text(sweep_table.broken(column)), justify="right" if index else "left", overflow="fold")
@@ -317,14 +319,14 @@ def print_sweep(result: SweepResult, as_json: bool = False) -> None:
     console.print(table)
     if len(shown) < len(result.rows):
         console.print(f"{len(result.rows) - len(shown)} more trials in the report")
-    console.print(f"\n{sweep_table.legend(ledger)}", style="dim")
+    console.print(f"\n{sweep_table.legend(ledger)}", style="dim", markup=False)
     if result.verdict:
         console.print(f"verdict: {result.verdict}", markup=False)
     if warning := sweep_report.warning(result.rows):
         console.print("[bold red]WARNING[/]:", Text(warning))
     place = ledger.storage.location(ledger.folder)
-    console.print(f"\nreport     {result.report}")
-    console.print(f"tables     {place}/{sweep_report.SUMMARY_FILE}, {sweep_report.TRIALS_FILE}")
+    console.print(f"\nreport     {result.report}", markup=False)
+    console.print(f"tables     {place}/{sweep_report.SUMMARY_FILE}, {sweep_report.TRIALS_FILE}", markup=False)
     _print_ui(ledger.storage)
     for trial in result.failed:
         console.print("[bold red]failed[/]:", Text(f"trial {trial.number} ({trial.text}): {trial.reason}"))
@@ -345,9 +347,9 @@ def print_cells(found: Sequence[Line], page: str | None = None) -> None:
         if line.settings:
             console.print(f"{line.cell.name}: with {', '.join(line.settings)}", markup=False)
     if page:
-        console.print(f"\nreport     {page}")
+        console.print(f"\nreport     {page}", markup=False)
 
 
 def _print_ui(storage: Storage) -> None:
     option = "" if storage.place == Storage(DEFAULT_STORAGE).place else f" --storage {storage.place}"
-    console.print(f"MLflow     uv run pdiff ui{option}")
+    console.print(f"MLflow     uv run pdiff ui{option}", markup=False)

@@ -13,7 +13,7 @@ import click
 
 from pdiff_ray.cli.options import ids_of, json_option, key_argument, print_json, storage_option
 from pdiff_ray.common import signals
-from pdiff_ray.common.errors import ConfigError, StorageError, printable
+from pdiff_ray.common.errors import ConfigError, PdiffError, StorageError, printable
 
 
 @click.command()
@@ -39,7 +39,10 @@ def show(what: str, preset: str | None, overrides: tuple[str, ...], storage_uri:
         return
     loaded = load(what, overrides=overrides, preset=preset, storage=storage_uri, tracking_uri=None, address=None)
     if isinstance(loaded, SweepFile):
-        printing.print_sweep(open_sweep(Ledger(loaded)), as_json)
+        ledger = Ledger(loaded)
+        if not ledger.done():
+            raise PdiffError(f"no trial has ended yet in {ledger.storage.location(ledger.folder)}; run the sweep first")
+        printing.print_sweep(open_sweep(ledger), as_json)
     else:
         printing.print_result(open_result(loaded), as_json)
 

@@ -312,7 +312,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), preset: str | None = N
         ConfigError: something is wrong; names the file, the dotted path of the field, its value and the remedy.
     """
     raw, where = loading.read(path, overrides, preset), str(path)
-    return parse_sweep(raw, where) if raw.get("sweep") is not None else loading.parse_experiment(raw, where)
+    if raw.get("sweep") is None:
+        raw.pop("sweep", None)  # an override leaves null
+        return loading.parse_experiment(raw, where)
+    return parse_sweep(raw, where)
 
 
 def parse_sweep(raw: dict[str, Any], where: str) -> SweepFile:

@@ -42,6 +42,7 @@ def build_network(config: Network, info: DataInfo, *seed: int | str) -> nn.Modul
         ConfigError: unknown name, arguments that its constructor refuses, or data that it cannot take.
     """
     source = _source(config)
+    unbuilt = f"network.name: {config.name} ({source}) cannot be built"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("network", *seed))
         try:
@@ -51,14 +52,14 @@ def build_network(config: Network, info: DataInfo, *seed: int | str) -> nn.Modul
         except OSError as error:  # what hubs raise without a network
             hub = config.name.startswith(HUB)
             if not config.pretrained and not hub:
-                raise ConfigError(f"network: {config.name} ({source}) cannot be built: {first_line(error)}") from None
+                raise ConfigError(f"{unbuilt}: {first_line(error)}; network.args has its arguments") from None
             field, what = ("network.name", "configuration") if hub else ("network.pretrained", "weights")
             raise ConfigError(
                 f"{field}: the {what} of {config.name} could not be fetched ({first_line(error)}); fill the hub's "
                 f"cache on a machine with internet access, or {'choose another network' if hub else 'set it to false'}"
             ) from None
         except Exception as error:  # constructors raise anything
-            raise ConfigError(f"network: {config.name} ({source}) cannot be built: {first_line(error)}") from None
+            raise ConfigError(f"{unbuilt}: {first_line(error)}; network.args has its arguments") from None
         if config.cifar_stem:
             _cifar_stem(network, config.name)
     # Images are of four dimensions, and so are the tensors that lie in memory as they do.

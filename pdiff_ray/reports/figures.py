@@ -161,7 +161,7 @@ def _lowest(records: Sequence[Record]) -> float:
 
 def _left_out(records: Sequence[Record], lowest: float) -> str:
     below = int((_accuracies(records) < lowest).sum())
-    return f"; {below} below {lowest:.0f} are at the edge" if below else ""
+    return f"; {below} below {lowest:.2f} are at the edge" if below else ""
 
 
 def get_ready() -> None:

@@ -39,13 +39,13 @@ def table_rows(summary: Mapping[str, Any], differences: bool = False) -> list[li
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """Returns the means of original / ensemble / p-diff with p-diff's interval, and the best simple baseline.
+    """Returns the means of original / ensemble / generated with the last one's interval, and the best simple baseline.
 
     Of an old summary, the means alone.
     """
     groups = {group["group"]: group for group in summary["groups"]}
     means = " / ".join(f"{100 * groups[name]['mean']:.2f}" for name in ("original", "ensemble", "generated"))
-    text = f"original / ensemble / p-diff {means}"
+    text = f"original / ensemble / generated {means}"
     if not (comparison := summary.get("comparison")):
         return text
     ends = (f"{100 * comparison['means']['generated'][end]:.1f}" for end in ("lower", "upper"))
@@ -82,7 +82,8 @@ def sharing_text(zoo: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Returns a table in Markdown; the first row is its head."""
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    escaped = ([cell.replace("|", r"\|") for cell in row] for row in rows)
+    head, *body = ["| " + " | ".join(row) + " |" for row in escaped]
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body]) + "\n"
 
 

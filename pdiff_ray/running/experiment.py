@@ -208,7 +208,7 @@ def _get_ready(plan: Plan, track: bool) -> None:
 def _announce(plan: Plan, *stages: str) -> None:
     for stage in stages:
         manifest = plan.artifacts[stage].manifest()
-        console.print(f"  {stage}: done in {manifest.seconds:.1f} s, {plan.artifacts[stage].location}")
+        console.print(f"  {stage}: done in {manifest.seconds:.1f} s, {plan.artifacts[stage].location}", markup=False)
         found = manifest.info.get("diagnosis", [])  # of a zoo
         if stage == "generator":
             found = diagnose(None, (), notes=manifest.info).to_list()

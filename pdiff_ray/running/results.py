@@ -78,7 +78,7 @@ class Result:
 
     @property
     def zoo(self) -> Networks:
-        """The zoo's members, from which the generator learned."""
+        """All networks of the zoo: those of `experiment.split.learned`, held-out ones, and those of a second run."""
         return Networks(self.artifacts["zoo"])
 
     @property
@@ -127,5 +127,9 @@ def open_result(experiment: Experiment) -> Result:
     """
     plan = make_plan(experiment)
     if plan.missing:
-        raise PdiffError(f"{experiment.name}: {', '.join(plan.missing)} missing in {plan.storage.place}; run it first")
+        several = "base" in plan.missing and experiment.resources.workers > 1
+        alone = ", or ask with --set resources.workers=1 for what ran with --in-process" if several else ""
+        raise PdiffError(
+            f"{experiment.name}: {', '.join(plan.missing)} missing in {plan.storage.place}; run it first{alone}"
+        )
     return Result(experiment.name, plan.artifacts)

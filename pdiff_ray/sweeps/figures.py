@@ -139,6 +139,7 @@ def history(search: Search) -> bytes:
             search.failed, [0.02] * len(search.failed), s=22, marker="|", color="black", transform=edge, label="failed"
         )
     _as_in_the_file(axes, search)
+    axes.set_xlim(min([*numbers, *search.stopped, *search.failed]) - 0.5, search.last + 0.5)
     axes.set_xlabel("trial")
     axes.xaxis.get_major_locator().set_params(integer=True)
     return _explained(figure, [axes], search.objective)
@@ -303,8 +304,9 @@ def _reference(axes: Any, panel: Panel, values: np.ndarray, text: str) -> None:
 
 
 def _cut(text: str) -> str:
-    """Returns so much of a text as there is room for."""
-    return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}…"
+    """Returns so much of a text as there is room for, in which dollars are no formula's."""
+    shown = text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}…"
+    return shown.replace("$", r"\$")
 
 
 def _logarithmic(axes: Any, values: Sequence[float]) -> None:
