@@ -370,19 +370,20 @@ class Full(Scarce):
     tries = 9
 
 
-@pytest.mark.parametrize("actors", [1, 3])
-def test_what_an_actors_node_lacks_is_looked_for_elsewhere(sampled, ray, monkeypatch, actors):
+def test_what_an_actors_node_lacks_is_looked_for_elsewhere(sampled, ray, monkeypatch):
     from pdiff_ray.distributed import pool
 
     experiment, artifacts = sampled
-    resources = experiment.resources.model_copy(update={"actors": actors, "max_failures": 2})
-    given = experiment.model_copy(update={"resources": resources}), artifacts, "nobody"
+
+    def given(**resources):
+        return with_(experiment, resources=with_(experiment.resources, **resources)), artifacts, "nobody"
+
     monkeypatch.setattr(pool, "_Worker", Scarce)
-    with pool.Pool(*given) as scarce:
+    with pool.Pool(*given(actors=2)) as scarce:
         assert sorted(scarce.evaluate([["one"], ["two", "three"]])) == [1, 2]
-        assert len(scarce.actors) == actors  # others have taken the places of those that were let go
+        assert len(scarce.actors) == 2  # others have taken the places of those that were let go
     monkeypatch.setattr(pool, "_Worker", Full)
-    with pool.Pool(*given) as full, pytest.raises(UnavailableError, match="no space left"):
+    with pool.Pool(*given(actors=1, max_failures=1)) as full, pytest.raises(UnavailableError, match="no space left"):
         list(full.evaluate([["one"]]))
 
 
