@@ -495,3 +495,13 @@ def test_code_of_ones_own_network_is_part_of_the_key(tmp_path, monkeypatch):
         _, artifacts = tiny(tmp_path, "network={name: 'own_network:build', args: {}}")
         keys.append(artifacts["base"].key)
     assert keys[0] != keys[1]
+
+
+def test_the_generators_seed_is_that_of_its_fit(tmp_path):
+    learned = []
+    for folder, seed in (("a", 0), ("b", 1), ("c", 1)):
+        experiment, artifacts = tiny(tmp_path / folder, f"generator.seed={seed}")
+        build(experiment, artifacts, "base", "zoo", "generator", "samples")
+        learned.append(ParameterStore(artifacts["samples"]).vectors())
+    assert not np.array_equal(learned[0], learned[1])
+    assert np.array_equal(learned[1], learned[2])

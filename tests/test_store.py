@@ -108,6 +108,21 @@ def test_rows_of_an_earlier_version_lack_what_is_kept_since(store, artifact, mon
     assert len(ParameterStore(artifact).vectors([0, 2])) == 2
 
 
+def test_of_a_network_that_is_there_twice_the_first_part_counts(store, artifact):
+    """As where an actor died after it had stored its rows, and they were judged again."""
+    (first,), (second,) = make_records([0], wrong=b"x"), make_records([0], wrong=b"y")
+    for record in (first, second):
+        ParameterStore(artifact).append([record], SUBSET)
+        content = parameters.encode([record], SUBSET, {"stage": artifact.stage, "key": artifact.key})
+        artifact.storage.write(f"{artifact.folder}/networks/part-{digest(content)}.parquet", content)
+    names = sorted(path.name for path in parts_of(artifact))
+    assert len(names) == 2
+    found = ParameterStore(artifact)
+    kept = found.manifest_entries([0])
+    assert list(kept) == [f"networks/{names[0]}"]
+    assert len(found.records()) == 1
+
+
 def test_parts_of_other_networks_are_told_of(store, artifact):
     """Each is whole by itself, and what it says of itself is what it holds."""
     store.append(make_records([0]), SUBSET)
